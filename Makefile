@@ -1,0 +1,48 @@
+# make train   trains the demo recipe with two processes on a CPU, in minutes, and writes a report
+# make test    runs the whole test suite
+# Both set up all they need in $(VENV) first.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+NPROC  ?= 2
+
+.PHONY: install train test check format clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "==> setting up $(VENV) (downloads PyTorch, DeepSpeed and the rest once; a few minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { echo "cannot make a virtual environment: on Debian and Ubuntu install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+data/demo/index.json: $(STAMP)
+	@echo "==> preparing the demo's text: recipes/corpus -> data/demo"
+	$(BIN)/relora-ds prepare recipes/corpus/english.jsonl.gz data/demo --vocab-size 1024
+
+train: $(STAMP) data/demo/index.json
+	@echo "==> training recipes/demo.yaml with $(NPROC) processes into runs/demo (run again to resume)"
+	$(BIN)/relora-ds train recipes/demo.yaml --nproc $(NPROC)
+	@echo "==> writing the report"
+	$(BIN)/relora-ds report runs/demo
+
+test: $(STAMP)
+	@echo "==> running the test suite"
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	@echo "==> format, lint, types"
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) data/demo runs/demo .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,27 @@
+"""ReLoRA pre-training on DeepSpeed: high-rank training through restarted low-rank updates, on ZeRO stages 1 and 2."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from relora_ds.errors import ConfigError, RestartError
+
+if TYPE_CHECKING:
+    from relora_ds.engine import initialize
+    from relora_ds.optimizer import ReLoRAOptimizer
+
+__version__ = "0.1.0"
+__all__ = ["ConfigError", "ReLoRAOptimizer", "RestartError", "__version__", "initialize"]
+
+
+def __getattr__(name: str) -> Any:
+    """torch and DeepSpeed take seconds to import: they are loaded when something needs them."""
+    if name == "initialize":
+        from relora_ds.engine import initialize
+
+        return initialize
+    if name == "ReLoRAOptimizer":
+        from relora_ds.optimizer import ReLoRAOptimizer
+
+        return ReLoRAOptimizer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,228 @@
+"""relora-ds: the command line. Each command parses, checks, and hands over to the module that does the work."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from relora_ds import __version__, launch
+from relora_ds.errors import EXIT_BAD_CONFIG, EXIT_DONE, EXIT_FAILED, ConfigError, RestartError, nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, and with its errors in this project's form: one line, exit code 2."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str) -> NoReturn:
+        print(f"relora-ds: error: {message} (try {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(EXIT_BAD_CONFIG)
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="relora-ds", description="ReLoRA pre-training on DeepSpeed.")
+    parser.add_argument("--version", action="version", version=f"relora-ds {__version__}")
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+
+    prepare = commands.add_parser("prepare", help="text, jsonl, parquet or a hub data set -> token folder")
+    prepare.add_argument("source", metavar="SOURCE", help="a file, a folder, a glob, or the name of a hub data set")
+    prepare.add_argument(
+        "out", metavar="OUT", type=Path, help="the token folder to write; run again to go on after an interruption"
+    )
+    prepare.add_argument("--tokenizer", help="a tokenizer.json, a folder or a hub name; left out: a byte-level BPE is trained")
+    prepare.add_argument("--vocab-size", type=int, default=8192, help="of the BPE that is trained (default: %(default)s)")
+    prepare.add_argument("--text-column", default="text", help="default: %(default)s")
+    prepare.add_argument("--config-name", help="of a hub data set, e.g. en for C4")
+    prepare.add_argument("--split", default="train", help="of a hub data set (default: %(default)s)")
+    prepare.add_argument("--holdout", type=float, default=0.01, help="share of the documents held out (default: %(default)s)")
+    prepare.add_argument("--max-documents", type=int, help="stop after so many")
+    prepare.add_argument("--seed", type=int, default=0, help="of the choice of held-out documents (default: %(default)s)")
+    prepare.set_defaults(run=run_prepare)
+
+    train = commands.add_parser("train", help="train a recipe; resumes by itself")
+    train.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    train.add_argument("overrides", metavar="key.sub=value", nargs="*", help="replace single settings of the recipe")
+    train.add_argument("--nproc", type=int, help="processes on this machine (default: one per GPU, or 1)")
+    train.set_defaults(run=run_train)
+
+    evaluation = commands.add_parser("eval", help="held-out perplexity of a run or a checkpoint")
+    evaluation.add_argument("place", metavar="RUN_DIR|CHECKPOINT", type=Path)
+    evaluation.add_argument("--data", type=Path, help="another token folder than the run's")
+    evaluation.add_argument("--max-tokens", type=int, help="evaluate on so many held-out tokens (default: the run's setting)")
+    evaluation.add_argument("--batch-size", type=int, help="sequences of one forward pass (default: the run's micro batch)")
+    evaluation.set_defaults(run=run_eval)
+
+    export = commands.add_parser("export", help="merged weights as a Hugging Face folder")
+    export.add_argument("place", metavar="RUN_DIR|CHECKPOINT", type=Path)
+    export.add_argument("out", metavar="OUT", type=Path)
+    export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: the one it was trained in")
+    export.set_defaults(run=run_export)
+
+    report = commands.add_parser("report", help="tables and plots of one run, or of several overlaid")
+    report.add_argument("places", metavar="RUN_DIR", type=Path, nargs="+")
+    report.add_argument("--out", type=Path, help="folder to write to (default: the run's folder; report/ for several)")
+    report.set_defaults(run=run_report)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code: 0 done, 2 bad configuration, 75 stopped with a checkpoint written, 1 anything else."""
+    options, rest = build_parser().parse_known_args(arguments)
+    try:
+        return options.run(options, rest)
+    except ConfigError as error:
+        if is_main():
+            print(f"relora-ds: error: {error}", file=sys.stderr)
+        return EXIT_BAD_CONFIG
+    except RestartError as error:
+        print(f"relora-ds: error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def is_main() -> bool:
+    """Whether this process speaks for the job: what every rank finds, one of them says."""
+    try:
+        place = launch.discover()
+    except ConfigError:
+        return True
+    return place is None or place.is_main
+
+
+def refuse_rest(rest: Sequence[str], known: Sequence[str] = ()) -> None:
+    """Unknown options, in the usual form."""
+    if rest:
+        raise ConfigError(
+            rest[0].partition("=")[0],
+            rest[0].partition("=")[2] or None,
+            "unknown option",
+            nearest(rest[0], known) if known else "",
+        )
+
+
+def run_prepare(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    refuse_rest(rest)
+    from relora_ds.prepare import prepare
+
+    index = prepare(
+        options.source, options.out, tokenizer=options.tokenizer, vocab_size=options.vocab_size, text_column=options.text_column,
+        config_name=options.config_name, split=options.split, holdout=options.holdout, max_documents=options.max_documents,
+        seed=options.seed,
+    )  # fmt: skip
+    for split, content in index["splits"].items():
+        print(f"{options.out}/{content['file']}: {content['tokens']:,} tokens of {content['documents']:,} documents ({split})")
+    return EXIT_DONE
+
+
+def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """In the launching process: check, then start the ranks. In a rank: check, join the others, train."""
+    overrides = list(options.overrides)
+    for word in rest:  # overrides may stand behind options
+        if word.startswith("-"):
+            refuse_rest([word], ["--nproc"])
+        overrides.append(word)
+    quiet()
+    place = launch.discover()
+    if place is not None and options.nproc is not None:
+        raise ConfigError(
+            "--nproc", options.nproc, f"this process was started by {place.launcher}, which sets the number of processes"
+        )
+    if options.nproc is not None and options.nproc < 1:
+        raise ConfigError("--nproc", options.nproc, "must be at least 1")
+
+    from relora_ds import config, ds_config
+
+    recipe = config.load(options.recipe, overrides)
+    num_processes = place.world_size if place else options.nproc or launch.default_num_processes()
+    from relora_ds.checks import check
+
+    checked = check(recipe, Path(options.recipe), num_processes)
+    if ds_config.precision(checked.deepspeed) == "bf16" and not cuda_here() and (done := launch.guard_bf16()) and is_main():
+        print(f"[relora-ds] {done}", file=sys.stderr, flush=True)
+    if place is None and num_processes > 1:
+        return launch.spawn(["train", options.recipe, *overrides], num_processes)
+
+    from relora_ds.train import TrainingError, train
+
+    place = place or launch.single()
+    device = launch.start_process_group(place)
+    try:
+        code = train(checked, place, device)
+    except TrainingError as error:
+        if place.is_main:
+            print(f"relora-ds: error: {error}", file=sys.stderr)
+        code = EXIT_FAILED
+    launch.leave_process_group()
+    return code
+
+
+def cuda_here() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def run_eval(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    refuse_rest(rest)
+    quiet()
+    import torch
+
+    from relora_ds.checkpoint import locate
+    from relora_ds.data import TokenDataset
+    from relora_ds.evaluate import evaluate
+    from relora_ds.export import load_merged
+
+    launch.guard_bf16()
+    folder, checkpoint = locate(options.place)
+    settings = folder.read_config()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_merged(checkpoint, device=device, attention=settings.model.attention)
+    data = TokenDataset(options.data or Path(settings.data.path), "validation", settings.data.sequence_length, shuffle=False)
+    result = evaluate(
+        model, data, batch_size=options.batch_size or settings.train.micro_batch, device=device,
+        max_tokens=options.max_tokens or settings.train.eval_tokens,
+    )  # fmt: skip
+    print(f"{checkpoint}: loss {result.loss:.6f}, perplexity {result.perplexity:.4f} over {result.tokens:,} held-out tokens")
+    return EXIT_DONE
+
+
+def run_export(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    refuse_rest(rest)
+    quiet()
+    from relora_ds.ds_config import DTYPES
+    from relora_ds.export import export
+
+    print(f"wrote {export(options.place, options.out, dtype=DTYPES[options.dtype] if options.dtype else None)}")
+    return EXIT_DONE
+
+
+def run_report(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    refuse_rest(rest)
+    from relora_ds.report import report
+
+    print(f"wrote {report(options.places, options.out)}")
+    return EXIT_DONE
+
+
+def quiet() -> None:
+    """Leaves the screen to this program: DeepSpeed, torch and transformers tell of themselves only what went wrong."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\..*")
+
+
+def entry_point() -> NoReturn:
+    command: Callable[[], int] = main
+    sys.exit(command())
+
+
+if __name__ == "__main__":
+    entry_point()

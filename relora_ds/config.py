@@ -1,0 +1,314 @@
+"""The run's configuration: strict models, a YAML file plus ``key.sub=value`` overrides, one error that names the key.
+
+Only what can be judged from the text alone is judged here; what needs the model, the data or the number of ranks is judged in
+:mod:`relora_ds.checks`, still before any process group starts.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from relora_ds.errors import ConfigError, nearest
+from relora_ds.schedule import ScheduleName
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Rate = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Strict: no unknown keys, no type coercion (an int where a float is asked for is the one exception)."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Run(Section):
+    dir: str
+    """Where everything of the run is written; holds a checkpoint: the run is resumed."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Of the weights, the data order, LoRA's initialisations, dropout and random pruning."""
+
+
+class Model(Section):
+    """Exactly one of ``preset``, ``path`` and ``config``."""
+
+    preset: str | None = None
+    """A row of the paper's table, e.g. ``llama_60m``; random weights."""
+    path: str | None = None
+    """A Hugging Face folder or hub name, or an earlier run's folder: its weights are the start."""
+    config: dict[str, Any] | str | None = None
+    """A Hugging Face configuration (with ``model_type``), or the path or hub name of one; random weights."""
+    attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
+    """auto: flash-attention 2 on CUDA in bf16 where it is installed, else SDPA."""
+    gradient_checkpointing: bool = False
+
+
+class Data(Section):
+    path: str
+    """A token folder written by ``relora-ds prepare``."""
+    sequence_length: Annotated[int, Field(ge=2)]
+    """Tokens of one sample."""
+
+
+class Reset(Section):
+    """What becomes of the moments of A and B at a restart."""
+
+    kind: Literal["magnitude", "random", "full", "none"] = "magnitude"
+    ratio: Share = 0.99
+    """Share of the entries that is zeroed, for magnitude and random: exactly floor(ratio·n) of n."""
+    scope: Literal["tensor", "global"] = "tensor"
+    """One threshold per tensor (the paper's), or one for all factors together."""
+    mask: Literal["joint", "independent"] = "joint"
+    """joint: the first moment's mask for both; independent: each moment by its own magnitudes (the paper's)."""
+    restart_bias_correction: bool = True
+    """Whether Adam's step count of the factors goes back to 0 (the paper's way: false)."""
+
+
+class ReLoRA(Section):
+    rank: Positive = 128
+    alpha: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 32.0
+    """The low-rank product is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """On the input of A."""
+    targets: str | list[str] = "all-linear"
+    """``all-linear`` (all but the output head), or dotted parts of layer paths: ``[q_proj, mlp]``."""
+    warm_start: Count = 0
+    """Updates of full-rank training before the factors are added."""
+    keep_moments: bool = False
+    """Whether embeddings, norms and head keep Adam's moments over the change of phase (the paper starts them afresh)."""
+    restart_every: Positive | None = None
+    """Updates between restarts, counted from the start of the LoRA phase."""
+    restart_warmup: Count = 100
+    """Updates over which the learning rate climbs back from 0 after a restart, under ``schedule: jagged``."""
+    reset: Reset = Reset()
+
+
+class Optimizer(Section):
+    lr: Rate = 1e-3
+    lora_lr: Rate | None = None
+    """Of the factors; null: the same as ``lr``."""
+    betas: Annotated[list[Annotated[float, Field(ge=0.0, lt=1.0)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    weight_decay: Rate = 0.0
+    """Not applied to norms and biases."""
+    grad_clip: Rate = 1.0
+    """Global gradient norm; 0 for no clipping."""
+    warmup: Count = 0
+    """Updates of the ramp at the start of each phase."""
+    min_lr_ratio: Share = 0.1
+    schedule: ScheduleName = "jagged"
+    """jagged: one cosine over the whole run, re-warmed after every restart; the other three have no re-warmup."""
+
+    def peak_lr(self, *, lora: bool) -> float:
+        """The learning rate of the factors, or of everything else, before the schedule."""
+        return self.lora_lr if lora and self.lora_lr is not None else self.lr
+
+
+class Train(Section):
+    """One of ``updates`` and ``tokens``."""
+
+    updates: Positive | None = None
+    tokens: Positive | None = None
+    """Rounded up to whole updates."""
+    global_batch: Positive
+    """Sequences of one update, over all ranks and micro batches."""
+    micro_batch: Positive
+    """Sequences of one forward pass on one rank."""
+    eval_every: Positive | None = None
+    eval_tokens: Positive | None = None
+    """Held-out tokens of one evaluation; null: all of them."""
+    checkpoint_every: Positive | None = None
+    """A checkpoint is also written at the end and when a signal stops the run."""
+    keep: Positive = 2
+    """How many checkpoints stay on disk."""
+    max_skipped: Positive = 100
+    """So many non-finite updates in a row stop the run."""
+
+
+class Wandb(Section):
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online when an API key is there, else offline."""
+    project: str = "relora_ds"
+    name: str | None = None
+
+
+class Config(Section):
+    run: Run
+    method: Literal["full", "lora", "relora"] = "relora"
+    model: Model
+    data: Data
+    relora: ReLoRA = ReLoRA()
+    optimizer: Optimizer = Optimizer()
+    train: Train
+    wandb: Wandb = Wandb()
+    deepspeed: str | dict[str, Any]
+    """DeepSpeed's own JSON file (or its content): precision, ZeRO stage, buckets."""
+
+    @property
+    def total_updates(self) -> int:
+        if self.train.updates is not None:
+            return self.train.updates
+        assert self.train.tokens is not None, "validated"
+        return math.ceil(self.train.tokens / (self.train.global_batch * self.data.sequence_length))
+
+    @property
+    def full_updates(self) -> int:
+        """Updates of the full-rank phase: all of them for ``method: full``."""
+        return self.total_updates if self.method == "full" else self.relora.warm_start
+
+    @property
+    def lora_settings(self) -> ReLoRA:
+        """The ``relora`` section as the method uses it: ``lora`` never restarts."""
+        return self.relora.model_copy(update={"restart_every": None}) if self.method == "lora" else self.relora
+
+    def phase_of(self, update: int) -> Literal["full", "lora"]:
+        """The phase that ``update`` (1-based) belongs to."""
+        return "full" if update <= self.full_updates else "lora"
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that also reads ``1e-3`` as a number, as YAML 1.2 does (PyYAML wants ``1.0e-3``)."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regex) for tag, regex in resolvers if tag != "tag:yaml.org,2002:float"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:(?:\d[\d_]*)?\.\d[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*\.?(?:[eE][-+]?\d+)|\d[\d_]*\.|\.(?:inf|Inf|INF|nan))$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(text: str, origin: str) -> Any:
+    """Parses YAML; raises ConfigError with the place of a syntax error."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(origin, " ".join(str(error).split()), "is not valid YAML") from None
+
+
+def load(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a recipe and applies ``key.sub=value`` overrides, whose values are YAML.
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown, a value has the wrong type or range, or two values contradict.
+    """
+    path = Path(recipe)
+    try:
+        content = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise ConfigError("RECIPE", str(recipe), error.strerror or "cannot be read", "name a YAML file") from None
+    if not isinstance(content, dict):
+        raise ConfigError("RECIPE", str(recipe), "holds no settings", "write sections such as 'run:' and 'model:'")
+    for override in overrides:
+        _apply(content, override)
+    return parse(content)
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError("override", override, "is not of the form key.sub=value")
+    *sections, last = key.strip().split(".")
+    place = content
+    for depth, name in enumerate(sections):
+        if place.get(name) is None:
+            place[name] = {}
+        place = place[name]
+        if not isinstance(place, dict):
+            raise ConfigError(key, text, f"{'.'.join(sections[: depth + 1])} is a value, not a section")
+    place[last] = read_yaml(text, key)
+
+
+def parse(content: dict[str, Any]) -> Config:
+    """Validates settings given as nested dictionaries; raises ConfigError for the first fault."""
+    try:
+        config = Config.model_validate(content)
+    except ValidationError as error:
+        raise explain(error, Config, content) from None
+    _check_contradictions(config)
+    return config
+
+
+def parse_relora(settings: dict[str, Any] | ReLoRA) -> ReLoRA:
+    """The ``relora`` section alone, for users of :func:`relora_ds.initialize`."""
+    if isinstance(settings, ReLoRA):
+        return settings
+    try:
+        return ReLoRA.model_validate(settings)
+    except ValidationError as error:
+        raise explain(error, ReLoRA, settings, prefix=("relora",)) from None
+
+
+def explain(error: ValidationError, model: type[BaseModel], content: Any, prefix: tuple[str, ...] = ()) -> ConfigError:
+    """pydantic's first complaint as one line: the key, the value, what is wrong, the nearest valid name."""
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a misspelt key explains a missing one
+    names = [str(part) for part in first["loc"]]
+    section, depth = model, 0
+    while depth < len(names) - 1 and names[depth] in section.model_fields:
+        annotation = section.model_fields[names[depth]].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        section, depth = annotation, depth + 1
+    named = names[: depth + 1]  # what follows in loc are union branches and list positions
+    key = ".".join((*prefix, *named))
+    if first["type"] == "extra_forbidden":
+        return ConfigError(key, first["input"], "unknown key", nearest(named[-1], section.model_fields))
+    if first["type"] == "missing":
+        return ConfigError(key, None, "is required")
+    if first["type"] == "literal_error":
+        valid = first["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        return ConfigError(key, first["input"], "not one of the valid names", nearest(str(first["input"]), valid))
+    if first["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return ConfigError(key, first["input"], "must be a section with keys of its own")
+    return ConfigError(key, first["input"], first["msg"][0].lower() + first["msg"][1:])
+
+
+def _check_contradictions(config: Config) -> None:
+    """What two settings say together and cannot both hold."""
+    train, relora, total = config.train, config.relora, 0
+    if (train.updates is None) == (train.tokens is None):
+        raise ConfigError("train.updates", train.updates, f"give either this or train.tokens (now {train.tokens!r})")
+    total = config.total_updates
+    sources = [config.model.preset, config.model.path, config.model.config]
+    if sum(source is not None for source in sources) != 1:
+        raise ConfigError(
+            "model", {"preset": sources[0], "path": sources[1], "config": sources[2]}, "give exactly one of the three"
+        )
+    if train.global_batch % train.micro_batch:
+        raise ConfigError("train.global_batch", train.global_batch, f"is not a multiple of train.micro_batch={train.micro_batch}")
+    if config.optimizer.warmup >= total:
+        raise ConfigError("optimizer.warmup", config.optimizer.warmup, f"not shorter than the run of {total} updates")
+    if config.method == "full":
+        return
+    if relora.warm_start >= total:
+        raise ConfigError("relora.warm_start", relora.warm_start, f"not shorter than the run of {total} updates")
+    if config.method == "relora":
+        check_restarts(relora)
+
+
+def check_restarts(relora: ReLoRA) -> None:
+    """Raises ConfigError when ReLoRA has no restarts, or a re-warmup that does not end before the next one."""
+    if relora.restart_every is None:
+        raise ConfigError("relora.restart_every", None, "ReLoRA needs restarts", "give a number of updates, or method: lora")
+    if relora.restart_warmup >= relora.restart_every:
+        raise ConfigError(
+            "relora.restart_warmup", relora.restart_warmup, f"not shorter than relora.restart_every={relora.restart_every}"
+        )
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML that :func:`load` reads back to the same."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

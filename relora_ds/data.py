@@ -1,0 +1,248 @@
+"""Tokens on disk -> batches, without any state.
+
+``relora prepare`` leaves one flat array of tokens per split. Sample ``k`` of a run is a pure function of ``(seed, k)``: nothing
+about the order is ever stored, so a run that is resumed, or goes on with another number of processes, sees the same samples as
+one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from relora_ds.errors import ConfigError
+
+INDEX_FILE = "index.json"
+INDEX_FORMAT = 1
+TRAIN = "train"
+VALIDATION = "validation"
+DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}  # name in the index -> layout on disk
+
+FEISTEL_ROUNDS = 8
+MASK_64 = (1 << 64) - 1
+GOLDEN_64 = 0x9E3779B97F4A7C15
+
+
+@dataclass(frozen=True)
+class SplitFile:
+    """One split: ``tokens`` tokens of ``documents`` documents in ``file``, whose bytes hash to ``sha256``."""
+
+    file: str
+    tokens: int
+    documents: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TokenIndex:
+    """What a prepared folder holds. ``dtype`` is little-endian ``uint16`` or ``uint32``."""
+
+    folder: Path
+    vocab_size: int
+    eos_id: int
+    dtype: np.dtype
+    splits: dict[str, SplitFile]
+
+
+def read_index(folder: Path) -> TokenIndex:
+    """Reads ``folder/index.json`` and compares the sizes of the token files with it.
+
+    Raises:
+        ConfigError: on ``data.path``, when the folder holds no finished preparation, or one that this version cannot read, or a
+            file has another size than the index says.
+    """
+    folder = Path(folder)
+
+    def refused(problem: str) -> ConfigError:
+        return ConfigError("data.path", str(folder), problem, "run `relora prepare` on the text to make this folder")
+
+    try:
+        raw = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise refused(f"there is no {INDEX_FILE} in it, so it holds no finished preparation") from None
+    except ValueError as error:
+        raise refused(f"{INDEX_FILE} is not JSON ({error})") from None
+    try:
+        if raw["format"] != INDEX_FORMAT:
+            raise refused(f"{INDEX_FILE} has format {raw['format']!r}, this version reads format {INDEX_FORMAT}")
+        index = TokenIndex(
+            folder=folder,
+            vocab_size=int(raw["tokenizer"]["vocab_size"]),
+            eos_id=int(raw["tokenizer"]["eos_id"]),
+            dtype=DTYPES[raw["dtype"]],
+            splits={name: SplitFile(**split) for name, split in raw["splits"].items()},
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise refused(f"{INDEX_FILE} does not have the entries of a preparation ({error})") from None
+    for split in index.splits.values():
+        path = folder / split.file
+        expected = split.tokens * index.dtype.itemsize
+        size = path.stat().st_size if path.is_file() else None
+        if size != expected:
+            raise refused(f"{split.file} has {'no file' if size is None else f'{size} bytes'}, the index says {expected} bytes")
+    return index
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file as hexadecimal digits, read in pieces of 4 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(4 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def verify(folder: Path) -> None:
+    """Reads all token files of ``folder`` and compares their checksums with the index.
+
+    Raises:
+        ConfigError: on ``data.path``, naming the first file whose bytes are not those that were written.
+    """
+    index = read_index(folder)
+    for split in index.splits.values():
+        actual = file_sha256(index.folder / split.file)
+        if actual != split.sha256:
+            damage = f"{split.file} is damaged: it has SHA-256 {actual}, the index says {split.sha256}"
+            raise ConfigError("data.path", str(folder), damage, "delete the folder and prepare it again")
+
+
+def mix64(values: npt.ArrayLike) -> npt.NDArray[np.uint64]:
+    """The finaliser of splitmix64, a bijection of 64-bit integers in which each input bit reaches each output bit.
+
+    Args:
+        values: ``uint64``, any shape.
+
+    Returns:
+        ``uint64``, the same shape. Arithmetic wraps modulo 2^64 on purpose.
+    """
+    with np.errstate(over="ignore"):
+        z = np.asarray(values, dtype=np.uint64) + np.uint64(GOLDEN_64)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def permute(
+    index: npt.NDArray[np.int64], num_samples: int, seed: int, epoch: npt.NDArray[np.int64] | int
+) -> npt.NDArray[np.int64]:
+    """Shuffles without a table: where sample ``index`` of an epoch lies among ``num_samples``.
+
+    For each ``(seed, epoch)`` this is a bijection of ``[0, num_samples)``: a Feistel network permutes the smallest domain of
+    ``4^h`` values that holds ``num_samples``, and values that leave ``[0, num_samples)`` go through it again until they are back
+    (cycle walking). The domain is at most four times as large as ``num_samples``, so that takes four passes or fewer on average.
+
+    Args:
+        index: ``int64 (B,)`` in ``[0, num_samples)``.
+        num_samples: samples per epoch, at least 1.
+        seed: any integer; the low 64 bits count.
+        epoch: ``int64 (B,)`` or one integer, at least 0.
+
+    Returns:
+        ``int64 (B,)`` in ``[0, num_samples)``.
+
+    Raises:
+        ValueError: an ``index`` outside ``[0, num_samples)``.
+    """
+    index = np.asarray(index, dtype=np.int64)
+    if index.size and (index.min() < 0 or index.max() >= num_samples):
+        raise ValueError(f"indices must lie in [0, {num_samples}), got {index.min()} to {index.max()}")
+    half_bits = max(1, ((num_samples - 1).bit_length() + 1) // 2)  # an even number of bits in all: the halves are alike
+    epochs = np.broadcast_to(np.asarray(epoch, dtype=np.uint64), index.shape)
+    keys = mix64(mix64(np.uint64(seed & MASK_64)) ^ epochs)
+    values = _feistel(index.astype(np.uint64), keys, half_bits)
+    while (outside := values >= num_samples).any():
+        values[outside] = _feistel(values[outside], keys[outside], half_bits)
+    return values.astype(np.int64)
+
+
+def _feistel(values: npt.NDArray[np.uint64], keys: npt.NDArray[np.uint64], half_bits: int) -> npt.NDArray[np.uint64]:
+    """A balanced Feistel network on ``2 * half_bits`` bits; ``values`` and ``keys`` are ``uint64 (B,)``."""
+    shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
+    left, right = values >> shift, values & mask
+    for round_number in range(FEISTEL_ROUNDS):
+        round_keys = mix64(keys ^ np.uint64(round_number))
+        # Each round is its own inverse given `right`, whatever the mixing function: that is what makes the network a bijection.
+        left, right = right, left ^ (mix64(right ^ round_keys) & mask)
+    return (left << shift) | right
+
+
+class TokenDataset:
+    """One split cut into samples of ``sequence_length`` tokens, in an order that is a function of the seed alone.
+
+    Samples are numbered from 0 and count on over epochs: sample ``k`` is sample ``k % len(self)`` of epoch ``k // len(self)``.
+    Each epoch holds every sample once. Tokens after the last whole sample are never read.
+
+    Args:
+        folder: a folder made by ``relora prepare``.
+        split: ``train`` or ``validation``.
+        sequence_length: tokens per sample, ``T``.
+        seed: the seed of the order.
+        shuffle: ``False`` reads every epoch from the first token to the last, as evaluation does.
+
+    Raises:
+        ConfigError: on ``data.path`` when the folder cannot be read or lacks the split; on ``data.sequence_length`` when the
+            split has less than one sample.
+    """
+
+    def __init__(self, folder: Path, split: str, sequence_length: int, seed: int = 0, shuffle: bool = True) -> None:
+        self.index = read_index(folder)
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self.shuffle = shuffle
+        if split not in self.index.splits:
+            raise ConfigError("data.path", str(folder), f"it has no split {split!r}, only {', '.join(self.index.splits)}")
+        tokens = self.index.splits[split].tokens
+        if sequence_length < 1 or tokens < sequence_length:
+            raise ConfigError(
+                "data.sequence_length",
+                sequence_length,
+                f"the split {split!r} of {folder} has {tokens} tokens, which is less than one sample",
+                f"give a length of 1 to {tokens}" if tokens else "prepare more documents, or hold out more of them",
+            )
+        self._length = tokens // sequence_length
+        flat = np.memmap(self.index.folder / self.index.splits[split].file, dtype=self.index.dtype, mode="r")
+        self._samples = flat[: self._length * sequence_length].reshape(self._length, sequence_length)
+
+    def __len__(self) -> int:
+        """Samples per epoch."""
+        return self._length
+
+    def batch(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> torch.Tensor:
+        """The samples with these numbers (any epoch), ``int64 (len(indices), sequence_length)`` on the CPU."""
+        numbers = np.asarray(indices, dtype=np.int64)
+        epochs, positions = np.divmod(numbers, self._length)
+        if self.shuffle:
+            positions = permute(positions, self._length, self.seed, epochs)
+        return torch.from_numpy(self._samples[positions].astype(np.int64))
+
+
+def global_batch_indices(update: int, global_batch: int) -> range:
+    """The numbers of the ``global_batch`` samples that update ``update`` (the first is 1) trains on, over all ranks."""
+    if update < 1:
+        raise ValueError(f"updates are numbered from 1, got {update}")
+    return range((update - 1) * global_batch, update * global_batch)
+
+
+def rank_micro_batches(update: int, *, global_batch: int, micro_batch: int, rank: int, world_size: int) -> list[range]:
+    """One rank's part of an update: its micro batches in order, as ranges of sample numbers.
+
+    Rank ``r`` takes the ``r``-th contiguous share of :func:`global_batch_indices`, so the union over ranks is the same set for
+    every world size and micro batch.
+
+    Raises:
+        ValueError: when ``global_batch`` is not a multiple of ``micro_batch * world_size``, or there is no such rank.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must lie in [0, {world_size}), got {rank}")
+    if micro_batch < 1 or global_batch % (micro_batch * world_size):
+        raise ValueError(f"a global batch of {global_batch} is not a multiple of {world_size} ranks x micro batch {micro_batch}")
+    share = global_batch // world_size
+    mine = global_batch_indices(update, global_batch)[rank * share : (rank + 1) * share]
+    return [mine[start : start + micro_batch] for start in range(0, share, micro_batch)]

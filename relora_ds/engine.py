@@ -1,0 +1,161 @@
+"""initialize(): model -> wrap -> deepspeed.initialize -> ReLoRAOptimizer. It mirrors ``deepspeed.initialize``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from relora_ds import ds_config, launch
+from relora_ds.config import ReLoRA, parse_relora
+from relora_ds.errors import ConfigError
+from relora_ds.lora import LORA_GROUP, param_groups, relora_layers, wrap
+from relora_ds.optimizer import ReLoRAOptimizer
+
+ADAMS = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None = None,
+    model_parameters: Iterable[Any] | None = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    mpu: Any = None,
+    collate_fn: Any = None,
+    config: str | Path | Mapping[str, Any] | None = None,
+    *,
+    relora: ReLoRA | dict[str, Any] | None = None,
+    lora_lr: float | None = None,
+    seed: int = 0,
+    rewarm: bool = True,
+    **others: Any,
+) -> tuple[Any, Any, Any, Any]:
+    """``deepspeed.initialize`` for a model that is trained by ReLoRA.
+
+    The linear layers of ``model`` are wrapped in place (unless they already are), the factors get parameter groups of their own, and
+    ``engine.optimizer`` becomes a :class:`~relora_ds.optimizer.ReLoRAOptimizer`, which restarts inside ``engine.step()``. The loop
+    stays as it is; ``engine.save_checkpoint`` and ``load_checkpoint`` hold merged weights and restarts.
+
+    Args:
+        args, training_data, collate_fn, others: as in ``deepspeed.initialize``.
+        model: any causal language model, or any module with linear layers.
+        optimizer: Adam or AdamW: an instance, a callable that takes parameter groups, or None for the one in ``config``. The weights
+            that become frozen leave its groups; the factors come in, with the settings of the group that their weight was in.
+        model_parameters: parameters or groups to train; all trainable ones when None.
+        lr_scheduler: a callable that takes the optimizer, or None for the one in ``config``.
+        config: DeepSpeed's configuration: a path or a dictionary.
+        relora: the settings of :class:`relora_ds.config.ReLoRA`; None for ``deepspeed.initialize`` as it is.
+        lora_lr: learning rate of the factors; that of their group when None.
+        seed: of the factors' initialisation.
+        rewarm: whether learning rates climb from 0 again after a restart.
+
+    Returns:
+        (engine, optimizer, dataloader, scheduler).
+
+    Raises:
+        ConfigError: a setting, or something of DeepSpeed's, that cannot be served; before anything is trained.
+    """
+    if model is None:
+        raise ConfigError("model", None, "is required")
+    content = ds_config.read(config if config is not None else getattr(args, "deepspeed_config", None) or "")
+    launch.skip_shared_memory_build()
+    if ds_config.precision(content) == "bf16" and not torch.cuda.is_available():
+        launch.guard_bf16()
+    if relora is None:
+        return deepspeed.initialize(
+            args, model, optimizer, model_parameters, training_data, lr_scheduler,
+            mpu=mpu, collate_fn=collate_fn, config=content, **others,
+        )  # fmt: skip
+
+    settings = parse_relora(relora)
+    ds_config.refuse_unsupported(content)
+    if mpu is not None or isinstance(model, deepspeed.PipelineModule):
+        raise ConfigError("model", type(model).__name__, "pipeline and tensor parallelism are not supported")
+    if settings.warm_start:
+        raise ConfigError(
+            "relora.warm_start", settings.warm_start, "the training loop is yours", "train the model first, then initialize"
+        )
+    chosen = _materialise(model_parameters)
+    if not any(True for _ in relora_layers(model)):
+        wrap(model, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout, targets=settings.targets, seed=seed)
+    optimizer, groups = _groups(model, optimizer, chosen, lr_scheduler, content, lora_lr)
+    engine, zero, loader, scheduler = deepspeed.initialize(
+        args, model, optimizer, groups, training_data, lr_scheduler, collate_fn=collate_fn, config=content, **others
+    )
+    base = type(engine.basic_optimizer).__name__
+    if base not in ADAMS:
+        raise ConfigError("optimizer", base, f"ReLoRA prunes Adam's moments: one of {', '.join(ADAMS)}")
+    engine.optimizer = ReLoRAOptimizer(zero, engine.module, settings, seed=seed, rewarm=rewarm)
+    return engine, engine.optimizer, loader, scheduler
+
+
+def _materialise(parameters: Iterable[Any] | None) -> list[dict[str, Any]] | None:
+    """Parameter groups as dictionaries, read before wrapping: a generator over the model would see the wrapped one."""
+    if parameters is None:
+        return None
+    entries = list(parameters)
+    if entries and isinstance(entries[0], dict):
+        return [{**group, "params": list(group["params"])} for group in entries]
+    return [{"params": entries}]
+
+
+def _groups(
+    model: nn.Module,
+    optimizer: Any,
+    chosen: list[dict[str, Any]] | None,
+    lr_scheduler: Any,
+    content: dict[str, Any],
+    lora_lr: float | None,
+) -> tuple[Any, list[dict[str, Any]] | None]:
+    """The optimizer and the parameter groups that ``deepspeed.initialize`` gets, with the factors in groups of their own."""
+    if isinstance(optimizer, torch.optim.Optimizer):
+        if optimizer.state:
+            raise ConfigError("optimizer", type(optimizer).__name__, "has already taken a step", "pass a fresh one")
+        if lr_scheduler is not None and not callable(lr_scheduler):
+            raise ConfigError(
+                "lr_scheduler",
+                type(lr_scheduler).__name__,
+                "was made for the groups before wrapping",
+                "pass lambda optimizer: scheduler",
+            )
+        optimizer.param_groups[:] = regroup(model, optimizer.param_groups, lora_lr)
+        return optimizer, None
+    if chosen is not None:
+        return optimizer, regroup(model, chosen, lora_lr)
+    decay = ds_config.get(content, "optimizer.params.weight_decay")
+    return optimizer, param_groups(model, weight_decay=decay, lora_lr=lora_lr)
+
+
+def regroup(model: nn.Module, groups: list[dict[str, Any]], lora_lr: float | None) -> list[dict[str, Any]]:
+    """The user's groups without the frozen weights, each followed by a group of the factors that stand for them.
+
+    Raises:
+        ConfigError: the factors of some layer belong to no group, because the weight was in none.
+    """
+    factors = {id(layer.weight): [layer.lora_A, layer.lora_B] for _, layer in relora_layers(model)}
+    already = {id(p) for group in groups for p in group["params"]}
+    regrouped = []
+    for group in groups:
+        kept = [p for p in group["params"] if p.requires_grad]
+        new = [f for p in group["params"] for f in factors.pop(id(p), []) if id(f) not in already]
+        if kept:
+            regrouped.append({**group, "params": kept})
+        if new:
+            rate = {} if lora_lr is None else {"lr": lora_lr}
+            regrouped.append({**group, **rate, "params": new, "name": LORA_GROUP})
+    missing = [f for pair in factors.values() for f in pair if id(f) not in already]
+    if missing:
+        name = next(name for name, layer in relora_layers(model) if layer.lora_A is missing[0] or layer.lora_B is missing[0])
+        raise ConfigError(
+            "model_parameters",
+            name,
+            "this layer is a target of ReLoRA, but its weight is in no group",
+            "add it, or leave it out of targets",
+        )
+    return regrouped

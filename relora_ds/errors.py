@@ -1,0 +1,44 @@
+"""Errors that users see.
+
+Everything a user can mend by editing a recipe, a command line or a folder is a :class:`ConfigError`: the command line prints it as
+one line and exits with code 2, before any process group starts.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_BAD_CONFIG = 2
+EXIT_STOPPED = 75
+"""A signal stopped the run and a checkpoint is written: the same command goes on from there (``EX_TEMPFAIL`` of sysexits.h)."""
+
+
+class ConfigError(ValueError):
+    """One setting that cannot be used.
+
+    Args:
+        key: the setting as the user writes it, e.g. ``relora.rank`` or ``--nproc``.
+        value: what the user gave.
+        problem: what is wrong with it.
+        way_out: what to write instead.
+    """
+
+    def __init__(self, key: str, value: object, problem: str, way_out: str = "") -> None:
+        self.key = key
+        self.value = value
+        text = f"{key}={value!r}: {problem}"
+        super().__init__(" ".join(f"{text}; {way_out}".split()) if way_out else " ".join(text.split()))
+
+
+class RestartError(RuntimeError):
+    """A restart left the ranks with different weights; the message names the layer and the ranks."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A hint such as ``did you mean 'rank'?``, or the list of valid names when none is near."""
+    names = list(valid)
+    matches = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {matches[0]!r}?" if matches else f"valid names: {', '.join(sorted(names))}"

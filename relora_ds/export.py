@@ -1,0 +1,59 @@
+"""From a run's checkpoint to a model: merged weights in memory, or as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from relora_ds import checkpoint as checkpoints
+from relora_ds import ds_config, lora
+from relora_ds import model as models
+from relora_ds.errors import ConfigError
+
+
+def load_merged(
+    place: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", attention: str = "auto"
+) -> PreTrainedModel:
+    """The model of a run, or of one of its checkpoints, with W + s·B·A merged: an ordinary Hugging Face model.
+
+    Args:
+        place: a run's folder (its newest checkpoint is taken) or a checkpoint.
+        dtype: of the result; None for the one it was trained in.
+        device: of the result.
+        attention: as in the recipe's ``model.attention``.
+    """
+    folder, checkpoint = checkpoints.locate(place)
+    config = folder.read_config()
+    trained_in = ds_config.DTYPES[ds_config.precision(ds_config.read(str(folder.deepspeed)))]
+    device = torch.device(device)
+    architecture = models.read_hf_config(folder.model, "RUN_DIR")
+    model = models.build(architecture, attention=attention, dtype=trained_in, device=device, seed=config.run.seed)
+    if checkpoints.read_manifest(checkpoint).phase == "lora":
+        lora.wrap(model, rank=config.relora.rank, alpha=config.relora.alpha, targets=config.relora.targets)
+    try:
+        model.load_state_dict(checkpoints.read_model_state(checkpoint))
+    except RuntimeError as error:
+        raise ConfigError("CHECKPOINT", str(checkpoint), f"does not fit the run's model: {str(error).splitlines()[-1]}") from None
+    lora.unwrap(model, dtype)
+    return model.eval()
+
+
+def export(place: Path, out: Path, *, dtype: torch.dtype | None = None) -> Path:
+    """Writes a Hugging Face folder (config, safetensors, tokenizer) that ``AutoModelForCausalLM.from_pretrained`` loads.
+
+    Args:
+        place: a run's folder or one of its checkpoints.
+        out: a folder that is new or empty.
+        dtype: of the exported weights; None for the one they were trained in.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError("OUT", str(out), "is not empty", "name a new folder")
+    folder, _ = checkpoints.locate(place)
+    model = load_merged(place, dtype=dtype)
+    model.config.use_cache = True
+    model.save_pretrained(out)
+    if (folder.model / "tokenizer.json").is_file():
+        AutoTokenizer.from_pretrained(folder.model).save_pretrained(out)
+    return out

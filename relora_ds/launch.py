@@ -1,0 +1,265 @@
+"""Who am I: rank, world size and device, from torchrun, deepspeed, srun, mpirun or our own launcher.
+
+The environment is read, and set, in this file only.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from relora_ds.errors import ConfigError
+
+TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+DEFAULT_PORT = 29500
+GRACE_S = 20.0
+"""How long the other processes of a node may take to end after one of them failed, before they are killed."""
+SAFE_ISA = "AVX512_CORE_FP16"
+"""The newest instruction set of oneDNN without AMX."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands in the job.
+
+    Attributes:
+        rank, world_size: in the whole job.
+        local_rank, local_world_size: on this node.
+        master_addr, master_port: of rank 0.
+        launcher: torchrun (and all that set the same variables), srun, mpirun, or single.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    master_addr: str
+    master_port: int
+    launcher: str
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def discover(environment: Mapping[str, str] | None = None) -> Place | None:
+    """This process's place as its launcher tells it; None when no launcher started it.
+
+    torchrun's variables win, because torchrun may run under srun or mpirun.
+
+    Raises:
+        ConfigError: a launcher was found, but not where rank 0 is.
+    """
+    env = os.environ if environment is None else environment
+    if "RANK" in env and "WORLD_SIZE" in env:
+        local = int(env.get("LOCAL_RANK", env["RANK"]))
+        size = int(env["WORLD_SIZE"])
+        address = env.get("MASTER_ADDR", "127.0.0.1")
+        port = int(env.get("MASTER_PORT", DEFAULT_PORT))
+        return Place(int(env["RANK"]), size, local, int(env.get("LOCAL_WORLD_SIZE", size)), address, port, "torchrun")
+    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
+        return _from_slurm(env)
+    if "OMPI_COMM_WORLD_RANK" in env or "PMI_RANK" in env or "PMIX_RANK" in env:
+        return _from_mpi(env)
+    return None
+
+
+def _from_slurm(env: Mapping[str, str]) -> Place:
+    """srun: one task per GPU. The master is the first node of the step; the port follows from the job id, the same on all nodes."""
+    size = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
+    nodes = int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1")))
+    per_node = env.get("SLURM_STEP_TASKS_PER_NODE", str(size)).split("(")[0].split(",")[0]
+    address = env.get("MASTER_ADDR") or (
+        "127.0.0.1" if nodes == 1 else first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "")))
+    )
+    port = int(env.get("MASTER_PORT", DEFAULT_PORT + int(env.get("SLURM_JOB_ID", "0")) % 10000))
+    return Place(int(env["SLURM_PROCID"]), size, int(env.get("SLURM_LOCALID", "0")), int(per_node), address, port, "srun")
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a SLURM node list: ``node[03-05,9],login`` -> ``node03``."""
+    head, bracket, rest = nodelist.partition("[")
+    if "," in head or not bracket:
+        host = nodelist.split(",")[0]
+    else:
+        numbers, _, tail = rest.partition("]")
+        host = head + numbers.split(",")[0].split("-")[0] + tail.split(",")[0]
+    if not host:
+        raise ConfigError("SLURM_STEP_NODELIST", nodelist, "names no node", "set MASTER_ADDR")
+    return host
+
+
+def _from_mpi(env: Mapping[str, str]) -> Place:
+    """mpirun, or srun --mpi=pmix: on one node the variables say all; over nodes rank 0's address is asked of it through mpi4py."""
+    rank = int(env.get("OMPI_COMM_WORLD_RANK") or env.get("PMI_RANK") or env.get("PMIX_RANK") or 0)
+    size = int(env.get("OMPI_COMM_WORLD_SIZE") or env.get("PMI_SIZE") or 0)
+    local = int(env.get("OMPI_COMM_WORLD_LOCAL_RANK") or env.get("MPI_LOCALRANKID") or 0)
+    local_size = int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE") or env.get("MPI_LOCALNRANKS") or 0)
+    address, port = env.get("MASTER_ADDR"), int(env.get("MASTER_PORT", DEFAULT_PORT))
+    if size and local_size and (address or local_size == size):
+        return Place(rank, size, local, local_size, address or "127.0.0.1", port, "mpirun")
+    try:
+        from mpi4py import MPI
+    except ImportError:
+        raise ConfigError(
+            "MASTER_ADDR", None, "MPI over several nodes needs rank 0's address", "set it, or install relora_ds[mpi]"
+        ) from None
+    comm = MPI.COMM_WORLD
+    hosts = comm.allgather(socket.gethostname())
+    address = comm.bcast(address or socket.gethostbyname(socket.gethostname()), root=0)
+    same = [other for other, host in enumerate(hosts) if host == hosts[comm.Get_rank()]]
+    return Place(comm.Get_rank(), comm.Get_size(), same.index(comm.Get_rank()), len(same), address, port, "mpirun")
+
+
+def free_port() -> int:
+    """A TCP port that is free on this machine now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def single() -> Place:
+    """One process that stands alone."""
+    return Place(0, 1, 0, 1, "127.0.0.1", free_port(), "single")
+
+
+def default_num_processes() -> int:
+    """One process per GPU, or one where there is none."""
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def start_process_group(place: Place, timeout_s: float = 1800.0) -> Any:
+    """Joins the job: NCCL on CUDA, gloo on CPU, under torch.distributed and DeepSpeed alike. Returns this process's torch device."""
+    import torch
+
+    _export(place)
+    on_cuda = torch.cuda.is_available()
+    if on_cuda:
+        torch.cuda.set_device(place.local_rank)
+    import deepspeed
+
+    skip_shared_memory_build()
+    deepspeed.init_distributed(
+        dist_backend="nccl" if on_cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s)
+    )
+    return torch.device("cuda", place.local_rank) if on_cuda else torch.device("cpu")
+
+
+def _export(place: Place) -> None:
+    """torch.distributed and DeepSpeed read the place from the environment, whichever launcher it came from."""
+    values = (place.rank, place.world_size, place.local_rank, place.master_addr, place.master_port)
+    for name, value in zip(TORCH_VARIABLES, values, strict=True):
+        os.environ[name] = str(value)
+    os.environ.setdefault("LOCAL_WORLD_SIZE", str(place.local_world_size))
+    if place.world_size == place.local_world_size and any(name == "lo" for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name that does not resolve must not stop a one-node run
+
+
+def skip_shared_memory_build() -> None:
+    """Keeps DeepSpeed from compiling its shared-memory collective on CPU.
+
+    It serves tensor-parallel inference only, takes 30 to 80 s of compilation at the first start, needs a compiler, and a build that
+    was killed leaves a lock on which every later start hangs.
+    """
+    import deepspeed
+
+    builder = deepspeed.accelerator.get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is not None:
+        deepspeed.ops.__compatible_ops__[builder.NAME] = False
+
+
+def leave_process_group() -> None:
+    """Ends torch.distributed, so that a process can exit without a warning."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def guard_bf16() -> str | None:
+    """Makes bf16 matrix products safe on a CPU that advertises AMX but traps on it; returns what was done, to be told, or None.
+
+    Some virtual machines do: oneDNN then picks an AMX kernel and the process dies of SIGILL. One product in a child process tells.
+    Must run before the first bf16 product of this process, because oneDNN reads its variable once.
+    """
+    if "ONEDNN_MAX_CPU_ISA" in os.environ or not _cpu_has("amx_bf16"):
+        return None
+    probe = "import torch; a = torch.ones(64, 64, dtype=torch.bfloat16); torch.nn.functional.linear(a, a)"
+    died = subprocess.run([sys.executable, "-c", probe], capture_output=True, check=False).returncode
+    if died != -signal.SIGILL:
+        return None
+    os.environ["ONEDNN_MAX_CPU_ISA"] = SAFE_ISA
+    return f"bf16 products trap on this CPU (SIGILL in an AMX kernel); going on with ONEDNN_MAX_CPU_ISA={SAFE_ISA}"
+
+
+def _cpu_has(flag: str) -> bool:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return any(line.startswith("flags") and f" {flag} " in f"{line.strip()} " for line in file)
+    except OSError:
+        return False
+
+
+def spawn(arguments: Sequence[str], num_processes: int) -> int:
+    """Runs ``python -m relora_ds.cli ARGUMENTS`` in ``num_processes`` processes on this machine; returns the job's exit code.
+
+    SIGTERM and SIGINT are passed on, so that the run can write its checkpoint. When one process fails, the others are stopped.
+    """
+    port, cores = free_port(), os.cpu_count() or 1
+    processes = []
+    for rank in range(num_processes):
+        environment = dict(os.environ)
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
+        environment.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
+        # Own session: a Ctrl-C of the terminal reaches this launcher alone, which passes it on once.
+        command = [sys.executable, "-m", "relora_ds.cli", *arguments]
+        processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
+
+    def pass_on(number: int, _frame: Any) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
+
+    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return _wait(processes)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+
+
+def _wait(processes: list[subprocess.Popen]) -> int:
+    """Waits for all; the first failure decides the exit code and stops the rest after a grace time."""
+    failed, deadline = 0, 0.0
+    while any(process.poll() is None for process in processes):
+        if not failed:
+            failed = next((process.returncode for process in processes if process.returncode), 0)
+            deadline = time.monotonic() + GRACE_S
+            if failed and failed not in _ORDERLY:
+                for process in processes:
+                    if process.poll() is None:
+                        process.terminate()
+        elif time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    codes = [process.returncode for process in processes if process.returncode]
+    code = failed or next(iter(codes), 0)
+    return code if code >= 0 else 1
+
+
+_ORDERLY = (2, 75)
+"""Exit codes with which all ranks end together; the others need no push."""

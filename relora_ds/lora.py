@@ -1,0 +1,217 @@
+"""LoRA factors on linear layers: y = x Wᵀ + b + s·(x Aᵀ) Bᵀ with W frozen, A (r × in), B (out × r), s = alpha / r.
+
+Hu et al., arXiv 2106.09685; restarted as in Lialin et al., arXiv 2307.05695. Nothing here knows of ranks or optimizers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from relora_ds.errors import ConfigError, nearest
+
+ALL_LINEAR = "all-linear"
+LORA_GROUP = "lora"
+DENSE_GROUP = "dense"
+NO_DECAY_GROUP = "no_decay"
+
+
+class ReLoRALinear(nn.Module):
+    """A linear layer whose weight is frozen and corrected by trainable low-rank factors.
+
+    Wraps ``nn.Linear`` (weight (out, in)) and transformers' ``Conv1D`` (weight (in, out), as GPT-2 has it). The frozen weight and
+    the bias keep their names, so a state dict differs from the original's only by ``lora_A`` and ``lora_B``. The bias stays
+    trainable. Until :meth:`reset` is called the factors are undefined.
+
+    Attributes:
+        lora_A: (rank, in). lora_B: (out, rank). scaling: alpha / rank.
+        weight_transposed: the weight is stored (in, out).
+    """
+
+    def __init__(self, base: nn.Linear | Conv1D, rank: int, alpha: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.weight_transposed = isinstance(base, Conv1D)
+        rows, columns = base.weight.shape
+        self.out_features, self.in_features = (columns, rows) if self.weight_transposed else (rows, columns)
+        self.weight = base.weight
+        self.weight.requires_grad_(False)
+        self.bias = base.bias
+        self.rank = rank
+        self.scaling = alpha / rank
+        self.dropout = nn.Dropout(dropout)
+        like = {"dtype": base.weight.dtype, "device": base.weight.device}
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **like))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, **like))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in) -> (..., out)."""
+        weight = self.weight.t() if self.weight_transposed else self.weight
+        low_rank = F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B)
+        return F.linear(x, weight, self.bias) + self.scaling * low_rank
+
+    def delta(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        """s·B·A in fp32 and in the layout of the stored weight, from fp32 factors (rank, in) and (out, rank)."""
+        product = self.scaling * (lora_B.to(torch.float32) @ lora_A.to(torch.float32))
+        return product.t() if self.weight_transposed else product
+
+    @torch.no_grad()
+    def reset(self, name: str, seed: int, restart: int) -> None:
+        """Fresh factors for the start of a LoRA phase (``restart`` 0): A from :func:`initial_A`, B = 0."""
+        self.lora_A.copy_(initial_A(self.rank, self.in_features, name=name, seed=seed, restart=restart))
+        self.lora_B.zero_()
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, rank={self.rank}, scaling={self.scaling:g}"
+
+
+def initial_A(rank: int, in_features: int, *, name: str, seed: int, restart: int) -> Tensor:
+    """Kaiming-uniform A (a = sqrt 5, so uniform in ±1/sqrt(in)): (rank, in) float32 on the CPU.
+
+    A function of (seed, restart, layer name) alone, so all ranks, at any world size and after any resume, draw the same bits.
+    """
+    digest = hashlib.sha256(f"{seed}/{restart}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    bound = 1.0 / math.sqrt(in_features)
+    return torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
+
+
+def find_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Linear | Conv1D]:
+    """The linear layers that ``targets`` names, by their first name in ``model``.
+
+    ``"all-linear"`` is every linear layer but the output head. A list names layers by dotted parts of their path: ``q_proj``,
+    ``mlp``, ``layers.0.self_attn.k_proj``.
+
+    Raises:
+        ConfigError: a target matches no layer, or a layer cannot be merged into because it shares its weight with another module.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    if targets == ALL_LINEAR:
+        chosen = {name: module for name, module in linears.items() if module is not head}
+        if not chosen:
+            raise ConfigError("relora.targets", targets, "the model has no linear layer besides its output head")
+    else:
+        names = [targets] if isinstance(targets, str) else list(targets)
+        chosen = {}
+        for target in names:
+            matched = {name: module for name, module in linears.items() if f".{target}." in f".{name}."}
+            if not matched:
+                parts = {part for name in linears for part in name.split(".") if not part.isdigit()}
+                raise ConfigError("relora.targets", target, "matches no linear layer of the model", nearest(target, parts))
+            chosen.update(matched)
+    _refuse_shared_weights(model, chosen)
+    return chosen
+
+
+def _refuse_shared_weights(model: nn.Module, chosen: dict[str, nn.Linear | Conv1D]) -> None:
+    """Two modules with one weight cannot both be corrected and merged: a merge of one would change the other."""
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owner = owners.setdefault(id(weight), name)
+            if owner != name and (owner in chosen or name in chosen):
+                target, other = (owner, name) if owner in chosen else (name, owner)
+                raise ConfigError(
+                    "relora.targets", target, f"shares its weight with {other!r} and cannot be merged into", "leave it out"
+                )
+
+
+def check_rank(layers: dict[str, nn.Linear | Conv1D], rank: int) -> None:
+    """Raises ConfigError when ``rank`` exceeds the smaller side of a layer: the factors would be larger than the layer needs."""
+    for name, module in layers.items():
+        limit = min(module.weight.shape)
+        if rank > limit:
+            raise ConfigError(
+                "relora.rank", rank, f"larger than layer {name!r} of {tuple(module.weight.shape)}", f"use at most {limit}"
+            )
+
+
+def wrap(
+    model: nn.Module, *, rank: int, alpha: float, dropout: float = 0.0, targets: str | Sequence[str] = ALL_LINEAR, seed: int = 0
+) -> nn.Module:
+    """Replaces the target layers of ``model`` in place by :class:`ReLoRALinear`, freezes their weights and initialises the factors.
+
+    A module that is registered in several places is wrapped once. Everything that is not a target stays trainable as it is.
+    """
+    chosen = find_targets(model, targets)
+    check_rank(chosen, rank)
+    wrapped = {id(module): ReLoRALinear(module, rank, alpha, dropout) for module in chosen.values()}
+    for parent in list(model.modules()):
+        for attribute, child in list(parent._modules.items()):
+            if id(child) in wrapped:
+                parent._modules[attribute] = wrapped[id(child)]
+    for name, layer in relora_layers(model):
+        layer.reset(name, seed, restart=0)
+        layer.train(model.training)
+    return model
+
+
+def relora_layers(model: nn.Module) -> Iterator[tuple[str, ReLoRALinear]]:
+    """The wrapped layers with their names, in model order (the same on all ranks), each once."""
+    for name, module in model.named_modules():
+        if isinstance(module, ReLoRALinear):
+            yield name, module
+
+
+@torch.no_grad()
+def unwrap(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Turns the wrapped layers back into ordinary ones, in place, with W + s·B·A as their weights.
+
+    Args:
+        model: wrapped or not.
+        dtype: of the whole result; None to keep each parameter's. The sum is formed in fp32 and rounded once.
+    """
+    merged = {}
+    for _, layer in relora_layers(model):
+        plain = (Conv1D if layer.weight_transposed else _bare_linear)(layer.out_features, layer.in_features)
+        weight = layer.weight.to(torch.float32) + layer.delta(layer.lora_A, layer.lora_B)
+        plain.weight = nn.Parameter(weight.to(dtype or layer.weight.dtype))
+        plain.bias = layer.bias
+        merged[id(layer)] = plain
+    for parent in list(model.modules()):
+        for attribute, child in list(parent._modules.items()):
+            if id(child) in merged:
+                parent._modules[attribute] = merged[id(child)]
+    return model if dtype is None else model.to(dtype)
+
+
+def _bare_linear(out_features: int, in_features: int) -> nn.Linear:
+    return nn.Linear(in_features, out_features, bias=False, device="meta")
+
+
+def param_groups(
+    model: nn.Module, *, weight_decay: float | None = None, lr: float | None = None, lora_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """Optimizer groups: matrices; vectors (norms, biases), which are not decayed; the LoRA factors, apart.
+
+    The factors have a group of their own because ZeRO keeps one flat shard and one Adam step count per group: so a restart can
+    restart their bias correction alone. Every parameter appears once, however often it is tied.
+
+    Args:
+        model: wrapped or not.
+        weight_decay: of the first and the third group.
+        lr, lora_lr: learning rates; ``lora_lr`` None: as ``lr``. What is None is left to the optimizer's default.
+    """
+    factors = {id(p) for _, layer in relora_layers(model) for p in (layer.lora_A, layer.lora_B)}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"name": DENSE_GROUP, "params": [p for p in trainable if id(p) not in factors and p.dim() > 1]},
+        {"name": NO_DECAY_GROUP, "params": [p for p in trainable if id(p) not in factors and p.dim() <= 1]},
+        {"name": LORA_GROUP, "params": [p for p in trainable if id(p) in factors]},
+    ]
+    for group in groups:
+        decay = 0.0 if group["name"] == NO_DECAY_GROUP else weight_decay
+        if decay is not None:
+            group["weight_decay"] = decay
+        rate = lora_lr if group["name"] == LORA_GROUP and lora_lr is not None else lr
+        if rate is not None:
+            group["lr"] = rate
+    return [group for group in groups if group["params"]]

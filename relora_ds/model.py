@@ -1,0 +1,165 @@
+"""The models: the paper's LLaMA sizes, any Hugging Face causal language model, or an earlier run."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
+
+from relora_ds.config import Model
+from relora_ds.errors import ConfigError, nearest
+from relora_ds.run_folder import RunFolder
+
+PRESETS: dict[str, tuple[int, int, int, int, int]] = {
+    # hidden, MLP, heads, layers, positions: the table of Lialin et al., arXiv 2307.05695
+    "llama_60m": (512, 1376, 8, 8, 1024),
+    "llama_130m": (768, 2048, 12, 12, 1024),
+    "llama_250m": (768, 2560, 16, 24, 1024),
+    "llama_350m": (1024, 2736, 16, 24, 1024),
+    "llama_1b": (2048, 5461, 32, 24, 2048),
+    "llama_3b": (2560, 6848, 32, 32, 2048),
+    "llama_7b": (4096, 11008, 32, 32, 2048),
+}
+"""Vocabulary apart, which is the tokenizer's (32,100 in the paper: T5's)."""
+
+
+def preset_config(name: str, vocab_size: int) -> LlamaConfig:
+    """The paper's LLaMA of that size: RMSNorm before each block, SwiGLU, rotary positions, head and embedding not tied."""
+    if name not in PRESETS:
+        raise ConfigError("model.preset", name, "unknown preset", nearest(name, PRESETS))
+    hidden, mlp, heads, layers, positions = PRESETS[name]
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_attention_heads=heads,
+        num_hidden_layers=layers,
+        max_position_embeddings=positions,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+
+
+def hf_config(settings: Model, vocab_size: int) -> PretrainedConfig:
+    """The Hugging Face configuration that ``settings`` stands for.
+
+    Args:
+        settings: the recipe's ``model`` section.
+        vocab_size: of the token folder; taken where the settings do not name one.
+
+    Raises:
+        ConfigError: unknown preset or model type, or a configuration that cannot be read.
+    """
+    if settings.preset is not None:
+        return preset_config(settings.preset, vocab_size)
+    if isinstance(settings.config, dict):
+        return _inline_config(settings.config, vocab_size)
+    key, source = ("model.path", settings.path) if settings.path is not None else ("model.config", settings.config)
+    assert source is not None, "validated"
+    run = RunFolder(Path(source))
+    return read_hf_config(run.model if run.exists() else source, key)
+
+
+def read_hf_config(source: str | Path, key: str) -> PretrainedConfig:
+    """A configuration from a folder, a file or the hub; ``key`` is the setting that named it, for the error."""
+    try:
+        return AutoConfig.from_pretrained(str(source))
+    except (OSError, ValueError) as error:
+        raise ConfigError(key, str(source), f"cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def _inline_config(content: dict[str, Any], vocab_size: int) -> PretrainedConfig:
+    fields = dict(content)
+    model_type = fields.pop("model_type", None)
+    if model_type is None:
+        raise ConfigError("model.config.model_type", None, "is required", "name an architecture, such as llama, gpt2, gpt_neox")
+    fields.setdefault("vocab_size", vocab_size)
+    config = AutoConfig.for_model(model_type, **fields)
+    unknown = [
+        name for name in fields if name not in AutoConfig.for_model(model_type).to_dict() and name not in config.attribute_map
+    ]
+    if unknown:
+        known = AutoConfig.for_model(model_type).to_dict()
+        raise ConfigError(f"model.config.{unknown[0]}", fields[unknown[0]], "unknown key", nearest(unknown[0], known))
+    return config
+
+
+def attention_implementation(choice: str, *, dtype: torch.dtype, device: torch.device) -> str:
+    """What ``model.attention`` means here.
+
+    Raises:
+        ConfigError: flash-attention 2 was asked for by name where it cannot run.
+    """
+    flash_runs = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and is_flash_attn_2_available()
+    if choice == "auto":
+        return "flash_attention_2" if flash_runs else "sdpa"
+    if choice == "flash_attention_2" and not flash_runs:
+        raise ConfigError(
+            "model.attention",
+            choice,
+            "needs CUDA, bf16 or fp16, and the flash-attn package",
+            "install relora_ds[flash] or use auto",
+        )
+    return choice
+
+
+def build(
+    config: PretrainedConfig,
+    *,
+    attention: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+    weights: str | None = None,
+) -> PreTrainedModel:
+    """The model in ``dtype`` on ``device``, with the weights of a Hugging Face folder or hub name, or random ones.
+
+    Random weights are drawn in fp32 on the CPU and then rounded, so they do not depend on the device.
+
+    Args:
+        config: the architecture.
+        attention: as in the recipe's ``model.attention``.
+        dtype, device: of the result.
+        seed: of random weights.
+        weights: where pre-trained weights come from; None for random ones.
+    """
+    implementation = attention_implementation(attention, dtype=dtype, device=device)
+    config.use_cache = False  # a training run never generates, and gradient checkpointing warns about it
+    torch.manual_seed(seed)
+    try:
+        if weights is not None:
+            model = AutoModelForCausalLM.from_pretrained(
+                weights, config=config, attn_implementation=implementation, dtype=torch.float32
+            )
+        else:
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ConfigError("model", weights or config.model_type, f"cannot be built: {str(error).splitlines()[0]}") from None
+    return model.to(device=device, dtype=dtype)
+
+
+def build_meta(config: PretrainedConfig) -> PreTrainedModel:
+    """The model without weights, to check a recipe against: shapes and names only, in milliseconds."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return AutoModelForCausalLM.from_config(config)
+
+
+def describe(config: PretrainedConfig) -> str:
+    """One line for people, e.g. ``llama: hidden 128, 4 layers, 4 heads, vocabulary 1,024``."""
+    content = json.loads(config.to_json_string(use_diff=False))
+    parts = [
+        ("hidden", "hidden_size"),
+        ("layers", "num_hidden_layers"),
+        ("heads", "num_attention_heads"),
+        ("vocabulary", "vocab_size"),
+    ]
+    return f"{config.model_type}: " + ", ".join(f"{label} {getattr(config, key, content.get(key))}" for label, key in parts)

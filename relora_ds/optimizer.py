@@ -1,0 +1,256 @@
+"""ReLoRAOptimizer: a ZeRO optimizer that restarts its LoRA factors.
+
+A restart, after every ``restart_every``-th update and on all ranks at once, is merge -> reinitialise -> prune -> verify:
+
+1. W <- W + s·B·A through fp32, from the fp32 masters of A and B;
+2. A <- Kaiming from (seed, restart, layer name), B <- 0, in the masters and in the module's copies: the function does not change;
+3. the moments of A and B are pruned, exactly, wherever their shards lie;
+4. checksums of W, A and B agree over all ranks, or the run stops with the name of the layer.
+
+The re-warmup multiplies whatever learning rates the optimizer has, so it works under any scheduler.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from relora_ds import pruning
+from relora_ds.config import ReLoRA
+from relora_ds.errors import RestartError
+from relora_ds.frozen import MergeStats, checksum, merge_into
+from relora_ds.lora import initial_A, relora_layers
+from relora_ds.schedule import is_restart, rewarmup_factor
+from relora_ds.traffic import CountedGroup
+from relora_ds.zero import ZeroProxy, ZeroState
+
+STATE_KEY = "relora_ds"
+
+
+@dataclass(frozen=True)
+class RestartRecord:
+    """What one restart did: a line of restarts.jsonl.
+
+    Attributes:
+        restart: 1-based.
+        pruned_fraction: share of the entries of A's and B's moments that were set to zero.
+        merged_change: norm of all merged changes over the norm of the weights they went into.
+        merge_error: share of the merged change that rounding to the stored dtype lost (norms).
+        seconds: wall time on this rank.
+        bytes: payload of this restart's collectives on this rank.
+        weights_checksum: of all wrapped layers' weights, the same on all ranks.
+    """
+
+    restart: int
+    pruned_fraction: float
+    merged_change: float
+    merge_error: float
+    seconds: float
+    bytes: int
+    weights_checksum: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class ReLoRAOptimizer(ZeroProxy):
+    """Wraps DeepSpeed's ZeRO optimizer; put in ``engine.optimizer`` by :func:`relora_ds.initialize`.
+
+    Args:
+        zero: DeepSpeedZeroOptimizer of stage 1 or 2.
+        model: holds the :class:`~relora_ds.lora.ReLoRALinear` layers.
+        settings: the recipe's ``relora`` section.
+        seed: of the reinitialisations and of random pruning.
+        rewarm: whether the learning rate re-warms after a restart (the jagged schedule).
+
+    Attributes:
+        updates: calls of :meth:`step` so far, those whose update was skipped for a non-finite gradient included.
+        restarts: restarts so far.
+        last_restart: the record of the newest one in this process, or None.
+        last_lrs: the learning rates that the newest update really used, by group name.
+    """
+
+    OWN = ZeroProxy.OWN | {
+        "model", "settings", "seed", "rewarm", "comm", "masters", "updates", "restarts", "last_restart", "last_lrs",
+    }  # fmt: skip
+
+    def __init__(self, zero: Any, model: nn.Module, settings: ReLoRA, *, seed: int = 0, rewarm: bool = True) -> None:
+        super().__init__(zero)
+        self.model = model
+        self.settings = settings
+        self.seed = seed
+        self.rewarm = rewarm
+        self.comm = CountedGroup(zero.dp_process_group, next(model.parameters()).device)
+        factors = {}
+        for name, layer in relora_layers(model):
+            factors[f"{name}.lora_A"] = layer.lora_A
+            factors[f"{name}.lora_B"] = layer.lora_B
+        self.masters = ZeroState(zero, factors, self.comm)
+        self.updates = 0
+        self.restarts = 0
+        self.last_restart: RestartRecord | None = None
+        self.last_lrs: dict[str, float] = {}
+
+    def step(self, closure: None = None) -> None:
+        """One update, at the learning rates of the groups times the re-warmup, and the restart that is due after it."""
+        if closure is not None:
+            raise ValueError("ZeRO optimizers take no closure")
+        with self._rewarmed_lrs():
+            self.zero.step()
+        self.updates += 1
+        if is_restart(self.updates, self.settings.restart_every or 0):
+            self.restart()
+
+    @contextmanager
+    def _rewarmed_lrs(self) -> Iterator[None]:
+        """Scales the groups' learning rates for one update and puts them back, so that chained schedulers see their own values."""
+        every, ramp = self.settings.restart_every or 0, self.settings.restart_warmup
+        factor = rewarmup_factor(self.updates + 1, every, ramp) if self.rewarm else 1.0
+        groups = self.zero.param_groups
+        lrs = [group["lr"] for group in groups]
+        for group, lr in zip(groups, lrs, strict=True):
+            group["lr"] = lr * factor
+        self.last_lrs = {str(group.get("name", i)): float(group["lr"]) for i, group in enumerate(groups)}
+        try:
+            yield
+        finally:
+            for group, lr in zip(groups, lrs, strict=True):
+                group["lr"] = lr
+
+    @torch.no_grad()
+    def restart(self) -> RestartRecord:
+        """Merge, reinitialise, prune, verify; called by :meth:`step` when the schedule says so, on all ranks alike.
+
+        Raises:
+            RestartError: the ranks disagree afterwards; names the first layer and the ranks that differ.
+        """
+        started, bytes_before = time.perf_counter(), self.comm.payload_bytes["restart"]
+        self.restarts += 1
+        stats = self._merge_and_reinitialise()
+        pruned = self._prune()
+        if self.settings.reset.restart_bias_correction:
+            self.masters.restart_bias_correction()
+        digest = self.verify()
+        self.last_restart = RestartRecord(
+            restart=self.restarts,
+            pruned_fraction=pruned,
+            merged_change=stats.relative_change,
+            merge_error=stats.merge_error,
+            seconds=time.perf_counter() - started,
+            bytes=self.comm.payload_bytes["restart"] - bytes_before,
+            weights_checksum=digest,
+        )
+        return self.last_restart
+
+    def _merge_and_reinitialise(self) -> MergeStats:
+        """Layer by layer, so that no more than one layer's change exists in fp32 at a time."""
+        total: MergeStats | None = None
+        for name, layer in relora_layers(self.model):
+            a, b = self.masters.gather(f"{name}.lora_A"), self.masters.gather(f"{name}.lora_B")
+            stats = merge_into(layer.weight, layer.delta(a, b))
+            total = stats if total is None else total + stats
+            fresh = initial_A(layer.rank, layer.in_features, name=name, seed=self.seed, restart=self.restarts)
+            self.masters.write(f"{name}.lora_A", fresh.to(a.device))
+            self.masters.write(f"{name}.lora_B", torch.zeros_like(b))
+        assert total is not None, "a wrapped model has at least one layer"
+        return total
+
+    def _prune(self) -> float:
+        """Zeroes the chosen entries of the factors' moments; returns the share of all entries that was zeroed."""
+        reset, keys = self.settings.reset, self.masters.moment_keys()
+        if reset.kind == "none" or not keys:
+            return 0.0
+        if reset.kind == "full":
+            for key in keys:
+                for name in self.masters.params:
+                    if (fragment := self.masters.fragment(name, key)) is not None:
+                        fragment.zero_()
+            return 1.0
+        shared = self._keep_masks(keys[0]) if reset.mask == "joint" else None
+        kept = torch.zeros((), dtype=torch.int64, device=self.comm.device)
+        for key in keys:
+            for name, mask in (shared if shared is not None else self._keep_masks(key)).items():
+                fragment = self.masters.fragment(name, key)
+                assert fragment is not None, "masks exist only for fragments"
+                fragment.masked_fill_(~mask, 0.0)
+                kept += mask.sum().to(kept.device)
+        self.comm.all_reduce(kept, "restart")
+        return 1.0 - int(kept) / (len(keys) * sum(p.numel() for p in self.masters.params.values()))
+
+    def _keep_masks(self, key: str) -> dict[str, Tensor]:
+        """Which entries of this rank's fragments survive, chosen over all ranks: {parameter: (n,) bool}."""
+        names, reset = list(self.masters.params), self.settings.reset
+        fragments = []
+        for index, name in enumerate(names):
+            values = self.masters.fragment(name, key)
+            if values is None:
+                continue
+            own = self.masters.own_slice(name)
+            if reset.kind == "magnitude":
+                keys = pruning.magnitude_keys(values)
+            else:
+                everything = pruning.random_keys(self.masters.params[name].numel(), self._random_seed(name, key))
+                keys = everything[own.start : own.start + own.numel].to(values.device)
+            fragments.append(pruning.KeyFragment(index, own.start, keys))
+        masks = pruning.select_largest(
+            fragments,
+            [p.numel() for p in self.masters.params.values()],
+            reset.ratio,
+            lambda counts: self.comm.all_reduce(counts, "restart"),
+            rank=self.comm.rank,
+            world_size=self.comm.world_size,
+            across_tensors=reset.scope == "global",
+            device=self.comm.device,
+        )
+        return {names[fragment.tensor]: mask for fragment, mask in zip(fragments, masks, strict=True)}
+
+    def _random_seed(self, name: str, key: str) -> int:
+        digest = hashlib.sha256(f"{self.seed}/{self.restarts}/{name}/{key}".encode()).digest()
+        return int.from_bytes(digest[:8], "little") >> 1
+
+    def verify(self) -> str:
+        """Compares the bits of every wrapped layer's W, A and B over the ranks; returns a checksum of all W.
+
+        Raises:
+            RestartError: names the first tensor that differs and the ranks that disagree with rank 0.
+        """
+        tensors = {
+            f"{name}.{part}": getattr(layer, part)
+            for name, layer in relora_layers(self.model)
+            for part in ("weight", "lora_A", "lora_B")
+        }
+        sums = torch.stack([checksum(tensor.data) for tensor in tensors.values()])
+        lowest = self.comm.all_reduce(sums.clone(), "restart", dist.ReduceOp.MIN)
+        highest = self.comm.all_reduce(sums.clone(), "restart", dist.ReduceOp.MAX)
+        differing = (lowest != highest).nonzero().flatten().tolist()
+        if differing:
+            by_rank = torch.zeros(self.comm.world_size, dtype=torch.int64, device=sums.device)
+            by_rank[self.comm.rank] = sums[differing[0]]
+            values = self.comm.all_reduce(by_rank, "restart").tolist()
+            ranks = [rank for rank, value in enumerate(values) if value != values[0]]
+            raise RestartError(
+                f"after restart {self.restarts} the ranks hold different weights: {list(tensors)[differing[0]]} differs on "
+                f"rank(s) {', '.join(map(str, ranks))} from rank 0 ({len(differing)} tensor(s) differ in all)"
+            )
+        weights = [value for name, value in zip(tensors, sums.tolist(), strict=True) if name.endswith(".weight")]
+        return hashlib.sha256(repr(weights).encode()).hexdigest()[:16]
+
+    def state_dict(self) -> dict[str, Any]:
+        """ZeRO's state of this rank, plus how far the restarts have come; saved by ``engine.save_checkpoint``."""
+        own = {"updates": self.updates, "restarts": self.restarts}
+        return {**self.zero.state_dict(), STATE_KEY: own}
+
+    def load_state_dict(self, state_dict_list: list[dict[str, Any]], *args: Any, **kwargs: Any) -> None:
+        """The counterpart of :meth:`state_dict`; called by ``engine.load_checkpoint`` with the list of all ranks' states."""
+        self.zero.load_state_dict(state_dict_list, *args, **kwargs)
+        own = state_dict_list[self.comm.rank].get(STATE_KEY) if state_dict_list else None
+        if own is not None:
+            self.updates, self.restarts = own["updates"], own["restarts"]

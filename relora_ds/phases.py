@@ -1,0 +1,133 @@
+"""The two phases of a run and the change between them: full-rank training, then LoRA factors on frozen weights. One engine each."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from relora_ds import ds_config, lora
+from relora_ds import model as models
+from relora_ds.checks import Checked
+from relora_ds.config import Config
+from relora_ds.engine import initialize
+from relora_ds.export import load_merged
+from relora_ds.run_folder import RunFolder
+from relora_ds.traffic import CountedGroup
+from relora_ds.zero import ZeroState
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What a parameter takes along into the LoRA phase: its fp32 master, its moments by name, Adam's step count; on the CPU."""
+
+    master: Tensor
+    moments: dict[str, Tensor]
+    step: int
+
+
+def initial_model(checked: Checked, device: torch.device) -> nn.Module:
+    """The model at update 0: random weights, a Hugging Face model's, or the merged weights of an earlier run."""
+    config = checked.config
+    dtype = ds_config.DTYPES[ds_config.precision(checked.deepspeed)]
+    start = config.model.path
+    if start is not None and RunFolder(Path(start)).exists():
+        model = load_merged(Path(start), dtype=dtype, device=device, attention=config.model.attention).train()
+    else:
+        model = models.build(
+            checked.architecture,
+            attention=config.model.attention,
+            dtype=dtype,
+            device=device,
+            seed=config.run.seed,
+            weights=start,
+        ).train()
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def full_engine(model: nn.Module, checked: Checked) -> Any:
+    """A plain DeepSpeed engine that trains every parameter."""
+    groups = _groups(model, checked.config)
+    engine, *_ = initialize(model=model, optimizer=_adamw(checked.config), model_parameters=groups, config=checked.deepspeed)
+    return engine
+
+
+def lora_engine(model: nn.Module, checked: Checked) -> Any:
+    """An engine that trains the factors, embeddings, norms and head, and restarts the factors inside ``step()``."""
+    config = checked.config
+    settings = config.lora_settings.model_copy(update={"warm_start": 0})
+    lora.wrap(
+        model, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout, targets=settings.targets, seed=config.run.seed
+    )
+    engine, *_ = initialize(
+        model=model,
+        optimizer=_adamw(config),
+        model_parameters=_groups(model, config),
+        config=checked.deepspeed,
+        relora=settings,
+        seed=config.run.seed,
+        rewarm=config.optimizer.schedule == "jagged",
+    )
+    return engine
+
+
+def change_phase(engine: Any, checked: Checked, device: torch.device) -> Any:
+    """Ends the full-rank phase and begins the LoRA phase with its weights; returns the new engine.
+
+    Embeddings, norms, biases and head go on with their fp32 masters, so no precision is lost; their moments go along when
+    ``relora.keep_moments`` says so, and start from zero otherwise, as in the paper.
+    """
+    settings = checked.config.relora
+    targets = {f"{name}.weight" for name in lora.find_targets(engine.module, settings.targets)}
+    carried = _take_along(engine, targets, device, moments=settings.keep_moments)
+    model = engine.module
+    engine.destroy()
+    del engine
+    for param in model.parameters():  # their storage is the old engine's flat buffer, which must not outlive it
+        param.data = param.data.clone()
+        param.grad = None
+    gc.collect()
+    engine = lora_engine(model, checked)
+    _hand_over(engine, carried, device)
+    return engine
+
+
+@torch.no_grad()
+def _take_along(engine: Any, left_behind: set[str], device: torch.device, *, moments: bool) -> dict[str, Carried]:
+    params = {name: p for name, p in engine.module.named_parameters() if name not in left_behind}
+    state = ZeroState(engine.optimizer, params, CountedGroup(engine.optimizer.dp_process_group, device))
+    keys = state.moment_keys() if moments else []
+    return {
+        name: Carried(state.gather(name).cpu(), {key: state.gather(name, key).cpu() for key in keys}, state.step_count(name))
+        for name in params
+    }
+
+
+@torch.no_grad()
+def _hand_over(engine: Any, carried: dict[str, Carried], device: torch.device) -> None:
+    params = {name: p for name, p in engine.module.named_parameters() if name in carried}
+    state = ZeroState(engine.optimizer.zero, params, CountedGroup(engine.optimizer.dp_process_group, device))
+    for name, values in carried.items():
+        if values.moments:
+            state.start_adam_state(name, values.step)
+        for key, moment in values.moments.items():
+            state.write_fragment(name, key, moment.to(device))
+        state.write(name, values.master.to(device))
+
+
+def _groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
+    settings = config.optimizer
+    return lora.param_groups(model, weight_decay=settings.weight_decay, lr=settings.lr, lora_lr=settings.lora_lr)
+
+
+def _adamw(config: Config) -> Any:
+    """Makes torch's fused AdamW of the groups that DeepSpeed is given."""
+    settings = config.optimizer
+    beta1, beta2 = settings.betas
+    return lambda groups: torch.optim.AdamW(groups, lr=settings.lr, betas=(beta1, beta2), eps=settings.eps, fused=True)

@@ -1,0 +1,397 @@
+"""Text -> tokens on disk: what ``relora prepare`` does.
+
+The output folder holds ``train.bin`` and ``validation.bin`` (token ids, little-endian, nothing else), ``tokenizer.json`` with the
+configuration that ``AutoTokenizer.from_pretrained`` wants beside it, and ``index.json``, which is written last: a folder with an
+index is complete. Until then ``progress.json`` says how far the work came, and the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from relora_ds.data import DTYPES, INDEX_FILE, INDEX_FORMAT, MASK_64, TRAIN, VALIDATION, file_sha256, mix64
+from relora_ds.errors import ConfigError
+
+PROGRESS_FILE = "progress.json"
+TOKENIZER_FILE = "tokenizer.json"
+TRAINED_EOS = "<|endoftext|>"
+KNOWN_EOS = ("</s>", TRAINED_EOS, "<eos>")  # what ends a document in published tokenizers, for those that do not name theirs
+SMALLEST_BPE = 257  # all bytes, and the token that ends a document
+TRAINING_CHARACTERS, TRAINING_DOCUMENTS = 20_000_000, 100_000
+BATCH_CHARACTERS, BATCH_DOCUMENTS = 4_000_000, 1024
+MAX_HOLDOUT = 0.5
+FORMATS = {"txt": "text", "json": "json", "jsonl": "json", "parquet": "parquet"}  # suffix -> builder of the `datasets` library
+SUPPORTED = re.compile(r"\.(?:(txt|jsonl?)(?:\.gz|\.zst)?|(parquet))$")
+SUPPORTED_TEXT = ".txt, .json and .jsonl (also with .gz or .zst), .parquet"
+
+
+def prepare(
+    source: str,
+    out: Path,
+    *,
+    tokenizer: str | None = None,
+    vocab_size: int = 8192,
+    text_column: str = "text",
+    config_name: str | None = None,
+    split: str = "train",
+    holdout: float = 0.01,
+    max_documents: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Tokenizes ``source`` into the folder ``out``, or goes on with an interrupted preparation there.
+
+    Args:
+        source: a file, a folder (read recursively in sorted order), a glob pattern, or the name of a hub data set.
+        out: the folder to write. Interrupted and repeated, the same call ends with the same bytes as an uninterrupted one.
+        tokenizer: a ``tokenizer.json``, a folder with one, or the name of a hub tokenizer; ``None`` trains a byte-level BPE.
+        vocab_size: entries of the trained BPE (fewer when the text is too small for that many); not used with ``tokenizer``.
+        text_column: the column that holds the documents. Text files have the one column ``text``.
+        config_name: the configuration of a hub data set.
+        split: the split of a hub data set.
+        holdout: the fraction of documents held out for validation; see :func:`held_out`.
+        max_documents: read only that many rows of the source.
+        seed: the seed of the choice of held-out documents.
+        progress: report on stderr.
+
+    Returns:
+        The index, as written to ``index.json``.
+
+    Raises:
+        ConfigError: a setting that cannot be used, a source without documents, or an ``out`` that holds something else.
+    """
+    out, console = Path(out), Console(stderr=True, quiet=not progress)
+    _check_settings(vocab_size if tokenizer is None else None, holdout, max_documents)
+    files = local_files(source, out)
+    given = None if tokenizer is None else load_tokenizer(tokenizer)
+    fingerprint = _fingerprint(
+        source=[source, config_name, split] if files is None else [[str(file.resolve()), file.stat().st_size] for file in files],
+        tokenizer=vocab_size if given is None else hashlib.sha256(given[0].to_str().encode()).hexdigest(),
+        text_column=text_column,
+        holdout=holdout,
+        max_documents=max_documents,
+        seed=seed,
+    )
+    if (index := _read_record(out / INDEX_FILE, fingerprint)) is not None:
+        (out / PROGRESS_FILE).unlink(missing_ok=True)
+        console.print(f"{out} already holds this preparation: nothing to do")
+        return index
+    rows = open_source(source, files, config_name, split, text_column)
+    rows = rows if max_documents is None else rows.take(max_documents)
+    state = _read_record(out / PROGRESS_FILE, fingerprint)
+    if state is None:
+        if given is None:
+            console.print(f"training a byte-level BPE with {vocab_size} entries")
+            given = train_tokenizer(read_texts(rows, text_column, source), vocab_size), TRAINED_EOS
+        state = _start(out, fingerprint, *given)
+    else:
+        console.print(f"going on in {out} after {state['rows']:,} documents")
+    _tokenize(read_texts(rows.skip(state["rows"]), text_column, source), out, state, seed, holdout, console)
+    if not any(counts["documents"] for counts in state["splits"].values()):
+        raise ConfigError("SOURCE", source, "it has no documents")
+    index = {"format": INDEX_FORMAT, "source": source, "text_column": text_column}
+    index |= {"tokenizer": state["tokenizer"], "dtype": state["dtype"], "seed": seed, "holdout": holdout}
+    index |= {"splits": {}, "fingerprint": fingerprint}
+    for name, counts in state["splits"].items():
+        index["splits"][name] = {"file": f"{name}.bin", **counts, "sha256": file_sha256(out / f"{name}.bin")}
+        console.print(f"{name}: {counts['tokens']:,} tokens of {counts['documents']:,} documents")
+    write_json(out / INDEX_FILE, index)
+    (out / PROGRESS_FILE).unlink()
+    return index
+
+
+def _check_settings(trained_vocab_size: int | None, holdout: float, max_documents: int | None) -> None:
+    """Raises ConfigError for numbers that are out of range whatever the source."""
+    if not 0 <= holdout <= MAX_HOLDOUT:
+        raise ConfigError("--holdout", holdout, f"the held-out fraction must lie in [0, {MAX_HOLDOUT}]")
+    if max_documents is not None and max_documents < 1:
+        raise ConfigError("--max-documents", max_documents, "must be at least 1")
+    if trained_vocab_size is not None and trained_vocab_size < SMALLEST_BPE:
+        raise ConfigError("--vocab-size", trained_vocab_size, f"a byte-level BPE has at least {SMALLEST_BPE} entries")
+
+
+def local_files(source: str, out: Path) -> list[Path] | None:
+    """The files that ``source`` names, sorted, without those under ``out``; ``None`` when it is the name of a hub data set.
+
+    Raises:
+        ConfigError: a path or pattern that names no file in a supported format, or files in several formats.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        candidates = [path]
+    elif path.is_dir():
+        candidates = [file for file in path.rglob("*") if file.is_file()]
+    elif glob.has_magic(source):
+        candidates = [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
+    elif _looks_like_a_path(source):
+        raise ConfigError("SOURCE", source, "there is no such file or folder")
+    else:
+        return None
+    candidates = [file for file in candidates if out.resolve() not in file.resolve().parents]
+    files = sorted((file for file in candidates if _builder_of(file)), key=lambda file: file.as_posix())
+    if not files:
+        raise ConfigError("SOURCE", source, "it names no file in a supported format", f"supported: {SUPPORTED_TEXT}")
+    builders = sorted({str(_builder_of(file)) for file in files})
+    if len(builders) > 1:
+        mixed = f"it mixes the formats {' and '.join(builders)}"
+        raise ConfigError("SOURCE", source, mixed, "name the files of one format, e.g. 'folder/**/*.jsonl'")
+    return files
+
+
+def _looks_like_a_path(name: str) -> bool:
+    """Whether a name that is no local file was still meant as one, so that no hub is asked for it."""
+    return name.startswith((".", "/", "~")) or name.endswith("/") or SUPPORTED.search(name) is not None
+
+
+def _builder_of(file: Path) -> str | None:
+    """The ``datasets`` builder for a file name, or ``None`` when the format is not supported."""
+    match = SUPPORTED.search(file.name)
+    return FORMATS[match[1] or match[2]] if match else None
+
+
+def open_source(
+    source: str, files: list[Path] | None, config_name: str | None, split: str, text_column: str
+) -> datasets.IterableDataset:
+    """Streams the text column of the local ``files``, or of the hub data set ``source`` when ``files`` is ``None``.
+
+    Raises:
+        ConfigError: the source cannot be opened, is empty, or lacks the column.
+    """
+    try:
+        rows = _open_files(files) if files else datasets.load_dataset(source, config_name, split=split, streaming=True)
+        columns = rows.column_names or list(next(iter(rows), {}))
+    except StopIteration:  # the JSON builder's way to say that all files are empty
+        columns = []
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError(
+            "SOURCE", source, f"it cannot be read ({error})", "check the name, the files and the network"
+        ) from error
+    if not columns:
+        raise ConfigError("SOURCE", source, "it has no documents")
+    if text_column not in columns:
+        raise ConfigError("--text-column", text_column, f"{source} has no such column", f"its columns: {', '.join(columns)}")
+    return rows.select_columns([text_column])
+
+
+def _open_files(files: list[Path]) -> datasets.IterableDataset:
+    """Streams local files of one format, without network and without a writable home."""
+    builder = _builder_of(files[0])
+    options = {"sample_by": "document"} if builder == "text" else {}
+    patterns = [glob.escape(str(file.resolve())) for file in files]
+    # The library insists on a cache folder for its lock, though streaming local files leaves nothing there.
+    with tempfile.TemporaryDirectory() as cache:
+        return datasets.load_dataset(builder, data_files=patterns, split="train", streaming=True, cache_dir=cache, **options)
+
+
+def read_texts(rows: datasets.IterableDataset, text_column: str, source: str) -> Iterator[str]:
+    """The text of each row, ``""`` where it is null; ConfigError for a row that cannot be decoded or whose text is not text."""
+    iterator = iter(rows)
+    while True:
+        try:
+            text = next(iterator)[text_column]
+        except StopIteration:
+            return
+        except (ValueError, EOFError) as error:
+            raise ConfigError("SOURCE", source, f"damaged or not UTF-8 ({error})", "mend that file or leave it out") from error
+        if text is not None and not isinstance(text, str):
+            raise ConfigError("--text-column", text_column, f"it holds {type(text).__name__} values, not text")
+        yield text or ""
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Trains a byte-level BPE on the head of ``texts``: at most 20 million characters of 100,000 documents.
+
+    Id 0 ends a document. All 256 bytes are in the vocabulary, and nothing is normalised, so decoding gives back any text.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = [TRAINED_EOS]
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(_head(texts, TRAINING_DOCUMENTS, TRAINING_CHARACTERS), trainer)
+    return tokenizer
+
+
+def _head(texts: Iterable[str], documents: int, characters: int) -> Iterator[str]:
+    """The first ``documents`` texts, cut off after ``characters`` characters in all."""
+    for _, text in zip(range(documents), texts, strict=False):
+        yield text[:characters]
+        characters -= len(text)
+        if characters <= 0:
+            return
+
+
+def load_tokenizer(name: str) -> tuple[Tokenizer, str]:
+    """A tokenizer from a file, a folder or the hub, and the token that ends a document in it.
+
+    Raises:
+        ConfigError: on ``--tokenizer``, when there is none under that name or it has no such token.
+    """
+    path = Path(name).expanduser()
+    file = path / TOKENIZER_FILE if path.is_dir() else path
+    if not path.exists() and (_looks_like_a_path(name) or path.suffix == ".json"):
+        raise ConfigError("--tokenizer", name, "there is no such file or folder")
+    try:
+        if file.is_file():
+            tokenizer, named = Tokenizer.from_file(str(file)), _configured_eos(file.with_name("tokenizer_config.json"))
+        else:
+            wrapper = AutoTokenizer.from_pretrained(str(path))
+            tokenizer, named = wrapper.backend_tokenizer, wrapper.eos_token
+    except Exception as error:  # both libraries raise many kinds, `tokenizers` nothing but this one
+        raise ConfigError("--tokenizer", name, f"it cannot be loaded as a fast tokenizer ({error})") from error
+    eos = next((token for token in (named, *KNOWN_EOS) if token and tokenizer.token_to_id(token) is not None), None)
+    if eos is None:
+        raise ConfigError("--tokenizer", name, f"it has no token that ends a document (eos_token, or {', '.join(KNOWN_EOS)})")
+    # What a tokenizer.json says about cutting and filling would silently change documents.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer, eos
+
+
+def _configured_eos(config: Path) -> str | None:
+    """``eos_token`` of a ``tokenizer_config.json``: a string, or an object with ``content``; ``None`` when there is none."""
+    eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else None
+    return eos.get("content") if isinstance(eos, dict) else eos
+
+
+def held_out(numbers: npt.NDArray[np.int64], seed: int, holdout: float) -> npt.NDArray[np.bool_]:
+    """Which documents are held out for validation.
+
+    A document is held out when a 64-bit hash of ``(seed, its number)`` falls below ``holdout``: a pure rule, so it does not
+    depend on how many documents follow. Whatever the hash says, document 0 trains and document 1 is held out: both splits of any
+    source with two documents have something in them. ``holdout=0`` holds out nothing.
+
+    ``numbers``, ``int64 (N,)``, count the documents that are not empty from 0; the answer is ``bool (N,)``.
+    """
+    hashes = mix64(mix64(np.uint64(seed & MASK_64)) ^ numbers.astype(np.uint64))
+    below = hashes < np.uint64(int(holdout * 2**64))
+    return (below | (numbers == 1)) & (numbers != 0) if holdout else below
+
+
+def _start(out: Path, fingerprint: str, tokenizer: Tokenizer, eos: str) -> dict[str, Any]:
+    """Makes the folder with the tokenizer in it, and the record of a preparation that has read nothing yet."""
+    if (out / f"{TRAIN}.bin").exists() or (out / f"{VALIDATION}.bin").exists():
+        raise ConfigError("--out", str(out), "token files are in it, but no record of a preparation", "name another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos).save_pretrained(out)
+    vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps, and a model needs a row for the largest
+    saved = {"file": TOKENIZER_FILE, "sha256": file_sha256(out / TOKENIZER_FILE)}
+    state = {
+        "fingerprint": fingerprint,
+        "tokenizer": saved | {"vocab_size": vocab_size, "eos_id": tokenizer.token_to_id(eos)},
+        "dtype": "uint16" if vocab_size <= 1 << 16 else "uint32",
+        "rows": 0,
+        "splits": {name: {"tokens": 0, "documents": 0} for name in (TRAIN, VALIDATION)},
+    }
+    write_json(out / PROGRESS_FILE, state)
+    return state
+
+
+def _tokenize(texts: Iterable[str], out: Path, state: dict[str, Any], seed: int, holdout: float, console: Console) -> None:
+    """Appends the tokens of ``texts`` to the files in ``out``; after each batch of documents, ``state`` there says so."""
+    if file_sha256(out / TOKENIZER_FILE) != state["tokenizer"]["sha256"]:
+        raise ConfigError("--out", str(out), f"{TOKENIZER_FILE} has changed since the preparation began", "delete the folder")
+    tokenizer = Tokenizer.from_file(str(out / TOKENIZER_FILE))
+    tokenizer.encode_special_tokens = True  # a document that spells out a special token is text: only the joins are the token
+    dtype, eos_id, splits = DTYPES[state["dtype"]], state["tokenizer"]["eos_id"], state["splits"]
+    started, before = time.monotonic(), _total(splits, "tokens")
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with ExitStack() as stack:
+        bar = stack.enter_context(Progress(*columns, console=console, transient=True, disable=not console.is_terminal))
+        task = bar.add_task("reading", total=None)
+        files = {
+            name: stack.enter_context(_reopen(out / f"{name}.bin", splits[name]["tokens"] * dtype.itemsize)) for name in splits
+        }
+        for row_count, batch in _batches(texts):
+            first = _total(splits, "documents")
+            validates = held_out(np.arange(first, first + len(batch)), seed, holdout)
+            encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+            for encoding, validate in zip(encodings, validates, strict=True):
+                name = VALIDATION if validate else TRAIN
+                ids = np.array([*encoding.ids, eos_id], dtype=dtype)
+                files[name].write(ids.tobytes())
+                splits[name]["tokens"] += len(ids)
+                splits[name]["documents"] += 1
+            for file in files.values():
+                file.flush()
+                os.fsync(file.fileno())  # before the record says that these tokens are there
+            state["rows"] += row_count
+            write_json(out / PROGRESS_FILE, state)
+            tokens, seconds = _total(splits, "tokens"), time.monotonic() - started
+            done = f"{state['rows']:,} documents, {tokens:,} tokens, {(tokens - before) / seconds:,.0f} tokens/s"
+            bar.update(task, description=done)
+
+
+def _total(splits: dict[str, dict[str, int]], key: str) -> int:
+    """``tokens`` or ``documents`` over all splits."""
+    return sum(counts[key] for counts in splits.values())
+
+
+def _batches(texts: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    """Rows read, and their texts without the empty ones. Where batches end does not show in the output."""
+    rows, batch, characters = 0, [], 0
+    for text in texts:
+        rows += 1
+        characters += len(text)
+        if text:
+            batch.append(text)
+        if rows == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+            yield rows, batch
+            rows, batch, characters = 0, [], 0
+    if rows:
+        yield rows, batch
+
+
+def _reopen(path: Path, size: int) -> BinaryIO:
+    """Opens a token file for appending after its first ``size`` bytes; what an interrupted batch left after them is cut off."""
+    actual = path.stat().st_size if path.exists() else 0
+    if actual < size:
+        raise ConfigError("--out", str(path.parent), f"{path.name} lost its end ({actual} of {size} bytes)", "delete the folder")
+    file = open(path, "ab")  # noqa: SIM115 - the caller closes it
+    file.truncate(size)
+    return file
+
+
+def _fingerprint(**settings: Any) -> str:
+    """SHA-256 of all that decides the output, as hexadecimal digits."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _read_record(path: Path, fingerprint: str) -> dict[str, Any] | None:
+    """The index or the progress at ``path``, ``None`` when there is none; ConfigError when it is of another preparation."""
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(record, dict) or record.get("fingerprint") != fingerprint:
+        problem = f"it holds another preparation ({path.name} is of another source, tokenizer or setting)"
+        raise ConfigError("--out", str(path.parent), problem, "delete that folder or name another one")
+    return record
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Replaces ``path`` atomically: a reader sees the old contents or the new ones, also after a power cut."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,88 @@
+"""What lies in a run's folder, and the two line-by-line logs in it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from relora_ds.config import Config, parse, read_yaml
+from relora_ds.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run: config.yaml, deepspeed.json, model/ (Hugging Face configuration and tokenizer), metrics.jsonl,
+    restarts.jsonl, checkpoints/, plots/, report.md."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def deepspeed(self) -> Path:
+        return self.path / "deepspeed.json"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def restarts(self) -> Path:
+        return self.path / "restarts.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def wandb_id(self) -> Path:
+        return self.path / "wandb_id"
+
+    def exists(self) -> bool:
+        """Whether this folder holds a run, rather than, say, a Hugging Face model."""
+        return self.config.is_file() and self.checkpoints.is_dir()
+
+    def read_config(self) -> Config:
+        """The configuration that the run was started with."""
+        if not self.config.is_file():
+            raise ConfigError("RUN_DIR", str(self.path), "holds no config.yaml", "name the folder given as run.dir")
+        return parse(read_yaml(self.config.read_text(encoding="utf-8"), str(self.config)))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces ``path`` in one step: a reader, or a run that is killed here, sees the old text or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Appends one JSON object as a line, in one write."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def truncate_log(path: Path, last_update: int) -> None:
+    """Drops the lines of later updates than ``last_update``, which a resumed run will write again, and a line cut off by a kill."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["update"] <= last_update:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    write_atomically(path, "".join(kept))

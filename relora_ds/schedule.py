@@ -1,0 +1,66 @@
+"""Learning-rate curves and the updates that are restarts. Pure: plain numbers in, plain numbers out.
+
+Updates are counted from 1. The learning rate of update ``u`` is taken at step ``s = u - 1``, as Hugging Face's schedulers do, so the
+first update of a warmup, and the first update after a restart, have learning rate 0 (Lialin et al., arXiv 2307.05695, section 3).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+ScheduleName = Literal["jagged", "cosine", "linear", "constant"]
+
+
+def warmup_factor(step: int, warmup: int) -> float:
+    """Linear ramp: 0 at step 0, 1 from step ``warmup`` on; 1 everywhere when ``warmup`` is 0."""
+    return min(1.0, step / warmup) if warmup > 0 else 1.0
+
+
+def decay_factor(name: ScheduleName, step: int, total: int, warmup: int, min_lr_ratio: float) -> float:
+    """The smooth part of a schedule: 1 until ``warmup``, then down to ``min_lr_ratio`` at step ``total``.
+
+    ``jagged`` and ``cosine`` share the cosine; the teeth of the jagged one are :func:`warmup_factor` after each restart.
+    """
+    if name == "constant":
+        return 1.0
+    progress = min(1.0, max(0.0, (step - warmup) / max(1, total - warmup)))
+    falling = 0.5 * (1.0 + math.cos(math.pi * progress)) if name in ("jagged", "cosine") else 1.0 - progress
+    return min_lr_ratio + (1.0 - min_lr_ratio) * falling
+
+
+def lr_factor(name: ScheduleName, update: int, *, total: int, warmup: int, min_lr_ratio: float, phase_start: int = 0) -> float:
+    """What the learning rate of ``update`` is multiplied with, re-warmups after restarts apart.
+
+    One decay runs over the whole run of ``total`` updates; every phase (the LoRA phase begins after update ``phase_start``) warms up
+    anew, since its optimizer is new.
+
+    Args:
+        name: the curve.
+        update: 1-based.
+        total: updates of the whole run.
+        warmup: updates of the ramp at the start of each phase.
+        min_lr_ratio: floor of the decay, as a share of the peak.
+        phase_start: updates done before this phase began.
+    """
+    step = update - 1
+    return warmup_factor(step - phase_start, warmup) * decay_factor(name, step, total, warmup, min_lr_ratio)
+
+
+def is_restart(update: int, restart_every: int) -> bool:
+    """Whether a restart follows ``update`` (1-based, counted from the start of the LoRA phase)."""
+    return restart_every > 0 and update > 0 and update % restart_every == 0
+
+
+def rewarmup_factor(update: int, restart_every: int, restart_warmup: int) -> float:
+    """The tooth of the jagged schedule: 0 for the first update after a restart, 1 from ``restart_warmup`` updates after it.
+
+    Args:
+        update: 1-based, counted from the start of the LoRA phase; 1 before the first restart.
+        restart_every: updates between restarts; 0 for none.
+        restart_warmup: updates of the ramp.
+    """
+    step = update - 1
+    if restart_every <= 0 or step < restart_every:
+        return 1.0
+    return warmup_factor(step % restart_every, restart_warmup)

@@ -1,0 +1,133 @@
+"""Distributed tests are real processes over gloo, kept in a pool per world size.
+
+A process needs seconds to import torch and DeepSpeed and to join a group, so the processes of one world size are started at its
+first use and serve all tests of the run. A test calls ``run(world_size, function, *args)``: every rank runs ``function(*args)``
+and the results come back in a list, by rank. ``function`` must be importable (top level of a module); results are pickled.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 300.0
+_pools: dict[int, Pool] = {}
+
+
+class RankError(AssertionError):
+    """A rank raised; holds its traceback."""
+
+
+class Pool:
+    """``world_size`` worker processes that have joined one gloo group."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self.folder = tempfile.TemporaryDirectory(prefix="relora_pool_")
+        self.listener = Listener(address=str(Path(self.folder.name) / "control"), family="AF_UNIX", backlog=world_size)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.processes = []
+        for rank in range(world_size):
+            env = dict(
+                os.environ,
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE=str(world_size),
+                LOCAL_WORLD_SIZE=str(world_size),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(port),
+                OMP_NUM_THREADS="1",
+                PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            )
+            command = [sys.executable, "-m", "tests.distributed.pool", self.listener.address]
+            self.processes.append(subprocess.Popen(command, env=env, cwd=ROOT))
+        self.connections: list[Connection] = [self.listener.accept() for _ in range(world_size)]
+        by_rank = {connection.recv(): connection for connection in self.connections}
+        self.connections = [by_rank[rank] for rank in range(world_size)]
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        job = pickle.dumps((function, args))
+        for connection in self.connections:
+            connection.send_bytes(job)
+        answers = []
+        for rank, connection in enumerate(self.connections):
+            if not connection.poll(TIMEOUT_S):
+                self.close()
+                raise RankError(f"rank {rank} of {self.world_size} did not answer within {TIMEOUT_S:.0f} s")
+            try:
+                answers.append(connection.recv())
+            except EOFError:
+                self.close()
+                raise RankError(f"rank {rank} of {self.world_size} died") from None
+        failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
+        if failures:
+            self.close()  # the other ranks may wait in a collective for ever: a fresh pool serves the next test
+            raise RankError("\n".join(failures))
+        return [result for _, result in answers]
+
+    def close(self) -> None:
+        _pools.pop(self.world_size, None)
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        for connection in self.connections:
+            connection.close()
+        self.listener.close()
+        self.folder.cleanup()
+
+
+def run(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Runs ``function(*args)`` on every rank of a gloo group of ``world_size`` processes; returns the results by rank."""
+    if world_size not in _pools:
+        _pools[world_size] = Pool(world_size)
+    return _pools[world_size].run(function, *args)
+
+
+@atexit.register
+def close_all() -> None:
+    for pool in list(_pools.values()):
+        pool.close()
+
+
+def _serve(address: str) -> None:
+    import torch
+
+    from relora_ds import launch
+
+    torch.set_num_threads(1)
+    place = launch.discover()
+    assert place is not None
+    launch.guard_bf16()
+    launch.start_process_group(place, timeout_s=TIMEOUT_S)
+    connection = Client(address, family="AF_UNIX")
+    connection.send(place.rank)
+    while True:
+        try:
+            function, args = pickle.loads(connection.recv_bytes())
+        except (EOFError, ConnectionResetError):
+            return
+        try:
+            answer: tuple[bool, Any] = (True, function(*args))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        try:
+            connection.send(answer)
+        except (BrokenPipeError, ConnectionResetError):
+            return
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])
