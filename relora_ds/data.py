@@ -207,7 +207,8 @@ class TokenDataset:
                 f"give a length of 1 to {tokens}" if tokens else "prepare more documents, or hold out more of them",
             )
         self._length = tokens // sequence_length
-        flat = np.memmap(self.index.folder / self.index.splits[split].file, dtype=self.index.dtype, mode="r")
+        path = self.index.folder / self.index.splits[split].file
+        flat: npt.NDArray[np.integer] = np.memmap(path, dtype=self.index.dtype, mode="r")
         self._samples = flat[: self._length * sequence_length].reshape(self._length, sequence_length)
 
     def __len__(self) -> int:

@@ -32,6 +32,7 @@ from relora_ds.errors import ConfigError
 
 PROGRESS_FILE = "progress.json"
 TOKENIZER_FILE = "tokenizer.json"
+WRITTEN_JSON = (INDEX_FILE, PROGRESS_FILE, TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json")
 TRAINED_EOS = "<|endoftext|>"
 KNOWN_EOS = ("</s>", TRAINED_EOS, "<eos>")  # what ends a document in published tokenizers, for those that do not name theirs
 SMALLEST_BPE = 257  # all bytes, and the token that ends a document
@@ -129,7 +130,7 @@ def _check_settings(trained_vocab_size: int | None, holdout: float, max_document
 
 
 def local_files(source: str, out: Path) -> list[Path] | None:
-    """The files that ``source`` names, sorted, without those under ``out``; ``None`` when it is the name of a hub data set.
+    """The files that ``source`` names, sorted, less those that were written to ``out``; ``None`` for the name of a hub data set.
 
     Raises:
         ConfigError: a path or pattern that names no file in a supported format, or files in several formats.
@@ -145,8 +146,8 @@ def local_files(source: str, out: Path) -> list[Path] | None:
         raise ConfigError("SOURCE", source, "there is no such file or folder")
     else:
         return None
-    candidates = [file for file in candidates if out.resolve() not in file.resolve().parents]
-    files = sorted((file for file in candidates if _builder_of(file)), key=lambda file: file.as_posix())
+    written = {out.resolve() / name for name in WRITTEN_JSON}  # the output may lie inside the source
+    files = sorted((f for f in candidates if _builder_of(f) and f.resolve() not in written), key=lambda file: file.as_posix())
     if not files:
         raise ConfigError("SOURCE", source, "it names no file in a supported format", f"supported: {SUPPORTED_TEXT}")
     builders = sorted({str(_builder_of(file)) for file in files})

@@ -82,7 +82,11 @@ def check_internals(zero: Any) -> None:
                 refuse("_hp_mapping has no fragment addresses")
             address = mapping.hp_fragment_address
             if flat[address.start : address.start + address.numel].data_ptr() != mapping.hp_fragment.data_ptr():
-                refuse("a parameter's fragment does not lie in the flat fp32 partition where its address says")
+                refuse("a parameter's fragment is not where its address says in the flat fp32 partition")
+            piece = mapping.lp_fragment_address
+            copy = param.data.reshape(-1)[piece.start : piece.start + piece.numel]
+            if not torch.equal(mapping.hp_fragment.to(copy.device, copy.dtype), copy):
+                refuse("a parameter's master is not where its address says: the module's copy holds other values")
     if zero.single_partition_of_fp32_groups[0].dtype != torch.float32:
         refuse("the master weights are not fp32")
 

@@ -8,6 +8,7 @@ and the results come back in a list, by rank. ``function`` must be importable (t
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import pickle
 import socket
@@ -68,7 +69,7 @@ class Pool:
                 self.close()
                 raise RankError(f"rank {rank} of {self.world_size} did not answer within {TIMEOUT_S:.0f} s")
             try:
-                answers.append(connection.recv())
+                answers.append(pickle.loads(connection.recv_bytes()))
             except EOFError:
                 self.close()
                 raise RankError(f"rank {rank} of {self.world_size} died") from None
@@ -85,7 +86,8 @@ class Pool:
             process.wait()
         for connection in self.connections:
             connection.close()
-        self.listener.close()
+        with contextlib.suppress(FileNotFoundError):  # at exit the folder may be gone first
+            self.listener.close()
         self.folder.cleanup()
 
 
@@ -124,7 +126,8 @@ def _serve(address: str) -> None:
         except BaseException:
             answer = (False, traceback.format_exc())
         try:
-            connection.send(answer)
+            # Plain pickle: Connection.send would share tensors through files of the sending process.
+            connection.send_bytes(pickle.dumps(answer))
         except (BrokenPipeError, ConnectionResetError):
             return
 

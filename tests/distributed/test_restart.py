@@ -1,0 +1,234 @@
+"""What a restart must not change, and what it must: over real processes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from relora_ds.errors import RestartError
+from relora_ds.lora import relora_layers
+from relora_ds.pruning import num_kept
+from relora_ds.zero import ZeroState
+from tests.distributed import common
+from tests.distributed.pool import RankError, run
+
+
+LEARNT = 0
+
+
+def losses_around_a_restart(dtype: str, stage: int, write_masters: bool) -> dict[str, Any]:
+    """With lr = 0: the loss of a fixed batch before a restart, right after it, and one and two updates on."""
+    engine = common.build(common.tiny_llama(), {"restart_every": 1000, "restart_warmup": 0}, dtype=dtype, stage=stage, lr=2e-2)
+    for _ in range(12):
+        common.train_update(engine, LEARNT)  # one batch again and again: the factors must matter for its loss
+    common.set_lr(engine, 0.0)
+    original = ZeroState.write_fragment
+    if not write_masters:
+        ZeroState.write_fragment = lambda self, name, key, value: None  # the bug of all who tried before
+    try:
+        losses = [common.fixed_loss(engine, LEARNT)]
+        record = engine.optimizer.restart()
+        losses.append(common.fixed_loss(engine, LEARNT))
+        for index in (10, 11):
+            common.train_update(engine, index)
+            losses.append(common.fixed_loss(engine, LEARNT))
+    finally:
+        ZeroState.write_fragment = original
+    common.end(engine)
+    return {"losses": losses, "merged_change": record.merged_change, "merge_error": record.merge_error}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_restart_changes_no_output_fp32(stage: int) -> None:
+    (result, _) = run(2, losses_around_a_restart, "fp32", stage, True)
+    assert result["merged_change"] > 0.1, "the factors must have learnt something for this to mean anything"
+    assert result["merge_error"] == 0.0
+    before, *after = result["losses"]
+    assert after == pytest.approx([before] * 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_restart_changes_no_output_bf16(stage: int) -> None:
+    (result, _) = run(2, losses_around_a_restart, "bf16", stage, True)
+    before, at_once, one, two = result["losses"]
+    # The merged weight is rounded to bf16, whose relative rounding error is 0.0017 (uniform mantissas): on a loss near ln(61) = 4.1
+    # of a two-layer model that moves a few units of the third decimal.
+    assert at_once == pytest.approx(before, abs=0.01)
+    assert result["merge_error"] < 0.05
+    assert (one, two) == (at_once, at_once), "with lr = 0 nothing may change any more, to the bit"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_that_test_fails_without_the_masters(dtype: str) -> None:
+    """The stale master brings the old B back at the next step, on top of the merged one."""
+    (result, _) = run(2, losses_around_a_restart, dtype, 2, False)
+    before, at_once, one, _ = result["losses"]
+    assert at_once == pytest.approx(before, abs=0.01), "the module alone looks right at first"
+    assert abs(one - before) > 0.03
+
+
+STATE_SEED = 7
+
+
+def set_awkward_state(optimizer: Any) -> None:
+    """Masters and moments from a seed by name: the same at any world size, with ties, zeros and denormals."""
+    state = optimizer.masters
+    for row, name in enumerate(state.params):
+        generator = torch.Generator().manual_seed(STATE_SEED * 1000 + row)
+        shape = state.params[name].shape
+        state.write(name, torch.randn(shape, generator=generator) * 0.1)
+        for key in state.moment_keys():
+            values = torch.randn(shape, generator=generator)
+            kind = torch.randint(0, 6, shape, generator=generator)
+            values[kind == 0] = 0.0
+            values[kind == 1] = 0.25
+            values[kind == 2] *= 1e-42
+            state.write_fragment(name, key, values.abs() if key == "exp_avg_sq" else values)
+
+
+def restart_from_a_given_state(reset: dict[str, Any], dtype: str) -> dict[str, torch.Tensor]:
+    """All that a restart leaves behind, gathered: masters, moments, module copies and merged weights."""
+    relora = {"restart_every": 1000, "restart_warmup": 0, "reset": reset}
+    engine = common.build(common.tiny_llama(), relora, dtype=dtype, lr=0.0)
+    common.train_update(engine, 0)  # makes Adam's moments
+    optimizer = engine.optimizer
+    set_awkward_state(optimizer)
+    optimizer.restart()
+    left: dict[str, torch.Tensor] = {}
+    for name, param in optimizer.masters.params.items():
+        left[f"{name} module"] = param.data.clone()
+        left[f"{name} master"] = optimizer.masters.gather(name)
+        for key in optimizer.masters.moment_keys():
+            left[f"{name} {key}"] = optimizer.masters.gather(name, key)
+    for name, layer in relora_layers(engine.module):
+        left[f"{name} W"] = layer.weight.data.clone()
+    owned = [optimizer.masters.own_slice(name).numel for name in optimizer.masters.params]
+    left["owned"] = torch.tensor(owned)
+    common.end(engine)
+    return left
+
+
+RESETS = {
+    "magnitude, joint": {"kind": "magnitude", "ratio": 0.9, "mask": "joint"},
+    "magnitude, independent": {"kind": "magnitude", "ratio": 0.99, "mask": "independent"},
+    "magnitude, global": {"kind": "magnitude", "ratio": 0.9, "scope": "global", "mask": "independent"},
+    "random": {"kind": "random", "ratio": 0.8, "mask": "joint"},
+    "full": {"kind": "full"},
+    "none": {"kind": "none"},
+}
+
+
+CASES = [(kind, "fp32") for kind in RESETS] + [("magnitude, joint", "bf16")]
+"""Masters and moments are fp32 in either dtype: one kind in bf16 says it for all."""
+
+
+@pytest.mark.parametrize(("kind", "dtype"), CASES)
+def test_same_bits_for_any_number_of_ranks(kind: str, dtype: str) -> None:
+    reset = RESETS[kind]
+    (alone,) = run(1, restart_from_a_given_state, reset, dtype)
+    for world_size in (2, 3, 4):
+        ranks = run(world_size, restart_from_a_given_state, reset, dtype)
+        straddling = sum(1 for column in zip(*(rank["owned"].tolist() for rank in ranks), strict=True) if sum(map(bool, column)) > 1)
+        assert straddling > 0, "no tensor straddles two shards"
+        for left in ranks:
+            for what, value in alone.items():
+                if what != "owned":
+                    assert torch.equal(value.view(torch.uint8), left[what].view(torch.uint8)), f"{what} differs at {world_size} ranks"
+
+
+@pytest.mark.parametrize("mask", ["joint", "independent"])
+def test_pruned_moments_equal_a_plain_sort(mask: str) -> None:
+    """The survivors of a 3-rank restart are those that a sort of the whole tensor picks, unchanged; all else is exactly zero."""
+    ratio = 0.9
+    pruned = run(3, restart_from_a_given_state, {"kind": "magnitude", "ratio": ratio, "mask": mask}, "fp32")[1]
+    original = run(3, restart_from_a_given_state, {"kind": "none"}, "fp32")[1]
+    moments = [what for what in original if what.endswith(("exp_avg", "exp_avg_sq"))]
+    assert moments
+    for what in moments:
+        values = original[what].flatten()
+        chosen_by = values if mask == "independent" else original[what.replace("exp_avg_sq", "exp_avg")].flatten()
+        order = torch.sort(chosen_by.abs().double(), descending=True, stable=True).indices
+        keep = order[: num_kept(values.numel(), ratio)]
+        expected = torch.zeros_like(values)
+        expected[keep] = values[keep]
+        assert keep.numel() == values.numel() - math.floor(ratio * values.numel())
+        assert torch.equal(pruned[what].flatten(), expected), what
+
+
+class OneLayer(torch.nn.Module):
+    """Six factor entries in all: with four ranks and ZeRO's alignment, some rank owns none of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = torch.nn.Linear(3, 3, bias=False)
+        self.head = torch.nn.Linear(3, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.inner(x)).square().mean()
+
+
+def restart_where_a_rank_owns_nothing() -> dict[str, Any]:
+    relora = {"rank": 1, "targets": ["inner"], "restart_every": 2, "restart_warmup": 0, "reset": {"ratio": 0.5}}
+    engine = common.build(OneLayer(), relora)
+    losses = []
+    for step in range(4):
+        x = common.my_rows(torch.randn(12, 3, generator=torch.Generator().manual_seed(step)))
+        loss = engine(x)
+        engine.backward(loss)
+        engine.step()
+        losses.append(common.mean_over_ranks(loss))
+    optimizer = engine.optimizer
+    result = {
+        "owned": sum(optimizer.masters.own_slice(name).numel for name in optimizer.masters.params),
+        "weight": engine.module.inner.weight.data.clone(),
+        "restarts": optimizer.restarts,
+        "losses": losses,
+    }
+    common.end(engine)
+    return result
+
+
+def test_a_rank_that_owns_nothing() -> None:
+    (alone,) = run(1, restart_where_a_rank_owns_nothing)
+    ranks = run(4, restart_where_a_rank_owns_nothing)
+    assert min(rank["owned"] for rank in ranks) == 0
+    assert sum(rank["owned"] for rank in ranks) == alone["owned"] == 6
+    for rank in ranks:
+        assert rank["restarts"] == 2
+        assert rank["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+        assert torch.allclose(rank["weight"], alone["weight"], rtol=1e-5, atol=1e-6)
+
+
+def restart_with_a_flipped_bit() -> str:
+    engine = common.build(common.tiny_llama(), {"restart_every": 1000, "restart_warmup": 0})
+    common.train_update(engine, 0)
+    if dist.get_rank() == 1:
+        weight = engine.module.model.layers[1].mlp.up_proj.weight
+        weight.data.view(torch.int32)[3, 4] ^= 1 << 21  # high enough that the merge does not round it away
+    try:
+        engine.optimizer.restart()
+    except RestartError as error:
+        return str(error)
+    finally:
+        common.end(engine)
+    return ""
+
+
+def test_a_rank_that_differs_is_named() -> None:
+    for message in run(2, restart_with_a_flipped_bit):
+        assert "model.layers.1.mlp.up_proj.weight differs on rank(s) 1 from rank 0" in message
+
+
+def fail_on_rank_one() -> None:
+    if dist.get_rank() == 1:
+        raise ValueError("as asked")
+
+
+def test_the_pool_tells_of_a_failing_rank() -> None:
+    with pytest.raises(RankError, match="as asked"):
+        run(2, fail_on_rank_one)

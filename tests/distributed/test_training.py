@@ -1,0 +1,295 @@
+"""The trainer over real ranks: phases, resume to the last digit, signals, rotation, export."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from relora_ds import checkpoint as checkpoints
+from relora_ds import launch, phases
+from relora_ds.checks import check
+from relora_ds.config import parse
+from relora_ds.data import TokenDataset
+from relora_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
+from relora_ds.evaluate import evaluate
+from relora_ds.export import export, load_merged
+from relora_ds.run_folder import RunFolder
+from relora_ds.train import Trainer, TrainingError
+from relora_ds.train import train as train_run
+from relora_ds.traffic import CountedGroup
+from relora_ds.zero import ZeroState
+from tests.distributed.pool import run
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def content(settings: dict[str, Any]) -> dict[str, Any]:
+    """Warm start of 5 updates, then restarts after updates 9, 13 and 17, of 18; every ingredient that has a state is on."""
+    content = copy.deepcopy(settings)
+    content["relora"] = {
+        "rank": 4, "alpha": 8, "dropout": 0.1, "warm_start": 5, "restart_every": 4, "restart_warmup": 2,
+    }  # fmt: skip
+    content["optimizer"] = {"lr": 5e-3, "lora_lr": 1e-2, "warmup": 2}
+    content["train"] = {"updates": 18, "global_batch": 8, "micro_batch": 2, "eval_every": 6, "checkpoint_every": 4}
+    content["wandb"] = {"mode": "disabled"}
+    return content
+
+
+class Killed(Exception):
+    """Stands for a process that dies between two updates."""
+
+
+def train_here(content: dict[str, Any], kill_after: int | None = None, stop_after: int | None = None) -> int:
+    """Trains in the pool; dies after an update, or asks one rank alone to stop."""
+    place = launch.discover()
+    assert place is not None
+    checked = check(parse(content), Path("recipe.yaml"), place.world_size)
+    original = Trainer.update
+
+    def update(self: Trainer, number: int, stop_requested: bool) -> bool:
+        if number == stop_after and place.rank == place.world_size - 1:
+            stop_requested = True
+        stopping = original(self, number, stop_requested)
+        if number == kill_after:
+            raise Killed
+        return stopping
+
+    Trainer.update = update  # type: ignore[method-assign]
+    try:
+        return train_run(checked, place, CPU)
+    except Killed:
+        return -1
+    finally:
+        Trainer.update = original  # type: ignore[method-assign]
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """A log without the times, which differ from run to run."""
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key not in ("tokens_per_s", "seconds")} for record in records]
+
+
+def at(content: dict[str, Any], folder: Path, **train: Any) -> dict[str, Any]:
+    changed = copy.deepcopy(content)
+    changed["run"]["dir"] = str(folder)
+    changed["train"].update(train)
+    return changed
+
+
+@pytest.mark.parametrize(("dtype", "stage", "keep_moments"), [("fp32", 2, True), ("bf16", 2, False), ("fp32", 1, False)])
+def test_kill_and_resume_to_the_last_digit(
+    content: dict[str, Any], tmp_path: Path, dtype: str, stage: int, keep_moments: bool
+) -> None:
+    """Killed in the full-rank phase, just after the change of phase, right after a restart and in a re-warmup."""
+    content["deepspeed"] = {"zero_optimization": {"stage": stage}}
+    content["relora"]["keep_moments"] = keep_moments
+    if dtype == "bf16":
+        content["deepspeed"]["bf16"] = {"enabled": True}
+    whole = at(content, tmp_path / "whole")
+    assert run(2, train_here, whole) == [EXIT_DONE, EXIT_DONE]
+    pieces = at(content, tmp_path / "pieces", checkpoint_every=1)
+    for kill_after in (3, 6, 9, 14):
+        assert run(2, train_here, pieces, kill_after) == [-1, -1]
+    assert run(2, train_here, pieces) == [EXIT_DONE, EXIT_DONE]
+    for log in ("metrics.jsonl", "restarts.jsonl"):
+        assert read_log(tmp_path / "pieces" / log) == read_log(tmp_path / "whole" / log)
+    updates = [record for record in read_log(tmp_path / "whole" / "metrics.jsonl") if "loss" in record]
+    assert [record["update"] for record in updates] == list(range(1, 19))
+    assert [record["phase"] for record in updates] == ["full"] * 5 + ["lora"] * 13
+    assert [record["update"] for record in read_log(tmp_path / "whole" / "restarts.jsonl")] == [9, 13, 17]
+    assert updates[-1]["loss"] < updates[0]["loss"] - 0.5
+
+
+def test_resume_far_behind_the_logs(content: dict[str, Any], tmp_path: Path) -> None:
+    """Killed after update 11 with checkpoints at 4 and 8: updates 9 to 11 and their restart are done, and logged, once."""
+    whole, pieces = at(content, tmp_path / "whole"), at(content, tmp_path / "pieces")
+    run(2, train_here, whole)
+    run(2, train_here, pieces, 11)
+    with open(tmp_path / "pieces" / "metrics.jsonl", "a") as file:
+        file.write('{"update": 12, "lo')  # a line that the kill cut off
+    run(2, train_here, pieces)
+    for log in ("metrics.jsonl", "restarts.jsonl"):
+        assert read_log(tmp_path / "pieces" / log) == read_log(tmp_path / "whole" / log)
+
+
+def test_one_signalled_rank_stops_all_with_a_checkpoint(content: dict[str, Any], tmp_path: Path) -> None:
+    whole, stopped = at(content, tmp_path / "whole"), at(content, tmp_path / "stopped", checkpoint_every=None)
+    run(2, train_here, whole)
+    assert run(2, train_here, stopped, None, 10) == [EXIT_STOPPED, EXIT_STOPPED]
+    newest = checkpoints.newest(RunFolder(tmp_path / "stopped"))
+    assert newest is not None and checkpoints.read_manifest(newest).update == 10
+    assert run(2, train_here, stopped) == [EXIT_DONE, EXIT_DONE]
+    assert read_log(tmp_path / "stopped" / "metrics.jsonl") == read_log(tmp_path / "whole" / "metrics.jsonl")
+
+
+def test_rotation_and_half_written_checkpoints(content: dict[str, Any], tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    settings = at(content, folder.path, keep=2)
+    run(2, train_here, settings, 13)
+    assert [path.name for path in checkpoints.find_all(folder)] == ["update_0000008", "update_0000012"]
+    assert not (folder.checkpoints / "update_0000004").exists()
+    (folder.checkpoints / "update_0000012" / checkpoints.MANIFEST).unlink()  # as if killed while it was written
+    newest = checkpoints.newest(folder)
+    assert newest is not None and newest.name == "update_0000008"
+    assert run(2, train_here, settings) == [EXIT_DONE, EXIT_DONE]
+    assert [path.name for path in checkpoints.find_all(folder)] == ["update_0000016", "update_0000018"]
+
+
+def test_resume_is_refused_for_another_run(content: dict[str, Any], tmp_path: Path) -> None:
+    settings = at(content, tmp_path / "run")
+    run(2, train_here, settings, 5)
+    with pytest.raises(ConfigError, match=r"--nproc=1: the checkpoint .* was written by 2 ranks; resume with 2 ranks"):
+        check(parse(settings), Path("recipe.yaml"), 1)
+    changed = copy.deepcopy(settings)
+    changed["relora"]["rank"] = 8
+    with pytest.raises(ConfigError, match=r"relora\.rank=8: the run in .* has 4; name another run\.dir"):
+        check(parse(changed), Path("recipe.yaml"), 2)
+    harmless = at(settings, tmp_path / "run", eval_every=3)
+    check(parse(harmless), Path("recipe.yaml"), 2)
+
+
+def losses_of_a_run(content: dict[str, Any]) -> list[float]:
+    train_here(content)
+    records = read_log(Path(content["run"]["dir"]) / "metrics.jsonl")
+    return [record.get("loss", record.get("eval_loss")) for record in records]
+
+
+def test_world_size_does_not_change_the_run(content: dict[str, Any], tmp_path: Path) -> None:
+    """The same samples in the same updates at 1, 2 and 4 ranks: losses differ by the order of sums only."""
+    content["relora"]["dropout"] = 0.0  # dropout is drawn per rank
+    content["optimizer"] = {"lr": 1e-3, "warmup": 2}
+    runs = {
+        world_size: run(world_size, losses_of_a_run, at(content, tmp_path / f"ranks{world_size}"))[0] for world_size in (1, 2, 4)
+    }
+    assert runs[2] == pytest.approx(runs[1], rel=1e-5)
+    assert runs[4] == pytest.approx(runs[1], rel=1e-5)
+
+
+def moments_over_the_change(content: dict[str, Any]) -> dict[str, Any]:
+    """Masters and first moments of embedding and norm, and the held-out loss, before and after the change of phase."""
+    place = launch.discover()
+    assert place is not None
+    checked = check(parse(content), Path("recipe.yaml"), place.world_size)
+    trainer = Trainer(checked, place, CPU)
+    for update in range(1, 6):
+        trainer.update(update, False)
+    names = ("model.embed_tokens.weight", "model.norm.weight")
+    found: dict[str, Any] = {}
+    for when in ("before", "after"):
+        if when == "after":
+            trainer.engine = phases.change_phase(trainer.engine, checked, CPU)
+        zero = getattr(trainer.engine.optimizer, "zero", trainer.engine.optimizer)
+        params = {name: p for name, p in trainer.engine.module.named_parameters() if name in names}
+        state = ZeroState(zero, params, CountedGroup(None, CPU))
+        data = trainer.held_out
+        found[when] = {
+            "masters": {name: state.gather(name) for name in names},
+            "moments": {name: {key: state.gather(name, key) for key in state.moment_keys()} for name in names},
+            "steps": [state.step_count(name) for name in names],
+            "loss": evaluate(trainer.engine.module, data, batch_size=2, device=CPU, rank=place.rank, world_size=place.world_size).loss,
+        }
+    found["trainable"] = sorted(name for name, p in trainer.engine.module.named_parameters() if p.requires_grad)
+    trainer.engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("keep_moments", [True, False])
+def test_change_of_phase(content: dict[str, Any], keep_moments: bool) -> None:
+    """In bf16, where the masters hold more than the module: nothing of them is lost; the moments go along when asked."""
+    content["deepspeed"]["bf16"] = {"enabled": True}
+    content["relora"]["keep_moments"] = keep_moments
+    found = run(2, moments_over_the_change, content)[0]
+    before, after = found["before"], found["after"]
+    for name, master in before["masters"].items():
+        assert torch.equal(after["masters"][name], master)
+        assert not torch.equal(master, master.bfloat16().float()) or name == "model.norm.weight"
+    assert after["loss"] == before["loss"], "B is zero: the function is the same to the bit"
+    if keep_moments:
+        assert after["steps"] == before["steps"] == [5, 5]
+        for name, moments in before["moments"].items():
+            assert set(moments) == {"exp_avg", "exp_avg_sq"}
+            assert all(torch.equal(after["moments"][name][key], value) for key, value in moments.items())
+    else:
+        assert after["steps"] == [0, 0]
+        assert after["moments"] == {name: {} for name in before["moments"]}
+    assert not any(name.endswith("_proj.weight") for name in found["trainable"])
+    assert "lm_head.weight" in found["trainable"]
+
+
+def diverge(content: dict[str, Any]) -> str:
+    """A learning rate that makes the loss infinite."""
+    try:
+        train_here(content)
+    except TrainingError as error:
+        return str(error)
+    return ""
+
+
+def test_too_many_skipped_updates_stop_the_run(content: dict[str, Any], tmp_path: Path) -> None:
+    content["relora"]["warm_start"] = 0
+    content["optimizer"] = {"lr": 1e38, "grad_clip": 0.0, "schedule": "constant"}
+    settings = at(content, tmp_path / "run", max_skipped=3, checkpoint_every=1)
+    for message in run(2, diverge, settings):
+        assert "3 updates in a row had a non-finite gradient" in message
+    records = read_log(tmp_path / "run" / "metrics.jsonl")
+    assert sum(record.get("skipped", False) for record in records) == 3
+    assert records[-1]["loss"] is None or math.isfinite(records[-1]["loss"])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_export_round_trip(content: dict[str, Any], tmp_path: Path, dtype: str) -> None:
+    """transformers loads the export as an ordinary model with the perplexity of the run's last evaluation."""
+    if dtype == "bf16":
+        content["deepspeed"]["bf16"] = {"enabled": True}
+    settings = at(content, tmp_path / "run")
+    run(2, train_here, settings)
+    last = [record for record in read_log(tmp_path / "run" / "metrics.jsonl") if "eval_loss" in record][-1]
+    out = export(tmp_path / "run", tmp_path / "exported")
+    model = AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
+    assert model.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    data = TokenDataset(Path(content["data"]["path"]), "validation", 16, shuffle=False)
+    loss = evaluate(model, data, batch_size=4, device=CPU).loss
+    # fp32: only the order of sums differs. bf16: the merged weight is rounded, as at every restart.
+    assert loss == pytest.approx(last["eval_loss"], rel=1e-5 if dtype == "fp32" else 5e-3)
+    text = "Entry 7: the square"
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    with pytest.raises(ConfigError, match="is not empty"):
+        export(tmp_path / "run", out)
+
+
+def test_earlier_run_and_hugging_face_folder_as_warm_starts(content: dict[str, Any], tmp_path: Path) -> None:
+    """Both begin with the merged weights of the earlier run: the first loss is the same, and it is the earlier run's level."""
+    first = at(content, tmp_path / "first")
+    run(2, train_here, first)
+    folder = export(tmp_path / "first", tmp_path / "exported")
+    losses = {}
+    for name, source in (("run", tmp_path / "first"), ("folder", folder)):
+        second = at(content, tmp_path / f"from_{name}", updates=3)
+        second["model"] = {"path": str(source)}
+        second["relora"] |= {"warm_start": 0, "dropout": 0.0}
+        losses[name] = run(2, losses_of_a_run, second)[0]
+    assert losses["run"] == losses["folder"]
+    records = [record for record in read_log(tmp_path / "first" / "metrics.jsonl") if "loss" in record]
+    assert losses["run"][0] == pytest.approx(records[-1]["loss"], abs=0.3)
+    assert losses["run"][0] < records[0]["loss"] - 0.5
+
+
+def test_plain_methods(content: dict[str, Any], tmp_path: Path) -> None:
+    """method: full has no LoRA phase, method: lora has no restarts; both on the recipe of a ReLoRA run."""
+    for method, phase, restarts in (("full", "full", 0), ("lora", "lora", 0), ("relora", "lora", 3)):
+        settings = at(content, tmp_path / method)
+        settings["method"] = method
+        run(2, train_here, settings)
+        records = [record for record in read_log(tmp_path / method / "metrics.jsonl") if "loss" in record]
+        assert (records[-1]["phase"], records[-1]["restarts"]) == (phase, restarts)
+        assert load_merged(tmp_path / method).num_parameters() > 0

@@ -1,0 +1,104 @@
+"""The files of a run's folder: whole or absent, and logs that a resumed run goes on with."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from relora_ds import config
+from relora_ds.errors import ConfigError
+from relora_ds.run_folder import RunFolder, append_line, truncate_log, write_atomically
+
+
+def test_write_atomically_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "report.md"
+    write_atomically(path, "old, and longer than the new text")
+    write_atomically(path, "new: naïve")
+    assert path.read_text(encoding="utf-8") == "new: naïve"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_write_atomically_keeps_the_old_text_until_the_new_one_is_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "manifest.json"
+    write_atomically(path, "old")
+    events: list[str] = []
+
+    def fsync(file: int) -> None:
+        events.append(f"fsync of {os.fstat(file).st_size} bytes")
+
+    def replace(source: Any, target: Any) -> None:
+        events.append("replace")
+        raise OSError("killed here")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="killed here"):
+        write_atomically(path, "new text")
+    assert events == ["fsync of 8 bytes", "replace"]
+    assert path.read_text(encoding="utf-8") == "old"
+
+
+def test_append_line_adds_one_json_object_per_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    records = [{"update": 1, "loss": 5.25}, {"update": 2, "phase": "line\nbreak, naïve"}]
+    for record in records:
+        append_line(path, record)
+    assert path.read_text(encoding="utf-8").endswith("\n")
+    assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == records
+
+
+def write_log(path: Path, updates: range, tail: str = "") -> None:
+    path.write_text("".join(json.dumps({"update": u, "loss": 1.0 / u}) + "\n" for u in updates) + tail, encoding="utf-8")
+
+
+def read_updates(path: Path) -> list[int]:
+    return [json.loads(line)["update"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_truncate_log_drops_later_updates(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_log(path, range(1, 8))
+    append_line(path, {"update": 4, "eval_loss": 2.0})  # an evaluation stands beside the update it belongs to
+    truncate_log(path, 4)
+    assert read_updates(path) == [1, 2, 3, 4, 4]
+    truncate_log(path, 0)
+    assert path.read_text() == ""
+
+
+@pytest.mark.parametrize("cut_off", ['{"update": 4, "lo', '{"update": 4}\x00\x00', "\x00\x00\x00"])
+def test_truncate_log_drops_a_line_cut_off_by_a_kill(tmp_path: Path, cut_off: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_log(path, range(1, 4), tail=cut_off)
+    truncate_log(path, 10)
+    assert read_updates(path) == [1, 2, 3]
+    append_line(path, {"update": 4})
+    assert read_updates(path) == [1, 2, 3, 4]
+
+
+def test_truncate_log_of_a_run_without_a_log(tmp_path: Path) -> None:
+    truncate_log(tmp_path / "restarts.jsonl", 3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_is_a_run_only_with_config_and_checkpoints(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert not folder.exists()
+    folder.config.write_text("run: {}")
+    assert not folder.exists()
+    folder.checkpoints.mkdir()
+    assert folder.exists()
+
+
+def test_read_config_returns_what_the_run_was_started_with(tmp_path: Path, settings: dict[str, Any]) -> None:
+    folder = RunFolder(tmp_path)
+    with pytest.raises(ConfigError, match=r"RUN_DIR=.* no config\.yaml"):
+        folder.read_config()
+    started_with = config.parse(settings)
+    folder.config.write_text(config.dump(started_with), encoding="utf-8")
+    assert folder.read_config() == started_with
