@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -213,7 +212,7 @@ def run_report(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def quiet() -> None:
     """Leaves the screen to this program: DeepSpeed, torch and transformers tell of themselves only what went wrong."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    launch.quiet_libraries()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\..*")

@@ -138,6 +138,15 @@ def default_num_processes() -> int:
     return max(1, torch.cuda.device_count())
 
 
+def quiet_libraries() -> None:
+    """Keeps libraries from talking at start-up: DeepSpeed warns on the standard output unless it is told that there is only a CPU."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
 def start_process_group(place: Place, timeout_s: float = 1800.0) -> Any:
     """Joins the job: NCCL on CUDA, gloo on CPU, under torch.distributed and DeepSpeed alike. Returns this process's torch device."""
     import torch

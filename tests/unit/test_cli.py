@@ -33,6 +33,7 @@ def refused(capfd: pytest.CaptureFixture[str]) -> Refused:
 
     def run(*arguments: str) -> str:
         capfd.readouterr()
+        code: object = None
         try:
             code = main(arguments)
         except SystemExit as stop:
@@ -69,7 +70,10 @@ def spawned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], int]]:
         ("optimizer.schedule=jaged", "optimizer.schedule='jaged': not one of the valid names; did you mean 'jagged'?"),
         ("relora.warm_start=20", "relora.warm_start=20: not shorter than the run of 20 updates"),
         ("relora.targets=qproj", "relora.targets='qproj': matches no linear layer of the model; did you mean 'q_proj'?"),
-        ("deepspeed.zero_optimization.stage=3", "deepspeed.zero_optimization.stage=3: ReLoRA runs on ZeRO stage 1 or 2; set it to 2"),
+        (
+            "deepspeed.zero_optimization.stage=3",
+            "deepspeed.zero_optimization.stage=3: ReLoRA runs on ZeRO stage 1 or 2; set it to 2",
+        ),
     ],
 )
 def test_a_bad_recipe_is_one_line_and_code_2(refused: Refused, recipe: Path, override: str, message: str) -> None:
@@ -126,7 +130,9 @@ def test_unknown_options_are_refused_before_any_work(refused: Refused, arguments
     assert "unknown option" in line
 
 
-@pytest.mark.parametrize("arguments", [(), ("trian", "RECIPE"), ("train",), ("export", "RUN", "OUT", "--dtype", "fp8")], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [(), ("trian", "RECIPE"), ("train",), ("export", "RUN", "OUT", "--dtype", "fp8")], ids=" ".join
+)
 def test_faults_of_the_command_line_have_the_same_form(refused: Refused, arguments: tuple[str, ...]) -> None:
     assert "--help)" in refused(*arguments)
 

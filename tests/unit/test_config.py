@@ -59,7 +59,9 @@ def test_strings_stay_strings(text: str) -> None:
     assert config.read_yaml(f"a: {text}", "recipe") == {"a": text}
 
 
-@pytest.mark.parametrize(("text", "value"), [("16", 16), ("-1", -1), ("true", True), ("null", None), ("[1, 2]", [1, 2]), ("'1e5'", "1e5")])
+@pytest.mark.parametrize(
+    ("text", "value"), [("16", 16), ("-1", -1), ("true", True), ("null", None), ("[1, 2]", [1, 2]), ("'1e5'", "1e5")]
+)
 def test_everything_else_is_ordinary_yaml(text: str, value: object) -> None:
     read = config.read_yaml(f"a: {text}", "recipe")["a"]
     assert read == value
@@ -157,7 +159,11 @@ NOT_A_NAME = [
     (["relora.reset.scope=1"], "relora.reset.scope=1", "valid names: global, tensor"),
     (["model.attention=flash"], "model.attention='flash'", "valid names: auto, eager, flash_attention_2, sdpa"),
     (["model={preset: llama_60}"], "model.preset='llama_60'", "did you mean 'llama_60m'?"),
-    (["relora.targets=[q_proj, k_prok]"], "relora.targets='k_prok'", "matches no linear layer of the model; did you mean 'k_proj'?"),
+    (
+        ["relora.targets=[q_proj, k_prok]"],
+        "relora.targets='k_prok'",
+        "matches no linear layer of the model; did you mean 'k_proj'?",
+    ),
     (["relora.targets=attention_block"], "relora.targets='attention_block'", "matches no linear layer"),
 ]
 MISSING = [
@@ -221,7 +227,9 @@ def test_the_unspoilt_recipe_passes(recipe: Path, token_folder: Path) -> None:
     assert checked.deepspeed["zero_optimization"] == {"stage": 2}
 
 
-@pytest.mark.parametrize("overrides", [["relora.warm_start=19"], ["relora.restart_warmup=7"], ["optimizer.warmup=19"], ["relora.rank=32"]])
+@pytest.mark.parametrize(
+    "overrides", [["relora.warm_start=19"], ["relora.restart_warmup=7"], ["optimizer.warmup=19"], ["relora.rank=32"]]
+)
 def test_the_largest_allowed_value_passes(recipe: Path, overrides: list[str]) -> None:
     judge(recipe, *overrides)
 
@@ -323,7 +331,9 @@ def checkpointed(recipe: Path) -> Path:
     return recipe
 
 
-@pytest.mark.parametrize("overrides", [[], ["train.updates=40"], ["train.eval_every=5"], ["wandb.mode=disabled"], ["train.micro_batch=4"]])
+@pytest.mark.parametrize(
+    "overrides", [[], ["train.updates=40"], ["train.eval_every=5"], ["wandb.mode=disabled"], ["train.micro_batch=4"]]
+)
 def test_a_run_goes_on_with_what_may_change(checkpointed: Path, overrides: list[str]) -> None:
     judge(checkpointed, *overrides, ranks=2)
 

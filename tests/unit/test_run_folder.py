@@ -46,7 +46,7 @@ def test_write_atomically_keeps_the_old_text_until_the_new_one_is_on_disk(
 
 def test_append_line_adds_one_json_object_per_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    records = [{"update": 1, "loss": 5.25}, {"update": 2, "phase": "line\nbreak, naïve"}]
+    records: list[dict[str, Any]] = [{"update": 1, "loss": 5.25}, {"update": 2, "phase": "line\nbreak, naïve"}]
     for record in records:
         append_line(path, record)
     assert path.read_text(encoding="utf-8").endswith("\n")

@@ -1,0 +1,120 @@
+"""relora-ds train under every launcher that runs here, killed, stopped and resumed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.integration.conftest import command, read_log, relora, start, wait_for_update, write_recipe
+
+Recipe = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, token_folder: Path) -> Path:
+    """The folder of an uninterrupted run with two processes."""
+    folder = tmp_path_factory.mktemp("whole")
+    path = write_recipe(folder, token_folder, "run")
+    relora("train", path, "--nproc", 2, TORCH_EXTENSIONS_DIR=str(folder / "extensions"))
+    return folder / "run"
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return read_log(run_dir / "metrics.jsonl")
+
+
+def test_every_launcher_trains_the_same(recipe: Recipe, tmp_path: Path, whole: Path) -> None:
+    """Our own, torchrun and the deepspeed launcher: the same losses to the last digit; and none of them compiles anything."""
+    assert not (whole.parent / "extensions").exists(), "DeepSpeed compiled an extension at start-up"
+    assert [record["update"] for record in metrics(whole) if "loss" in record] == list(range(1, 31))
+    binaries = Path(sys.executable).parent
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "relora_ds.cli"]
+    deepspeed = [sys.executable, binaries / "deepspeed", "--num_gpus", 2, "--module", "relora_ds.cli"]
+    for name, launcher in (("torchrun", torchrun), ("deepspeed", deepspeed)):
+        command([*launcher, "train", recipe(name)])
+        assert metrics(tmp_path / name) == metrics(whole), name
+
+
+def kill_tree(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to the launcher and all ranks, at once, as a node that dies."""
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        member.kill()
+    process.wait()
+    psutil.wait_procs(family, timeout=10)
+
+
+def test_sigkill_and_resume(recipe: Recipe, tmp_path: Path, whole: Path) -> None:
+    """Killed in the full-rank phase and again after a restart: the resumed run ends with the uninterrupted run's losses."""
+    path = recipe("killed")
+    for update in (5, 17):
+        process = start("train", path, "--nproc", 2)
+        wait_for_update(tmp_path / "killed", update, process)
+        kill_tree(process)
+    relora("train", path, "--nproc", 2)
+    assert metrics(tmp_path / "killed") == metrics(whole)
+    assert read_log(tmp_path / "killed" / "restarts.jsonl") == read_log(whole / "restarts.jsonl")
+
+
+def test_sigterm_writes_a_checkpoint_and_exits_75(recipe: Recipe, tmp_path: Path, whole: Path) -> None:
+    path = recipe("stopped", train={"checkpoint_every": None})
+    process = start("train", path, "--nproc", 2)
+    wait_for_update(tmp_path / "stopped", 8, process)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "a checkpoint is written" in told
+    relora("train", path, "--nproc", 2)
+    assert metrics(tmp_path / "stopped") == metrics(whole)
+
+
+def test_a_dead_rank_takes_the_job_down(recipe: Recipe, tmp_path: Path) -> None:
+    """One rank dies: the launcher ends the other, within seconds, and no process stays behind."""
+    process = start("train", recipe("orphan", train={"updates": 100_000}), "--nproc", 2)
+    wait_for_update(tmp_path / "orphan", 3, process)
+    ranks = psutil.Process(process.pid).children()
+    assert len(ranks) == 2
+    ranks[1].kill()
+    began = time.monotonic()
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert time.monotonic() - began < 40
+    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
+
+
+def test_bf16_goes_on_where_its_matmul_traps(recipe: Recipe, tmp_path: Path) -> None:
+    """On a CPU that traps on AMX the run says what it did; on any other it just runs."""
+    path = recipe("bf16", deepspeed="ds_configs/zero2_bf16.json", train={"updates": 12})
+    result = relora("train", path, "--nproc", 2)
+    assert metrics(tmp_path / "bf16")[-2]["update"] == 12
+    probe = "import torch; a = torch.ones(64, 64, dtype=torch.bfloat16); torch.nn.functional.linear(a, a)"
+    died = subprocess.run([sys.executable, "-c", probe], env=dict(os.environ), capture_output=True).returncode
+    assert ("bf16 products trap on this CPU" in result.stderr) == (died == -signal.SIGILL)
+
+
+def test_from_text_to_report(recipe: Recipe, tmp_path: Path) -> None:
+    """The commands one after the other, as a user types them; eval and the exported model agree with the run's own evaluation."""
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(f'{{"text": "Line {i} of the story says that {i} comes after {i - 1}."}}\n' for i in range(300)))
+    relora("prepare", text, tmp_path / "tokens", "--vocab-size", 300, "--holdout", 0.1)
+    path = recipe("run", data={"path": str(tmp_path / "tokens")})
+    relora("train", path, "--nproc", 2)
+    last = metrics(tmp_path / "run")[-1]
+    told = relora("eval", tmp_path / "run").stdout
+    assert f"perplexity {last['eval_perplexity']:.2f}" in told
+    relora("export", tmp_path / "run", tmp_path / "exported", "--dtype", "fp32")
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in (tmp_path / "exported").iterdir()}
+    relora("report", tmp_path / "run")
+    page = (tmp_path / "run" / "report.md").read_text()
+    assert "restart" in page
+    assert len(list((tmp_path / "run" / "plots").glob("*.png"))) == 3
+    again = relora("train", path, "--nproc", 2)
+    assert "resuming from" in again.stderr and metrics(tmp_path / "run")[-1] == last, "nothing is left to do"
