@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,9 @@ def initialize(
     content = ds_config.read(config if config is not None else getattr(args, "deepspeed_config", None) or "")
     launch.skip_shared_memory_build()
     if ds_config.precision(content) == "bf16" and not torch.cuda.is_available():
-        launch.guard_bf16()
+        done = launch.guard_bf16()
+        if done:
+            warnings.warn(done, stacklevel=2)
     if relora is None:
         return deepspeed.initialize(
             args, model, optimizer, model_parameters, training_data, lr_scheduler,

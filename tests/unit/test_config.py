@@ -118,7 +118,7 @@ UNKNOWN = [
     (["relora.reset.ratoi=0.5"], "relora.reset.ratoi=0.5", "unknown key; did you mean 'ratio'?"),
     (["optimizer.weight_deca=0.1"], "optimizer.weight_deca=0.1", "unknown key; did you mean 'weight_decay'?"),
     (["data.zzz=1"], "data.zzz=1", "unknown key; valid names: path, sequence_length"),
-    (["relora={rnak: 4}", "train={}"], "relora.rnak=4", "did you mean 'rank'?"),  # told before what is missing
+    (["run={}", "relora.rnak=4"], "relora.rnak=4", "did you mean 'rank'?"),  # told before what is missing
     (["model.config.hiden_size=32"], "model.config.hiden_size=32", "did you mean 'hidden_size'?"),
 ]
 ILL_TYPED = [
@@ -353,6 +353,13 @@ def test_a_run_does_not_go_on_as_another_one(checkpointed: Path, override: str, 
     assert line.startswith(f"{key_and_value}: ")
     assert before in line
     assert "name another run.dir" in line
+
+
+def test_a_run_goes_on_with_as_many_ranks(checkpointed: Path) -> None:
+    line = refusal(checkpointed, ranks=4)
+    assert line.startswith("--nproc=4: ")
+    assert "update_0000008 was written by 2 ranks" in line
+    assert "resume with 2 ranks" in line
 
 
 # What a configuration says
