@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 import uuid
@@ -110,7 +109,7 @@ def _start_wandb(config: Config, folder: RunFolder) -> Any:
     import wandb
 
     if mode == "auto":
-        mode = "online" if os.environ.get("WANDB_API_KEY") or wandb.api.api_key else "offline"
+        mode = "online" if wandb.api.api_key else "offline"  # from WANDB_API_KEY or a netrc file
     if not folder.wandb_id.exists():
         write_atomically(folder.wandb_id, uuid.uuid4().hex[:8])
     return wandb.init(

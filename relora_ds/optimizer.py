@@ -29,8 +29,7 @@ from relora_ds.errors import RestartError
 from relora_ds.frozen import MergeStats, checksum, merge_into
 from relora_ds.lora import initial_A, relora_layers
 from relora_ds.schedule import is_restart, rewarmup_factor
-from relora_ds.traffic import CountedGroup
-from relora_ds.zero import ZeroProxy, ZeroState
+from relora_ds.zero import ZeroProxy, ZeroState, data_parallel_group
 
 STATE_KEY = "relora_ds"
 
@@ -88,7 +87,7 @@ class ReLoRAOptimizer(ZeroProxy):
         self.settings = settings
         self.seed = seed
         self.rewarm = rewarm
-        self.comm = CountedGroup(zero.dp_process_group, next(model.parameters()).device)
+        self.comm = data_parallel_group(zero, next(model.parameters()).device)
         factors = {}
         for name, layer in relora_layers(model):
             factors[f"{name}.lora_A"] = layer.lora_A

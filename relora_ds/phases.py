@@ -17,8 +17,7 @@ from relora_ds.config import Config
 from relora_ds.engine import initialize
 from relora_ds.export import load_merged
 from relora_ds.run_folder import RunFolder
-from relora_ds.traffic import CountedGroup
-from relora_ds.zero import ZeroState
+from relora_ds.zero import ZeroState, data_parallel_group
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def change_phase(engine: Any, checked: Checked, device: torch.device) -> Any:
 @torch.no_grad()
 def _take_along(engine: Any, left_behind: set[str], device: torch.device, *, moments: bool) -> dict[str, Carried]:
     params = {name: p for name, p in engine.module.named_parameters() if name not in left_behind}
-    state = ZeroState(engine.optimizer, params, CountedGroup(engine.optimizer.dp_process_group, device))
+    state = ZeroState(engine.optimizer, params, data_parallel_group(engine.optimizer, device))
     keys = state.moment_keys() if moments else []
     return {
         name: Carried(state.gather(name).cpu(), {key: state.gather(name, key).cpu() for key in keys}, state.step_count(name))
@@ -112,7 +111,7 @@ def _take_along(engine: Any, left_behind: set[str], device: torch.device, *, mom
 @torch.no_grad()
 def _hand_over(engine: Any, carried: dict[str, Carried], device: torch.device) -> None:
     params = {name: p for name, p in engine.module.named_parameters() if name in carried}
-    state = ZeroState(engine.optimizer.zero, params, CountedGroup(engine.optimizer.dp_process_group, device))
+    state = ZeroState(engine.optimizer.zero, params, data_parallel_group(engine.optimizer, device))
     for name, values in carried.items():
         if values.moments:
             state.start_adam_state(name, values.step)

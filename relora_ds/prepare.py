@@ -1,4 +1,4 @@
-"""Text -> tokens on disk: what ``relora prepare`` does.
+"""Text -> tokens on disk: what ``relora-ds prepare`` does.
 
 The output folder holds ``train.bin`` and ``validation.bin`` (token ids, little-endian, nothing else), ``tokenizer.json`` with the
 configuration that ``AutoTokenizer.from_pretrained`` wants beside it, and ``index.json``, which is written last: a folder with an

@@ -91,6 +91,11 @@ def check_internals(zero: Any) -> None:
         refuse("the master weights are not fp32")
 
 
+def data_parallel_group(zero: Any, device: torch.device) -> CountedGroup:
+    """The ranks over which ZeRO shards, with its traffic counted; ``device`` is the model's."""
+    return CountedGroup(zero.dp_process_group, device)
+
+
 @dataclass(frozen=True)
 class Slice:
     """A contiguous piece of a parameter: flat indices ``start`` to ``start + numel``."""

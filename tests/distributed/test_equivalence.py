@@ -343,3 +343,17 @@ def test_a_users_own_checkpoints_resume_to_the_last_digit(dtype: str, stage: int
     for result in run(2, save_and_load, dtype, stage, str(tmp_path)):
         assert result["resumed"] == result["going_on"]
         assert result["restarts"] == 4
+
+
+def train_checkpointed(checkpointing: bool) -> list[float]:
+    model = common.tiny_llama()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    engine = common.build(model, {"restart_every": 3, "restart_warmup": 1}, accumulation=2)
+    losses = [common.train_update(engine, update % 2) for update in range(8)]
+    common.end(engine)
+    return losses
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    assert run(2, train_checkpointed, True)[0] == pytest.approx(run(2, train_checkpointed, False)[0], rel=1e-6)

@@ -293,3 +293,19 @@ def test_plain_methods(content: dict[str, Any], tmp_path: Path) -> None:
         records = [record for record in read_log(tmp_path / method / "metrics.jsonl") if "loss" in record]
         assert (records[-1]["phase"], records[-1]["restarts"]) == (phase, restarts)
         assert load_merged(tmp_path / method).num_parameters() > 0
+
+
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+
+
+def test_gpt2_with_a_tied_head_through_the_trainer(content: dict[str, Any], tmp_path: Path) -> None:
+    """Conv1D layers and a head tied to the embedding: warm start, restarts, checkpoint, resume, export."""
+    settings = at(content, tmp_path / "gpt2")
+    settings["model"] = {"config": GPT2, "gradient_checkpointing": True}
+    run(2, train_here, settings, 11)
+    assert run(2, train_here, settings) == [EXIT_DONE, EXIT_DONE]
+    last = read_log(tmp_path / "gpt2" / "metrics.jsonl")[-1]
+    model = AutoModelForCausalLM.from_pretrained(export(tmp_path / "gpt2", tmp_path / "exported"), dtype="auto").eval()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    data = TokenDataset(Path(content["data"]["path"]), "validation", 16, shuffle=False)
+    assert evaluate(model, data, batch_size=4, device=CPU).loss == pytest.approx(last["eval_loss"], rel=1e-5)
