@@ -96,7 +96,7 @@ class Optimizer(Section):
     lora_lr: Rate | None = None
     """Of the factors; null: the same as ``lr``."""
     betas: Annotated[list[Annotated[float, Field(ge=0.0, lt=1.0)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
-    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    eps: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1e-8
     weight_decay: Rate = 0.0
     """Not applied to norms and biases."""
     grad_clip: Rate = 1.0
@@ -195,7 +195,7 @@ def read_yaml(text: str, origin: str) -> Any:
     """Parses YAML; raises ConfigError with the place of a syntax error."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         raise ConfigError(origin, " ".join(str(error).split()), "is not valid YAML") from None
 
 
@@ -208,8 +208,9 @@ def load(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     path = Path(recipe)
     try:
         content = read_yaml(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise ConfigError("RECIPE", str(recipe), error.strerror or "cannot be read", "name a YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        problem = getattr(error, "strerror", None) or "is not UTF-8 text"
+        raise ConfigError("RECIPE", str(recipe), problem, "name a YAML file") from None
     if not isinstance(content, dict):
         raise ConfigError("RECIPE", str(recipe), "holds no settings", "write sections such as 'run:' and 'model:'")
     for override in overrides:

@@ -1,6 +1,6 @@
 """Tokens on disk -> batches, without any state.
 
-``relora prepare`` leaves one flat array of tokens per split. Sample ``k`` of a run is a pure function of ``(seed, k)``: nothing
+``relora-ds prepare`` leaves one flat array of tokens per split. Sample ``k`` of a run is a pure function of ``(seed, k)``: nothing
 about the order is ever stored, so a run that is resumed, or goes on with another number of processes, sees the same samples as
 one that was never interrupted.
 """
@@ -61,7 +61,7 @@ def read_index(folder: Path) -> TokenIndex:
     folder = Path(folder)
 
     def refused(problem: str) -> ConfigError:
-        return ConfigError("data.path", str(folder), problem, "run `relora prepare` on the text to make this folder")
+        return ConfigError("data.path", str(folder), problem, "run `relora-ds prepare` on the text to make this folder")
 
     try:
         raw = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
@@ -180,7 +180,7 @@ class TokenDataset:
     Each epoch holds every sample once. Tokens after the last whole sample are never read.
 
     Args:
-        folder: a folder made by ``relora prepare``.
+        folder: a folder made by ``relora-ds prepare``.
         split: ``train`` or ``validation``.
         sequence_length: tokens per sample, ``T``.
         seed: the seed of the order.

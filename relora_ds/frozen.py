@@ -52,10 +52,11 @@ def merge_into(weight: Tensor, delta: Tensor) -> MergeStats:
         delta: fp32, same shape.
     """
     before = weight.to(torch.float32)
+    norm_before = before.square().sum()  # now: in fp32 ``before`` is the weight itself, which the copy changes
     exact = before + delta
     weight.copy_(exact)
     lost = exact - weight.to(torch.float32)
-    return MergeStats(delta.square().sum(), lost.square().sum(), before.square().sum())
+    return MergeStats(delta.square().sum(), lost.square().sum(), norm_before)
 
 
 @torch.no_grad()
@@ -63,7 +64,7 @@ def checksum(tensor: Tensor) -> Tensor:
     """A 64-bit hash of the bits of ``tensor``: a 0-d int64 tensor on its device.
 
     The sum of the elements' bit patterns, each times an odd number made from its position, modulo 2**64: any single changed element
-    changes it, as does a swap. Integer arithmetic, so the order of the sum does not matter.
+    changes it, as does a swap of two that differ (up to chance). Integer arithmetic, so the order of the sum does not matter.
     """
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     bits = tensor.detach().contiguous().view(integer).flatten()

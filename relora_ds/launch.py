@@ -5,7 +5,9 @@ The environment is read, and set, in this file only.
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,6 +24,8 @@ TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PO
 DEFAULT_PORT = 29500
 GRACE_S = 20.0
 """How long the other processes of a node may take to end after one of them failed, before they are killed."""
+ORDERLY = (2, 75)
+"""Exit codes with which all ranks end by themselves, together: a bad setting, a signal."""
 SAFE_ISA = "AVX512_CORE_FP16"
 """The newest instruction set of oneDNN without AMX."""
 
@@ -64,12 +68,17 @@ def discover(environment: Mapping[str, str] | None = None) -> Place | None:
         size = int(env["WORLD_SIZE"])
         address = env.get("MASTER_ADDR", "127.0.0.1")
         port = int(env.get("MASTER_PORT", DEFAULT_PORT))
-        return Place(int(env["RANK"]), size, local, int(env.get("LOCAL_WORLD_SIZE", size)), address, port, "torchrun")
+        return Place(int(env["RANK"]), size, local, _local_size(env, size), address, port, "torchrun")
     if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
         return _from_slurm(env)
     if "OMPI_COMM_WORLD_RANK" in env or "PMI_RANK" in env or "PMIX_RANK" in env:
         return _from_mpi(env)
     return None
+
+
+def _local_size(env: Mapping[str, str], world_size: int) -> int:
+    """Processes on this node: torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE."""
+    return int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world_size)
 
 
 def _from_slurm(env: Mapping[str, str]) -> Place:
@@ -86,12 +95,8 @@ def _from_slurm(env: Mapping[str, str]) -> Place:
 
 def first_host(nodelist: str) -> str:
     """The first host of a SLURM node list: ``node[03-05,9],login`` -> ``node03``."""
-    head, bracket, rest = nodelist.partition("[")
-    if "," in head or not bracket:
-        host = nodelist.split(",")[0]
-    else:
-        numbers, _, tail = rest.partition("]")
-        host = head + numbers.split(",")[0].split("-")[0] + tail.split(",")[0]
+    # ``[03-05,9]`` -> ``03``: after that a comma can only part hosts
+    host = re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", nodelist).split(",")[0]
     if not host:
         raise ConfigError("SLURM_STEP_NODELIST", nodelist, "names no node", "set MASTER_ADDR")
     return host
@@ -251,24 +256,21 @@ def spawn(arguments: Sequence[str], num_processes: int) -> int:
                 process.kill()
 
 
-def _wait(processes: list[subprocess.Popen]) -> int:
-    """Waits for all; the first failure decides the exit code and stops the rest after a grace time."""
-    failed, deadline = 0, 0.0
-    while any(process.poll() is None for process in processes):
-        if not failed:
-            failed = next((process.returncode for process in processes if process.returncode), 0)
-            deadline = time.monotonic() + GRACE_S
-            if failed and failed not in _ORDERLY:
-                for process in processes:
-                    if process.poll() is None:
-                        process.terminate()
-        elif time.monotonic() > deadline:
+def _wait(processes: list[subprocess.Popen[Any]]) -> int:
+    """Waits for all; the first failure decides the exit code, and a disorderly one stops the rest."""
+    failed, deadline = 0, math.inf
+    while None in (codes := [process.poll() for process in processes]):  # a list, so that every process is asked
+        crash = next((code for code in codes if code and code not in ORDERLY), 0)
+        if crash and failed in (0, *ORDERLY):
+            failed, deadline = crash, time.monotonic() + GRACE_S
+            for process in processes:
+                if process.poll() is None:
+                    process.terminate()
+        elif not failed and (orderly := next(filter(None, codes), 0)):
+            failed, deadline = orderly, time.monotonic() + GRACE_S
+        if time.monotonic() > deadline:
             break
         time.sleep(0.05)
-    codes = [process.returncode for process in processes if process.returncode]
-    code = failed or next(iter(codes), 0)
+    ended = [code for code in codes if code]
+    code = next((code for code in ended if code not in ORDERLY), next(iter(ended), 0)) if failed in (0, *ORDERLY) else failed
     return code if code >= 0 else 1
-
-
-_ORDERLY = (2, 75)
-"""Exit codes with which all ranks end together; the others need no push."""

@@ -79,7 +79,7 @@ def initial_A(rank: int, in_features: int, *, name: str, seed: int, restart: int
     digest = hashlib.sha256(f"{seed}/{restart}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     bound = 1.0 / math.sqrt(in_features)
-    return torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
+    return torch.empty(rank, in_features, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
 
 
 def find_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Linear | Conv1D]:
@@ -99,6 +99,8 @@ def find_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn
             raise ConfigError("relora.targets", targets, "the model has no linear layer besides its output head")
     else:
         names = [targets] if isinstance(targets, str) else list(targets)
+        if not names:
+            raise ConfigError("relora.targets", targets, "names no layer", f"write {ALL_LINEAR}, or the layers' names")
         chosen = {}
         for target in names:
             matched = {name: module for name, module in linears.items() if f".{target}." in f".{name}."}

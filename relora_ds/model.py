@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import is_flash_attn_2_available
 
 from relora_ds.config import Model
@@ -70,10 +74,20 @@ def hf_config(settings: Model, vocab_size: int) -> PretrainedConfig:
 
 def read_hf_config(source: str | Path, key: str) -> PretrainedConfig:
     """A configuration from a folder, a file or the hub; ``key`` is the setting that named it, for the error."""
-    try:
+    with explained(key, str(source), "cannot be loaded"):
         return AutoConfig.from_pretrained(str(source))
-    except (OSError, ValueError) as error:
-        raise ConfigError(key, str(source), f"cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+@contextmanager
+def explained(key: str, value: object, problem: str) -> Iterator[None]:
+    """Turns what transformers raises about a user's input into one ConfigError of one line."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(key, value, f"{problem}: {text[:300]}") from None
 
 
 def _inline_config(content: dict[str, Any], vocab_size: int) -> PretrainedConfig:
@@ -81,15 +95,21 @@ def _inline_config(content: dict[str, Any], vocab_size: int) -> PretrainedConfig
     model_type = fields.pop("model_type", None)
     if model_type is None:
         raise ConfigError("model.config.model_type", None, "is required", "name an architecture, such as llama, gpt2, gpt_neox")
-    fields.setdefault("vocab_size", vocab_size)
-    config = AutoConfig.for_model(model_type, **fields)
-    unknown = [
-        name for name in fields if name not in AutoConfig.for_model(model_type).to_dict() and name not in config.attribute_map
-    ]
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ConfigError(
+            "model.config.model_type",
+            model_type,
+            "is no causal language model of transformers",
+            nearest(str(model_type), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        )
+    default = AutoConfig.for_model(model_type)
+    known = {*default.to_dict(), *default.attribute_map}
+    unknown = [name for name in fields if name not in known]
     if unknown:
-        known = AutoConfig.for_model(model_type).to_dict()
         raise ConfigError(f"model.config.{unknown[0]}", fields[unknown[0]], "unknown key", nearest(unknown[0], known))
-    return config
+    fields.setdefault("vocab_size", vocab_size)
+    with explained("model.config", content, "cannot be built"):
+        return AutoConfig.for_model(model_type, **fields)
 
 
 def attention_implementation(choice: str, *, dtype: torch.dtype, device: torch.device) -> str:
@@ -134,15 +154,12 @@ def build(
     implementation = attention_implementation(attention, dtype=dtype, device=device)
     config.use_cache = False  # a training run never generates, and gradient checkpointing warns about it
     torch.manual_seed(seed)
-    try:
+    options = {"attn_implementation": implementation, "dtype": torch.float32}
+    with explained("model", weights or config.model_type, "cannot be built"):
         if weights is not None:
-            model = AutoModelForCausalLM.from_pretrained(
-                weights, config=config, attn_implementation=implementation, dtype=torch.float32
-            )
+            model = AutoModelForCausalLM.from_pretrained(weights, config=config, **options)
         else:
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise ConfigError("model", weights or config.model_type, f"cannot be built: {str(error).splitlines()[0]}") from None
+            model = AutoModelForCausalLM.from_config(config, **options)
     return model.to(device=device, dtype=dtype)
 
 
@@ -150,7 +167,8 @@ def build_meta(config: PretrainedConfig) -> PreTrainedModel:
     """The model without weights, to check a recipe against: shapes and names only, in milliseconds."""
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return AutoModelForCausalLM.from_config(config)
+        with explained("model.config", config.model_type, "cannot be built"):
+            return AutoModelForCausalLM.from_config(config)
 
 
 def describe(config: PretrainedConfig) -> str:

@@ -221,7 +221,7 @@ def _plot(path: Path, runs: Sequence[Run], *keys: str) -> None:
     """Draws one panel per key, below each other over one axis of updates, and writes the picture."""
     figure = Figure(figsize=(9, 2 + 2.6 * len(keys)), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(keys), 1, sharex=True, squeeze=False)[:, 0]
+    axes: list[Axes] = list(figure.subplots(len(keys), 1, sharex=True, squeeze=False)[:, 0])
     marks = {"restart": "--", "phase change": ":"}
     handles = [Line2D([], [], color="0.45", linestyle=style, label=name) for name, style in marks.items()]
     for position, run in enumerate(runs):

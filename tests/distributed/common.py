@@ -35,7 +35,9 @@ def tiny_neox(seed: int = 0) -> nn.Module:
     return GPTNeoXForCausalLM(GPTNeoXConfig(**sizes))
 
 
-def deepspeed_config(*, lr: float = 1e-2, stage: int = 2, dtype: str = "fp32", accumulation: int = 1, **zero: Any) -> dict[str, Any]:
+def deepspeed_config(
+    *, lr: float = 1e-2, stage: int = 2, dtype: str = "fp32", accumulation: int = 1, **zero: Any
+) -> dict[str, Any]:
     """DeepSpeed's JSON for torch's AdamW, a global batch of 12 and clipping at 1."""
     config: dict[str, Any] = {
         "train_batch_size": GLOBAL_BATCH,

@@ -136,7 +136,9 @@ def test_zero_equals_a_plain_loop(reset: str, stage: int, accumulation: int) -> 
 
 def test_world_size_and_accumulation_change_nothing() -> None:
     """A user's loop with accumulation 1 and 4 (3 rows a micro batch), at 1, 2 and 4 ranks: the same losses."""
-    losses = [run(world, zero_relora, RESETS["default"], 2, steps)[0]["losses"] for world, steps in ((1, 1), (1, 4), (2, 1), (4, 1))]
+    losses = [
+        run(world, zero_relora, RESETS["default"], 2, steps)[0]["losses"] for world, steps in ((1, 1), (1, 4), (2, 1), (4, 1))
+    ]
     for other in losses[1:]:
         assert other == pytest.approx(losses[0], rel=1e-5)
 
@@ -145,7 +147,11 @@ def train_architecture(kind: str) -> dict[str, Any]:
     model = {"gpt2": common.tiny_gpt2, "neox": common.tiny_neox}[kind]()
     engine = common.build(model, {"restart_every": 3, "restart_warmup": 1})
     losses = [common.train_update(engine, 0) for _ in range(8)]
-    result = {"losses": losses, "restarts": engine.optimizer.restarts, "layers": [name for name, _ in relora_layers(engine.module)]}
+    result = {
+        "losses": losses,
+        "restarts": engine.optimizer.restarts,
+        "layers": [name for name, _ in relora_layers(engine.module)],
+    }
     common.end(engine)
     return result
 
@@ -253,7 +259,13 @@ def poison_one_rank(dtype: str) -> dict[str, Any]:
     unchanged = all(torch.equal(before[name], p.data) for name, p in engine.module.named_parameters())
     applied = engine.was_step_applied()
     after = common.train_update(engine, 2)
-    result = {"unchanged": unchanged, "applied": applied, "after": after, "again": engine.was_step_applied(), "restarts": engine.optimizer.restarts}
+    result = {
+        "unchanged": unchanged,
+        "applied": applied,
+        "after": after,
+        "again": engine.was_step_applied(),
+        "restarts": engine.optimizer.restarts,
+    }
     common.end(engine)
     return result
 

@@ -16,7 +16,6 @@ from relora_ds.zero import ZeroState
 from tests.distributed import common
 from tests.distributed.pool import RankError, run
 
-
 LEARNT = 0
 
 
@@ -132,12 +131,16 @@ def test_same_bits_for_any_number_of_ranks(kind: str, dtype: str) -> None:
     (alone,) = run(1, restart_from_a_given_state, reset, dtype)
     for world_size in (2, 3, 4):
         ranks = run(world_size, restart_from_a_given_state, reset, dtype)
-        straddling = sum(1 for column in zip(*(rank["owned"].tolist() for rank in ranks), strict=True) if sum(map(bool, column)) > 1)
+        straddling = sum(
+            1 for column in zip(*(rank["owned"].tolist() for rank in ranks), strict=True) if sum(map(bool, column)) > 1
+        )
         assert straddling > 0, "no tensor straddles two shards"
         for left in ranks:
             for what, value in alone.items():
                 if what != "owned":
-                    assert torch.equal(value.view(torch.uint8), left[what].view(torch.uint8)), f"{what} differs at {world_size} ranks"
+                    assert torch.equal(value.view(torch.uint8), left[what].view(torch.uint8)), (
+                        f"{what} differs at {world_size} ranks"
+                    )
 
 
 @pytest.mark.parametrize("mask", ["joint", "independent"])

@@ -21,9 +21,9 @@ from relora_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from relora_ds.evaluate import evaluate
 from relora_ds.export import export, load_merged
 from relora_ds.run_folder import RunFolder
+from relora_ds.traffic import CountedGroup
 from relora_ds.train import Trainer, TrainingError
 from relora_ds.train import train as train_run
-from relora_ds.traffic import CountedGroup
 from relora_ds.zero import ZeroState
 from tests.distributed.pool import run
 
@@ -43,7 +43,7 @@ def content(settings: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands for a process that dies between two updates."""
 
 
@@ -59,13 +59,13 @@ def train_here(content: dict[str, Any], kill_after: int | None = None, stop_afte
             stop_requested = True
         stopping = original(self, number, stop_requested)
         if number == kill_after:
-            raise Killed
+            raise KilledError
         return stopping
 
     Trainer.update = update  # type: ignore[method-assign]
     try:
         return train_run(checked, place, CPU)
-    except Killed:
+    except KilledError:
         return -1
     finally:
         Trainer.update = original  # type: ignore[method-assign]
@@ -194,7 +194,9 @@ def moments_over_the_change(content: dict[str, Any]) -> dict[str, Any]:
             "masters": {name: state.gather(name) for name in names},
             "moments": {name: {key: state.gather(name, key) for key in state.moment_keys()} for name in names},
             "steps": [state.step_count(name) for name in names],
-            "loss": evaluate(trainer.engine.module, data, batch_size=2, device=CPU, rank=place.rank, world_size=place.world_size).loss,
+            "loss": evaluate(
+                trainer.engine.module, data, batch_size=2, device=CPU, rank=place.rank, world_size=place.world_size
+            ).loss,
         }
     found["trainable"] = sorted(name for name, p in trainer.engine.module.named_parameters() if p.requires_grad)
     trainer.engine.destroy()

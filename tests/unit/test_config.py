@@ -264,6 +264,18 @@ def test_recipe_that_is_not_there_or_is_no_recipe(tmp_path: Path) -> None:
         assert "holds no settings" in refusal(tmp_path / "recipe.yaml")
 
 
+def test_recipe_that_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"run: {dir: caf\xe9}\n")
+    with pytest.raises(ConfigError, match="is not UTF-8 text"):
+        config.load(path)
+
+
+def test_a_date_that_does_not_exist(recipe: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run\.dir"):
+        config.load(recipe, ["run.dir=2024-13-45"])
+
+
 def test_recipe_with_a_syntax_error_names_the_line(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("run:\n  dir: [a, b\nmodel: {}\n")

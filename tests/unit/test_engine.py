@@ -23,7 +23,10 @@ def names_in(net: nn.Module, groups: list[dict]) -> list[list[str]]:
 
 def test_factors_follow_the_group_of_their_weight() -> None:
     net = model()
-    groups = [{"params": list(net[0].parameters()), "lr": 1.0, "betas": (0.1, 0.2)}, {"params": list(net[1:].parameters()), "lr": 2.0}]
+    groups = [
+        {"params": list(net[0].parameters()), "lr": 1.0, "betas": (0.1, 0.2)},
+        {"params": list(net[1:].parameters()), "lr": 2.0},
+    ]
     wrap(net, rank=2, alpha=4, targets=["0", "2"])
     new = regroup(net, groups, None)
     assert names_in(net, new) == [

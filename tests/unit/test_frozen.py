@@ -54,6 +54,12 @@ def test_bf16_statistics_by_hand() -> None:
     assert stats.merge_error == pytest.approx(1 / 5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_change_is_measured_against_the_weight_before(dtype: torch.dtype) -> None:
+    stats = merge_into(torch.full((4, 4), 2.0, dtype=dtype), torch.full((4, 4), 2.0))
+    assert stats.relative_change == pytest.approx(1.0)
+
+
 def test_statistics_of_several_merges_add_up() -> None:
     def stats(change: float, lost: float, weight: float) -> MergeStats:
         return MergeStats(torch.tensor(change), torch.tensor(lost), torch.tensor(weight))

@@ -72,6 +72,12 @@ def test_deepspeed_launcher_on_one_node() -> None:
     assert place.is_main
 
 
+def test_deepspeed_launcher_on_several_nodes() -> None:
+    """It names the processes of a node LOCAL_SIZE; taken for one node, the job would be kept on the loopback interface."""
+    env = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4", "MASTER_ADDR": "node03", "MASTER_PORT": "29500"}
+    assert discover(env) == Place(5, 8, 1, 4, "node03", 29500, "torchrun")
+
+
 def test_srun_on_several_nodes() -> None:
     place = discover(SRUN)
     assert place == Place(5, 8, 1, 4, "node03", 29500 + 4567, "srun")
@@ -127,6 +133,7 @@ def test_open_mpi_over_nodes_without_mpi4py(monkeypatch: pytest.MonkeyPatch) -> 
         ("node7", "node7"),
         ("a,b", "a"),
         ("gpu[1-2]", "gpu1"),
+        ("rack[1-2]n[3,4]", "rack1n3"),
         ("n[01,05]-ib", "n01-ib"),
         ("n[01,05]-ib,login", "n01-ib"),
         ("login,node[03-05]", "login"),
@@ -226,12 +233,18 @@ def test_all_end_in_order_with_one_code(start: Start, code: int) -> None:
     [("raise SystemExit(3)", 3), ("1 / 0", 1), ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", 1)],
     ids=["exit", "exception", "killed"],
 )
-def test_one_crash_stops_the_others(start: Start, crash: str, code: int) -> None:
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_crash_of_any_process_stops_the_others(start: Start, crash: str, code: int, place: int) -> None:
     began = time.monotonic()
-    processes = [start(crash), start("import time; time.sleep(30)"), start("import time; time.sleep(30)")]
+    processes = [start(crash if i == place else "import time; time.sleep(30)") for i in range(3)]
     assert launch._wait(processes) == code
     assert time.monotonic() - began < launch.GRACE_S / 2
-    assert [process.returncode for process in processes[1:]] == [-signal.SIGTERM, -signal.SIGTERM]
+    assert [process.returncode for i, process in enumerate(processes) if i != place] == [-signal.SIGTERM, -signal.SIGTERM]
+
+
+def test_a_crash_outweighs_an_orderly_end(start: Start) -> None:
+    """A job that seems to have stopped with a checkpoint would be run again for ever."""
+    assert launch._wait([start("raise SystemExit(75)"), start("import time; time.sleep(0.5); raise SystemExit(1)")]) == 1
 
 
 def test_processes_that_do_not_stop_are_not_waited_for_longer_than_the_grace(

@@ -18,7 +18,7 @@ from relora_ds import model as models
 from relora_ds.config import Model
 from relora_ds.errors import ConfigError
 from relora_ds.lora import ReLoRALinear, find_targets, initial_A, param_groups, relora_layers, unwrap, wrap
-from tests.unit.conftest import TINY_LLAMA, VOCAB_SIZE
+from tests.conftest import TINY_LLAMA, VOCAB_SIZE
 
 RANK, ALPHA = 3, 6.0
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -244,6 +244,11 @@ def test_target_that_matches_no_linear_layer(targets: list[str], hint: str) -> N
         find_targets(build("llama"), targets)
     assert str(caught.value).startswith(f"relora.targets={targets[-1]!r}: ")
     assert hint in str(caught.value)
+
+
+def test_an_empty_list_of_targets_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"relora\.targets=\[\]: names no layer"):
+        find_targets(nn.Sequential(nn.Linear(4, 4)), [])
 
 
 def test_head_can_be_named() -> None:

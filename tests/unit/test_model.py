@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from relora_ds import model as models
 from relora_ds.config import Model
 from relora_ds.errors import ConfigError
-from tests.unit.conftest import TINY_LLAMA, VOCAB_SIZE
+from tests.conftest import TINY_LLAMA, VOCAB_SIZE
 
 CPU = torch.device("cpu")
 PAPER_VOCABULARY = 32_100
@@ -104,6 +104,25 @@ def test_inline_configuration_with_an_unknown_key() -> None:
 def test_inline_configuration_without_an_architecture() -> None:
     with pytest.raises(ConfigError, match=r"model\.config\.model_type=None: is required"):
         models.hf_config(Model(config={"hidden_size": 32}), VOCAB_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"model_type": "lama"},
+            "model.config.model_type='lama': is no causal language model of transformers; did you mean 'llama'?",
+        ),
+        ({"model_type": "vit"}, "model.config.model_type='vit': is no causal language model"),
+        ({"hidden_size": "wide"}, "cannot be built"),
+        ({"hidden_size": 30}, "cannot be built"),
+    ],
+)
+def test_a_configuration_that_cannot_be_built_is_told_in_one_line(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        models.build_meta(models.hf_config(Model(config={**TINY_LLAMA, **change}), VOCAB_SIZE))
+    assert str(caught.value).startswith("model.config") and message in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_inline_configuration_may_use_the_architectures_own_names_or_the_common_ones() -> None:

@@ -138,6 +138,8 @@ def test_random_keys_are_a_function_of_the_seed() -> None:
     assert random_keys(1000, 3).min() >= 0
 
 
-@pytest.mark.parametrize(("numel", "ratio", "kept"), [(1000, 0.99, 10), (7, 0.99, 1), (100, 0.0, 100), (100, 1.0, 0), (3, 0.5, 2)])
+@pytest.mark.parametrize(
+    ("numel", "ratio", "kept"), [(1000, 0.99, 10), (7, 0.99, 1), (100, 0.0, 100), (100, 1.0, 0), (3, 0.5, 2)]
+)
 def test_number_kept(numel: int, ratio: float, kept: int) -> None:
     assert num_kept(numel, ratio) == kept

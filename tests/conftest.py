@@ -1,4 +1,4 @@
-"""What several unit tests need: a prepared token folder, and a recipe that trains a tiny LLaMA on it."""
+"""What tests of all kinds need: a prepared token folder, and a recipe that trains a tiny LLaMA on it."""
 
 from __future__ import annotations
 
@@ -34,19 +34,24 @@ def token_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tokens
 
 
-@pytest.fixture
-def settings(tmp_path: Path, token_folder: Path) -> dict[str, Any]:
+def tiny_settings(run_dir: Path, tokens: Path) -> dict[str, Any]:
     """A valid configuration as nested dictionaries: 20 updates, restarts after 8 and 16."""
     return {
-        "run": {"dir": str(tmp_path / "run"), "seed": 1},
+        "run": {"dir": str(run_dir), "seed": 1},
         "method": "relora",
         "model": {"config": dict(TINY_LLAMA)},
-        "data": {"path": str(token_folder), "sequence_length": 16},
+        "data": {"path": str(tokens), "sequence_length": 16},
         "relora": {"rank": 4, "alpha": 8, "restart_every": 8, "restart_warmup": 3},
         "optimizer": {"lr": 0.002, "warmup": 2},
         "train": {"updates": 20, "global_batch": 8, "micro_batch": 2},
         "deepspeed": {"zero_optimization": {"stage": 2}},
     }
+
+
+@pytest.fixture
+def settings(tmp_path: Path, token_folder: Path) -> dict[str, Any]:
+    """:func:`tiny_settings` into this test's own folder."""
+    return tiny_settings(tmp_path / "run", token_folder)
 
 
 @pytest.fixture
