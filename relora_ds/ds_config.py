@@ -99,6 +99,7 @@ _NEEDS: tuple[Rule, ...] = (
     ("zero_optimization.stage", lambda v: v not in (1, 2), "ReLoRA runs on ZeRO stage 1 or 2", "set it to 2"),
     ("zero_optimization.offload_param", bool, "needs ZeRO-3, which ReLoRA cannot run on", "leave it out"),
     ("zero_optimization.offload_optimizer.device", lambda v: v == "nvme", "moments on NVMe cannot be pruned", "use cpu or none"),
+    ("zero_optimization.round_robin_gradients", bool, "DeepSpeed's fragment addresses are wrong with it", "leave it out"),
     ("zero_optimization.zenflow", bool, "ZenFlow's selective optimizer cannot be restarted", "leave it out"),
     (
         "zero_optimization.elastic_checkpoint",
