@@ -145,6 +145,8 @@ def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
     checked = check(recipe, Path(options.recipe), num_processes)
     if ds_config.precision(checked.deepspeed) == "bf16" and not cuda_here() and (done := launch.guard_bf16()) and is_main():
         print(f"[relora-ds] {done}", file=sys.stderr, flush=True)
+    if place is None:
+        launch.check_devices(num_processes)
     if place is None and num_processes > 1:
         return launch.spawn(["train", options.recipe, *overrides], num_processes)
 

@@ -152,6 +152,16 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
+def check_devices(num_processes: int) -> None:
+    """Raises ConfigError when this machine has GPUs, but fewer than processes."""
+    import torch
+
+    if torch.cuda.is_available() and num_processes > torch.cuda.device_count():
+        raise ConfigError(
+            "--nproc", num_processes, f"this machine has {torch.cuda.device_count()} GPU(s)", "one process drives one GPU"
+        )
+
+
 def start_process_group(place: Place, timeout_s: float = 1800.0) -> Any:
     """Joins the job: NCCL on CUDA, gloo on CPU, under torch.distributed and DeepSpeed alike. Returns this process's torch device."""
     import torch
@@ -159,6 +169,7 @@ def start_process_group(place: Place, timeout_s: float = 1800.0) -> Any:
     _export(place)
     on_cuda = torch.cuda.is_available()
     if on_cuda:
+        check_devices(place.local_rank + 1)
         torch.cuda.set_device(place.local_rank)
     import deepspeed
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite runs on CPUs over gloo, also where there are GPUs
 
 import deepspeed  # noqa: F401 — its import writes a line to stdout: here, before any test captures stdout
 import pytest

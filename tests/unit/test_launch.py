@@ -371,3 +371,14 @@ def test_shared_memory_collective_is_not_built(monkeypatch: pytest.MonkeyPatch) 
     launch.skip_shared_memory_build()
     assert deepspeed.ops.__compatible_ops__[builder.NAME] is False  # first: the next line would compile for a minute
     assert build_shm_op() is None
+
+
+@pytest.mark.parametrize(("gpus", "processes", "fits"), [(0, 4, True), (2, 2, True), (2, 3, False)])
+def test_one_process_drives_one_gpu(monkeypatch: pytest.MonkeyPatch, gpus: int, processes: int, fits: bool) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    if fits:
+        launch.check_devices(processes)
+    else:
+        with pytest.raises(ConfigError, match=r"--nproc=3: this machine has 2 GPU\(s\)"):
+            launch.check_devices(processes)
