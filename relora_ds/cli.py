@@ -148,6 +148,7 @@ def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if place is None:
         launch.check_devices(num_processes)
     if place is None and num_processes > 1:
+        print(f"[relora-ds] starting {num_processes} processes", file=sys.stderr, flush=True)
         return launch.spawn(["train", options.recipe, *overrides], num_processes)
 
     from relora_ds.train import TrainingError, train

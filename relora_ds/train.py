@@ -22,7 +22,7 @@ from relora_ds.errors import EXIT_DONE, EXIT_STOPPED
 from relora_ds.evaluate import evaluate
 from relora_ds.launch import Place
 from relora_ds.lora import LORA_GROUP
-from relora_ds.metrics import Metrics
+from relora_ds.metrics import Metrics, say
 from relora_ds.model import describe
 from relora_ds.optimizer import ReLoRAOptimizer
 from relora_ds.run_folder import RunFolder, truncate_log, write_atomically
@@ -94,6 +94,8 @@ class Trainer:
         self.train_data = TokenDataset(data, "train", length, seed=seed)
         self.held_out = TokenDataset(data, "validation", length, shuffle=False)
         self.metrics: Metrics | None = None
+        if place.is_main:
+            say("building the model and its DeepSpeed engine")
         self._build(resume_from)
         if place.is_main:
             for log in (self.folder.metrics, self.folder.restarts):
