@@ -251,6 +251,7 @@ def test_export_round_trip(content: dict[str, Any], tmp_path: Path, dtype: str) 
     """transformers loads the export as an ordinary model with the perplexity of the run's last evaluation."""
     if dtype == "bf16":
         content["deepspeed"]["bf16"] = {"enabled": True}
+    content["relora"]["restart_every"] = 8  # the last restart, after update 13, leaves the factors time to grow again
     settings = at(content, tmp_path / "run")
     run(2, train_here, settings)
     last = [record for record in read_log(tmp_path / "run" / "metrics.jsonl") if "eval_loss" in record][-1]
