@@ -72,6 +72,19 @@ class Reset(Section):
     """Whether Adam's step count of the factors goes back to 0 (the paper's way: false)."""
 
 
+class Frozen(Section):
+    """How the frozen weights are kept."""
+
+    dtype: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    """auto: the engine's dtype. int8: symmetric, by groups along the input dimension."""
+    group_size: Annotated[int, Field(ge=8)] = 128
+    """Of int8: inputs that share a scale."""
+    master: Literal["none", "sharded"] = "none"
+    """sharded: an fp32 master of the frozen weights, split by rows over the ranks, so that merges lose nothing."""
+    master_device: Literal["host", "device"] = "host"
+    """Where the sharded master lives."""
+
+
 class ReLoRA(Section):
     rank: Positive = 128
     alpha: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 32.0
@@ -89,6 +102,7 @@ class ReLoRA(Section):
     restart_warmup: Count = 100
     """Updates over which the learning rate climbs back from 0 after a restart, under ``schedule: jagged``."""
     reset: Reset = Reset()
+    frozen: Frozen = Frozen()
 
 
 class Optimizer(Section):

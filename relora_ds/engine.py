@@ -9,6 +9,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from relora_ds import ds_config, launch
@@ -86,7 +87,7 @@ def initialize(
         )
     chosen = _materialise(model_parameters)
     if not any(True for _ in relora_layers(model)):
-        wrap(model, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout, targets=settings.targets, seed=seed)
+        wrap_as(model, settings, seed, ds_config.precision(content))
     optimizer, groups = _groups(model, optimizer, chosen, lr_scheduler, content, lora_lr)
     engine, zero, loader, scheduler = deepspeed.initialize(
         args, model, optimizer, groups, training_data, lr_scheduler, collate_fn=collate_fn, config=content, **others
@@ -96,6 +97,27 @@ def initialize(
         raise ConfigError("optimizer", base, f"ReLoRA prunes Adam's moments: one of {', '.join(ADAMS)}")
     engine.optimizer = ReLoRAOptimizer(zero, engine.module, settings, seed=seed, rewarm=rewarm)
     return engine, engine.optimizer, loader, scheduler
+
+
+def wrap_as(model: nn.Module, settings: ReLoRA, seed: int, precision: str) -> None:
+    """Wraps ``model`` as the settings say; ``precision`` is the engine's, in which ``frozen.dtype: auto`` stores."""
+    frozen = settings.frozen
+    if frozen.dtype == "auto":
+        frozen = frozen.model_copy(update={"dtype": precision})
+    shard = None
+    if frozen.master == "sharded":
+        launch.require_process_group()
+        shard = (dist.get_rank(), dist.get_world_size())
+    wrap(
+        model,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        dropout=settings.dropout,
+        targets=settings.targets,
+        seed=seed,
+        frozen=frozen,
+        shard=shard,
+    )
 
 
 def _materialise(parameters: Iterable[Any] | None) -> list[dict[str, Any]] | None:
@@ -141,7 +163,7 @@ def regroup(model: nn.Module, groups: list[dict[str, Any]], lora_lr: float | Non
     Raises:
         ConfigError: the factors of some layer belong to no group, because the weight was in none.
     """
-    factors = {id(layer.weight): [layer.lora_A, layer.lora_B] for _, layer in relora_layers(model)}
+    factors = {layer.replaces: [layer.lora_A, layer.lora_B] for _, layer in relora_layers(model)}
     already = {id(p) for group in groups for p in group["params"]}
     regrouped = []
     for group in groups:

@@ -20,7 +20,7 @@ def load_merged(
 
     Args:
         place: a run's folder (its newest checkpoint is taken) or a checkpoint.
-        dtype: of the result; None for the one it was trained in.
+        dtype: of the result; None for the one it was trained in (the engine's, where the weights are int8).
         device: of the result.
         attention: as in the recipe's ``model.attention``.
     """
@@ -31,7 +31,8 @@ def load_merged(
     architecture = models.read_hf_config(folder.model, "RUN_DIR")
     model = models.build(architecture, attention=attention, dtype=trained_in, device=device, seed=config.run.seed)
     if checkpoints.read_manifest(checkpoint).phase == "lora":
-        lora.wrap(model, rank=config.relora.rank, alpha=config.relora.alpha, targets=config.relora.targets)
+        settings = config.relora
+        lora.wrap(model, rank=settings.rank, alpha=settings.alpha, targets=settings.targets, frozen=settings.frozen)
     try:
         model.load_state_dict(checkpoints.read_model_state(checkpoint))
     except RuntimeError as error:

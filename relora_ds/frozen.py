@@ -1,18 +1,151 @@
-"""Frozen weights: merging into them, and checksums that say whether all ranks hold the same bits.
+"""Frozen weights: how they are stored (fp32, bf16, fp16, int8), read and merged into; the sharded master; checksums.
 
-The frozen weight of a layer is stored in the engine's dtype and replicated on every rank. Merging goes through fp32: the sum
-``W + delta`` is formed in fp32 and rounded once. What that rounding loses is measured, not hidden.
+The frozen weight of a layer is replicated on every rank. Merging goes through fp32 and rounds once. What rounding loses is measured
+at every merge, not hidden: of many small changes that are merged into a coarse store, each is rounded away by itself. The cure is
+:class:`ShardedMaster`, an fp32 copy split over the ranks: changes add up there, and the store is rounded from it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 CHUNK = 1 << 22
 """Elements hashed at a time: bounds the int64 copy that a checksum makes to 32 MiB."""
+FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+INT8_MAX = 127
+
+
+def quantise(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 by groups along the input dimension; the last group may be shorter.
+
+    Args:
+        weight: (out, in) fp32.
+        group_size: inputs that share a scale.
+
+    Returns:
+        values (out, in) int8 and scales (out, ceil(in / group_size)) fp32; weight ≈ values · scale.
+    """
+    rows, columns = weight.shape
+    ragged = -columns % group_size
+    groups = F.pad(weight, (0, ragged)).view(rows, -1, group_size)
+    scales = groups.abs().amax(-1) / INT8_MAX
+    values = (groups / scales.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)).round_().clamp_(-INT8_MAX, INT8_MAX)
+    return values.to(torch.int8).view(rows, -1)[:, :columns].contiguous(), scales
+
+
+def dequantise(values: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+    """The (out, in) weight that :func:`quantise` stored, formed in fp32 and rounded to ``dtype``."""
+    columns = values.shape[1]
+    ragged = -columns % group_size
+    groups = F.pad(values, (0, ragged)).view(values.shape[0], -1, group_size)
+    return (groups * scales.unsqueeze(-1)).view(values.shape[0], -1)[:, :columns].to(dtype)
+
+
+class _LinearOnStored(torch.autograd.Function):
+    """x Wᵀ with W converted for the product and dropped: backward converts again instead of keeping a copy."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, x: Tensor, values: Tensor, scales: Tensor | None, group_size: int
+    ) -> Tensor:
+        ctx.save_for_backward(values, scales)
+        ctx.group_size = group_size  # type: ignore[attr-defined]
+        return F.linear(x, _convert(values, scales, group_size, x.dtype))
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        values, scales = ctx.saved_tensors  # type: ignore[attr-defined]
+        (grad,) = grads
+        return grad @ _convert(values, scales, ctx.group_size, grad.dtype), None, None, None  # type: ignore[attr-defined]
+
+
+def _convert(values: Tensor, scales: Tensor | None, group_size: int, dtype: torch.dtype) -> Tensor:
+    return values.to(dtype) if scales is None else dequantise(values, scales, group_size, dtype)
+
+
+class FrozenWeight(nn.Module):
+    """A weight that is not trained, in buffers of its own dtype.
+
+    Buffers, because DeepSpeed casts parameters to the engine's dtype and broadcasts them; and the dtype of these is not changed
+    by ``.to(dtype)`` or ``.bfloat16()`` either, since it is what the user chose for storage.
+
+    Args:
+        weight: (out, in), any floating dtype.
+        dtype: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
+        group_size: of int8: inputs that share a scale.
+        exact_rows: rows of ``weight`` to keep in fp32 until a :class:`ShardedMaster` takes them; None for none.
+
+    Attributes:
+        values: (out, in), floating or int8. scales: (out, ceil(in / group_size)) fp32 for int8, else None.
+    """
+
+    values: Tensor
+    scales: Tensor | None
+
+    def __init__(self, weight: Tensor, dtype: str, group_size: int = 128, exact_rows: slice | None = None) -> None:
+        super().__init__()
+        self.dtype_name, self.group_size = dtype, group_size
+        exact = weight.detach().to(torch.float32)
+        self.exact_rows = None if exact_rows is None else exact[exact_rows].clone()
+        values, scales = self.round(exact)
+        self.register_buffer("values", values)
+        self.register_buffer("scales", scales)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+
+    def round(self, exact: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(rows, in) fp32 -> the values and scales in which it would be stored."""
+        if self.dtype_name == "int8":
+            return quantise(exact, self.group_size)
+        return exact.to(FLOATS[self.dtype_name]), None
+
+    def read(self, rows: slice = slice(None)) -> Tensor:
+        """The stored weight, or rows of it, in fp32."""
+        scales = None if self.scales is None else self.scales[rows]
+        return _convert(self.values[rows], scales, self.group_size, torch.float32)
+
+    @torch.no_grad()
+    def store(self, values: Tensor, scales: Tensor | None) -> None:
+        """Takes over what :meth:`round` gave for all rows."""
+        self.values.copy_(values)
+        if self.scales is not None and scales is not None:
+            self.scales.copy_(scales)
+
+    @torch.no_grad()
+    def merge(self, delta: Tensor) -> MergeStats:
+        """Adds ``delta``, (out, in) fp32, through fp32, rounded once."""
+        before = self.read().clone()
+        self.store(*self.round(before + delta))
+        return MergeStats.measure(before, self.read(), delta)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (..., in) -> x Wᵀ + bias (..., out)."""
+        if self.values.dtype == x.dtype:
+            return F.linear(x, self.values, bias)
+        product = _LinearOnStored.apply(x, self.values, self.scales, self.group_size)
+        return product if bias is None else product + bias
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenWeight:
+        """Moves between devices as any module does; keeps the stored dtype where a cast is asked for."""
+        for name, buffer in list(self._buffers.items()):
+            if buffer is not None:
+                moved = fn(buffer)
+                self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.shape)}, {self.dtype_name}" + (f", group_size={self.group_size}" if self.scales is not None else "")
 
 
 @dataclass
@@ -21,13 +154,19 @@ class MergeStats:
 
     Attributes:
         change: of the exact change.
-        lost: of the part of the change that rounding to the stored dtype lost.
-        weight: of the weights before the merge.
+        lost: of the part of the change that did not arrive in the stored weight.
+        weight: of the stored weight before the merge.
     """
 
     change: Tensor
     lost: Tensor
     weight: Tensor
+
+    @classmethod
+    def measure(cls, before: Tensor, after: Tensor, delta: Tensor) -> MergeStats:
+        """From the stored weight before and after a merge of ``delta``; all fp32, of one shape."""
+        lost = (before + delta) - after
+        return cls(delta.square().sum(), lost.square().sum(), before.square().sum())
 
     def __add__(self, other: MergeStats) -> MergeStats:
         return MergeStats(self.change + other.change, self.lost + other.lost, self.weight + other.weight)
@@ -43,20 +182,84 @@ class MergeStats:
         return float((self.lost / self.change.clamp(min=1e-30)).sqrt())
 
 
-@torch.no_grad()
-def merge_into(weight: Tensor, delta: Tensor) -> MergeStats:
-    """``weight += delta`` through fp32, rounded once to the stored dtype.
+def own_rows(num_rows: int, rank: int, world_size: int) -> slice:
+    """The rows of a matrix whose master is on ``rank``: equal shares, the last ones shorter or empty."""
+    share = -(-num_rows // world_size)
+    return slice(min(rank * share, num_rows), min((rank + 1) * share, num_rows))
+
+
+class ShardedMaster:
+    """An fp32 master of every frozen matrix, split by rows over the ranks: 4 bytes x frozen parameters / ranks on each.
+
+    A merge adds this rank's rows of the change in fp32, rounds them to the stored dtype and gathers the rounded rows: all replicas
+    are the same bits by construction, and after any number of merges the store is the rounding of the exact sum, nothing more.
 
     Args:
-        weight: stored weight of any shape and floating dtype, changed in place.
-        delta: fp32, same shape.
+        weights: the frozen weights by layer name, the same order on all ranks. Where a weight kept its exact rows, they are taken;
+            otherwise the master starts from what is stored.
+        rank, world_size: of the group that shares the master.
+        gather_rows: (share, columns) of this rank -> (world_size · share, columns) of all, any dtype.
+        device: where the master lives.
     """
-    before = weight.to(torch.float32)
-    norm_before = before.square().sum()  # now: in fp32 ``before`` is the weight itself, which the copy changes
-    exact = before + delta
-    weight.copy_(exact)
-    lost = exact - weight.to(torch.float32)
-    return MergeStats(delta.square().sum(), lost.square().sum(), norm_before)
+
+    def __init__(
+        self,
+        weights: Mapping[str, FrozenWeight],
+        rank: int,
+        world_size: int,
+        gather_rows: Callable[[Tensor], Tensor],
+        device: torch.device | str,
+    ) -> None:
+        self.weights = dict(weights)
+        self.rank, self.world_size, self.gather_rows = rank, world_size, gather_rows
+        self.rows: dict[str, Tensor] = {}
+        for name, weight in self.weights.items():
+            exact = weight.exact_rows if weight.exact_rows is not None else weight.read(self.own(name))
+            self.rows[name] = exact.to(device, torch.float32, copy=True)
+            weight.exact_rows = None
+
+    def own(self, name: str) -> slice:
+        return own_rows(self.weights[name].shape[0], self.rank, self.world_size)
+
+    @torch.no_grad()
+    def merge(self, name: str, delta_rows: Tensor) -> MergeStats:
+        """Adds this rank's rows of a change, (own rows, in) fp32, and publishes; returns the figures of these rows alone."""
+        weight, rows = self.weights[name], self.own(name)
+        before = weight.read(rows).clone()
+        self.rows[name].add_(delta_rows.to(self.rows[name].device))
+        self.publish(name)
+        return MergeStats.measure(before, weight.read(rows), delta_rows.to(before.device))
+
+    @torch.no_grad()
+    def publish(self, name: str) -> None:
+        """Rounds this rank's rows, gathers those of all ranks and stores them; every rank must call it."""
+        weight = self.weights[name]
+        rounded = weight.round(self.rows[name].to(weight.values.device))
+        share = -(-weight.shape[0] // self.world_size)
+        gathered = [None if part is None else self._gather(part, share, weight.shape[0]) for part in rounded]
+        assert gathered[0] is not None
+        weight.store(gathered[0], gathered[1])
+
+    def _gather(self, part: Tensor, share: int, num_rows: int) -> Tensor:
+        padded = part.new_zeros(share, part.shape[1])
+        padded[: part.shape[0]] = part
+        return self.gather_rows(padded)[:num_rows]
+
+    def publish_all(self) -> None:
+        for name in self.weights:
+            self.publish(name)
+
+    def load(self, rows: Mapping[str, Tensor]) -> None:
+        """Takes over the rows of a checkpoint."""
+        for name, own in self.rows.items():
+            own.copy_(rows[name])
+
+
+def stored_tensors(name: str, weight: FrozenWeight) -> Iterator[tuple[str, Tensor]]:
+    """What a replica consists of, for checksums: (name, tensor)."""
+    yield f"{name}.weight", weight.values
+    if weight.scales is not None:
+        yield f"{name}.weight.scales", weight.scales
 
 
 @torch.no_grad()

@@ -143,6 +143,14 @@ def default_num_processes() -> int:
     return max(1, torch.cuda.device_count())
 
 
+def require_process_group() -> None:
+    """Starts torch.distributed and DeepSpeed as the launcher says, where the user's script has not done so."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        start_process_group(discover() or single())
+
+
 def quiet_libraries() -> None:
     """Keeps libraries from talking at start-up: DeepSpeed warns on the standard output unless it is told that there is only a CPU."""
     import torch

@@ -15,33 +15,54 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from relora_ds.config import Frozen
 from relora_ds.errors import ConfigError, nearest
+from relora_ds.frozen import FLOATS, FrozenWeight, own_rows
 
 ALL_LINEAR = "all-linear"
 LORA_GROUP = "lora"
 DENSE_GROUP = "dense"
 NO_DECAY_GROUP = "no_decay"
+DTYPE_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 
 class ReLoRALinear(nn.Module):
     """A linear layer whose weight is frozen and corrected by trainable low-rank factors.
 
-    Wraps ``nn.Linear`` (weight (out, in)) and transformers' ``Conv1D`` (weight (in, out), as GPT-2 has it). The frozen weight and
-    the bias keep their names, so a state dict differs from the original's only by ``lora_A`` and ``lora_B``. The bias stays
-    trainable. Until :meth:`reset` is called the factors are undefined.
+    Wraps ``nn.Linear`` (weight (out, in)) and transformers' ``Conv1D`` (weight (in, out), as GPT-2 has it); the frozen weight is
+    kept (out, in) for both, in a :class:`~relora_ds.frozen.FrozenWeight`. The bias stays trainable. Until :meth:`reset` is called
+    the factors are undefined.
+
+    Args:
+        base: the layer to wrap; its weight is copied into the store, its bias is taken over.
+        rank, alpha: of the factors; they are scaled by alpha / rank.
+        dropout: on the input of A.
+        frozen: how the weight is stored; None for its own dtype.
+        shard: (rank, world size) when a sharded master is to start from the weight as it is here, before it is rounded.
 
     Attributes:
-        lora_A: (rank, in). lora_B: (out, rank). scaling: alpha / rank.
-        weight_transposed: the weight is stored (in, out).
+        lora_A: (rank, in). lora_B: (out, rank), both in the dtype of the wrapped weight. scaling: alpha / rank.
+        replaces: ``id`` of the parameter that the factors stand for.
     """
 
-    def __init__(self, base: nn.Linear | Conv1D, rank: int, alpha: float, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        base: nn.Linear | Conv1D,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        frozen: Frozen | None = None,
+        shard: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__()
-        self.weight_transposed = isinstance(base, Conv1D)
-        rows, columns = base.weight.shape
-        self.out_features, self.in_features = (columns, rows) if self.weight_transposed else (rows, columns)
-        self.weight = base.weight
-        self.weight.requires_grad_(False)
+        frozen = frozen or Frozen()
+        self.is_conv1d = isinstance(base, Conv1D)
+        weight = base.weight.detach().t() if self.is_conv1d else base.weight.detach()
+        self.out_features, self.in_features = weight.shape
+        self.replaces = id(base.weight)
+        base.weight.requires_grad_(False)  # where it stands in an optimizer's groups, it is no longer to be trained
+        stored = DTYPE_NAMES[weight.dtype] if frozen.dtype == "auto" else frozen.dtype
+        self.weight = FrozenWeight(weight, stored, frozen.group_size, own_rows(weight.shape[0], *shard) if shard else None)
         self.bias = base.bias
         self.rank = rank
         self.scaling = alpha / rank
@@ -52,14 +73,12 @@ class ReLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in) -> (..., out)."""
-        weight = self.weight.t() if self.weight_transposed else self.weight
         low_rank = F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B)
-        return F.linear(x, weight, self.bias) + self.scaling * low_rank
+        return self.weight(x, self.bias) + self.scaling * low_rank
 
     def delta(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        """s·B·A in fp32 and in the layout of the stored weight, from fp32 factors (rank, in) and (out, rank)."""
-        product = self.scaling * (lora_B.to(torch.float32) @ lora_A.to(torch.float32))
-        return product.t() if self.weight_transposed else product
+        """s·B·A (out, in) in fp32, from factors (rank, in) and (out, rank); rows of B give these rows of it."""
+        return self.scaling * (lora_B.to(torch.float32) @ lora_A.to(torch.float32))
 
     @torch.no_grad()
     def reset(self, name: str, seed: int, restart: int) -> None:
@@ -137,15 +156,24 @@ def check_rank(layers: dict[str, nn.Linear | Conv1D], rank: int) -> None:
 
 
 def wrap(
-    model: nn.Module, *, rank: int, alpha: float, dropout: float = 0.0, targets: str | Sequence[str] = ALL_LINEAR, seed: int = 0
+    model: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    targets: str | Sequence[str] = ALL_LINEAR,
+    seed: int = 0,
+    frozen: Frozen | None = None,
+    shard: tuple[int, int] | None = None,
 ) -> nn.Module:
     """Replaces the target layers of ``model`` in place by :class:`ReLoRALinear`, freezes their weights and initialises the factors.
 
-    A module that is registered in several places is wrapped once. Everything that is not a target stays trainable as it is.
+    A module that is registered in several places is wrapped once. Everything that is not a target stays trainable as it is. One layer
+    at a time is held in fp32. The arguments are those of :class:`ReLoRALinear`, ``targets`` those of :func:`find_targets`.
     """
     chosen = find_targets(model, targets)
     check_rank(chosen, rank)
-    wrapped = {id(module): ReLoRALinear(module, rank, alpha, dropout) for module in chosen.values()}
+    wrapped = {id(module): ReLoRALinear(module, rank, alpha, dropout, frozen, shard) for module in chosen.values()}
     for parent in list(model.modules()):
         for attribute, child in list(parent._modules.items()):
             if id(child) in wrapped:
@@ -169,13 +197,14 @@ def unwrap(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
     Args:
         model: wrapped or not.
-        dtype: of the whole result; None to keep each parameter's. The sum is formed in fp32 and rounded once.
+        dtype: of the whole result; None for each parameter's, and the factors' for merged weights. The sum is rounded once.
     """
     merged = {}
     for _, layer in relora_layers(model):
-        plain = (Conv1D if layer.weight_transposed else _bare_linear)(layer.out_features, layer.in_features)
-        weight = layer.weight.to(torch.float32) + layer.delta(layer.lora_A, layer.lora_B)
-        plain.weight = nn.Parameter(weight.to(dtype or layer.weight.dtype))
+        plain = (Conv1D if layer.is_conv1d else _bare_linear)(layer.out_features, layer.in_features)
+        weight = layer.weight.read() + layer.delta(layer.lora_A, layer.lora_B)
+        weight = weight.to(dtype or layer.lora_A.dtype)
+        plain.weight = nn.Parameter(weight.t().contiguous() if layer.is_conv1d else weight)
         plain.bias = layer.bias
         merged[id(layer)] = plain
     for parent in list(model.modules()):

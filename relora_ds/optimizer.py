@@ -12,7 +12,9 @@ The re-warmup multiplies whatever learning rates the optimizer has, so it works 
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import operator
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,8 +28,8 @@ from torch import Tensor, nn
 from relora_ds import pruning
 from relora_ds.config import ReLoRA
 from relora_ds.errors import RestartError
-from relora_ds.frozen import MergeStats, checksum, merge_into
-from relora_ds.lora import initial_A, relora_layers
+from relora_ds.frozen import MergeStats, ShardedMaster, checksum, stored_tensors
+from relora_ds.lora import ReLoRALinear, initial_A, relora_layers
 from relora_ds.schedule import is_restart, rewarmup_factor
 from relora_ds.zero import ZeroProxy, ZeroState, data_parallel_group
 
@@ -43,6 +45,7 @@ class RestartRecord:
         pruned_fraction: share of the entries of A's and B's moments that were set to zero.
         merged_change: norm of all merged changes over the norm of the weights they went into.
         merge_error: share of the merged change that rounding to the stored dtype lost (norms).
+        by_layer_type: the same two figures for each kind of layer (q_proj, up_proj, …).
         seconds: wall time on this rank.
         bytes: payload of this restart's collectives on this rank.
         weights_checksum: of all wrapped layers' weights, the same on all ranks.
@@ -55,6 +58,7 @@ class RestartRecord:
     seconds: float
     bytes: int
     weights_checksum: str
+    by_layer_type: dict[str, dict[str, float]]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -78,7 +82,7 @@ class ReLoRAOptimizer(ZeroProxy):
     """
 
     OWN = ZeroProxy.OWN | {
-        "model", "settings", "seed", "rewarm", "comm", "masters", "updates", "restarts", "last_restart", "last_lrs",
+        "model", "settings", "seed", "rewarm", "comm", "masters", "frozen_master", "updates", "restarts", "last_restart", "last_lrs",
     }  # fmt: skip
 
     def __init__(self, zero: Any, model: nn.Module, settings: ReLoRA, *, seed: int = 0, rewarm: bool = True) -> None:
@@ -93,10 +97,31 @@ class ReLoRAOptimizer(ZeroProxy):
             factors[f"{name}.lora_A"] = layer.lora_A
             factors[f"{name}.lora_B"] = layer.lora_B
         self.masters = ZeroState(zero, factors, self.comm)
+        self.frozen_master = self._shard_master() if settings.frozen.master == "sharded" else None
+        if self.frozen_master is None:
+            self._replicate_frozen()
         self.updates = 0
         self.restarts = 0
         self.last_restart: RestartRecord | None = None
         self.last_lrs: dict[str, float] = {}
+
+    def _replicate_frozen(self) -> None:
+        """Rank 0's frozen weights for all, as DeepSpeed does with parameters: these are buffers, which it leaves alone."""
+        for name, layer in relora_layers(self.model):
+            for _, tensor in stored_tensors(name, layer.weight):
+                self.comm.broadcast(tensor, 0, "start-up")
+
+    def _shard_master(self) -> ShardedMaster:
+        """The fp32 master of the frozen weights; every replica is rounded from it at once, so that all hold the same bits."""
+        master = ShardedMaster(
+            {name: layer.weight for name, layer in relora_layers(self.model)},
+            self.comm.rank,
+            self.comm.world_size,
+            lambda rows: self.comm.all_gather(rows, "restart"),
+            "cpu" if self.settings.frozen.master_device == "host" else self.comm.device,
+        )
+        master.publish_all()
+        return master
 
     def step(self, closure: None = None) -> None:
         """One update, at the learning rates of the groups times the re-warmup, and the restart that is due after it."""
@@ -138,29 +163,46 @@ class ReLoRAOptimizer(ZeroProxy):
         if self.settings.reset.restart_bias_correction:
             self.masters.restart_bias_correction()
         digest = self.verify()
+        total = functools.reduce(operator.add, stats.values())
         self.last_restart = RestartRecord(
             restart=self.restarts,
             pruned_fraction=pruned,
-            merged_change=stats.relative_change,
-            merge_error=stats.merge_error,
+            merged_change=total.relative_change,
+            merge_error=total.merge_error,
             seconds=time.perf_counter() - started,
             bytes=self.comm.payload_bytes["restart"] - bytes_before,
             weights_checksum=digest,
+            by_layer_type={
+                kind: {"merged_change": figures.relative_change, "merge_error": figures.merge_error}
+                for kind, figures in stats.items()
+            },
         )
         return self.last_restart
 
-    def _merge_and_reinitialise(self) -> MergeStats:
-        """Layer by layer, so that no more than one layer's change exists in fp32 at a time."""
-        total: MergeStats | None = None
+    def _merge_and_reinitialise(self) -> dict[str, MergeStats]:
+        """Layer by layer, so that no more than one layer's change exists in fp32 at a time. Returns the figures by layer type."""
+        stats: dict[str, MergeStats] = {}
         for name, layer in relora_layers(self.model):
             a, b = self.masters.gather(f"{name}.lora_A"), self.masters.gather(f"{name}.lora_B")
-            stats = merge_into(layer.weight, layer.delta(a, b))
-            total = stats if total is None else total + stats
+            figures = self._merge(name, layer, a, b)
+            kind = name.rpartition(".")[2]
+            stats[kind] = stats[kind] + figures if kind in stats else figures
             fresh = initial_A(layer.rank, layer.in_features, name=name, seed=self.seed, restart=self.restarts)
             self.masters.write(f"{name}.lora_A", fresh.to(a.device))
             self.masters.write(f"{name}.lora_B", torch.zeros_like(b))
-        assert total is not None, "a wrapped model has at least one layer"
-        return total
+        return stats if self.frozen_master is None else self._sum_over_ranks(stats)
+
+    def _merge(self, name: str, layer: ReLoRALinear, a: Tensor, b: Tensor) -> MergeStats:
+        """Merges one layer: all of it here, or this rank's rows into the master, whose rounding all ranks then hold."""
+        if self.frozen_master is None:
+            return layer.weight.merge(layer.delta(a, b))
+        return self.frozen_master.merge(name, layer.delta(a, b[self.frozen_master.own(name)]))
+
+    def _sum_over_ranks(self, stats: dict[str, MergeStats]) -> dict[str, MergeStats]:
+        """Each rank measured its own rows of the master."""
+        table = torch.stack([torch.stack([s.change, s.lost, s.weight]) for s in stats.values()])
+        self.comm.all_reduce(table, "restart")
+        return {kind: MergeStats(*row) for kind, row in zip(stats, table, strict=True)}
 
     def _prune(self) -> float:
         """Zeroes the chosen entries of the factors' moments; returns the share of all entries that was zeroed."""
@@ -221,11 +263,10 @@ class ReLoRAOptimizer(ZeroProxy):
         Raises:
             RestartError: names the first tensor that differs and the ranks that disagree with rank 0.
         """
-        tensors = {
-            f"{name}.{part}": getattr(layer, part)
-            for name, layer in relora_layers(self.model)
-            for part in ("weight", "lora_A", "lora_B")
-        }
+        tensors: dict[str, Tensor] = {}
+        for name, layer in relora_layers(self.model):
+            tensors.update(stored_tensors(name, layer.weight))
+            tensors.update({f"{name}.lora_A": layer.lora_A, f"{name}.lora_B": layer.lora_B})
         sums = torch.stack([checksum(tensor.data) for tensor in tensors.values()])
         lowest = self.comm.all_reduce(sums.clone(), "restart", dist.ReduceOp.MIN)
         highest = self.comm.all_reduce(sums.clone(), "restart", dist.ReduceOp.MAX)
@@ -239,12 +280,14 @@ class ReLoRAOptimizer(ZeroProxy):
                 f"after restart {self.restarts} the ranks hold different weights: {list(tensors)[differing[0]]} differs on "
                 f"rank(s) {', '.join(map(str, ranks))} from rank 0 ({len(differing)} tensor(s) differ in all)"
             )
-        weights = [value for name, value in zip(tensors, sums.tolist(), strict=True) if name.endswith(".weight")]
+        weights = [value for name, value in zip(tensors, sums.tolist(), strict=True) if ".weight" in name]
         return hashlib.sha256(repr(weights).encode()).hexdigest()[:16]
 
     def state_dict(self) -> dict[str, Any]:
         """ZeRO's state of this rank, plus how far the restarts have come; saved by ``engine.save_checkpoint``."""
-        own = {"updates": self.updates, "restarts": self.restarts}
+        own: dict[str, Any] = {"updates": self.updates, "restarts": self.restarts}
+        if self.frozen_master is not None:
+            own["frozen_master"] = self.frozen_master.rows
         return {**self.zero.state_dict(), STATE_KEY: own}
 
     def load_state_dict(self, state_dict_list: list[dict[str, Any]], *args: Any, **kwargs: Any) -> None:
@@ -253,3 +296,5 @@ class ReLoRAOptimizer(ZeroProxy):
         own = state_dict_list[self.comm.rank].get(STATE_KEY) if state_dict_list else None
         if own is not None:
             self.updates, self.restarts = own["updates"], own["restarts"]
+            if self.frozen_master is not None:
+                self.frozen_master.load(own["frozen_master"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from relora_ds import ds_config, lora
 from relora_ds import model as models
 from relora_ds.checks import Checked
 from relora_ds.config import Config
-from relora_ds.engine import initialize
+from relora_ds.engine import initialize, wrap_as
 from relora_ds.export import load_merged
+from relora_ds.frozen import own_rows
 from relora_ds.run_folder import RunFolder
 from relora_ds.zero import ZeroState, data_parallel_group
 
@@ -29,10 +31,14 @@ class Carried:
     step: int
 
 
-def initial_model(checked: Checked, device: torch.device) -> nn.Module:
-    """The model at update 0: random weights, a Hugging Face model's, or the merged weights of an earlier run."""
+def initial_model(checked: Checked, device: torch.device, phase: str) -> nn.Module:
+    """The model at update 0: random weights, a Hugging Face model's, or the merged weights of an earlier run.
+
+    In the engine's dtype for the full-rank phase. For the LoRA phase in fp32: what is frozen is rounded as it is wrapped, once, and a
+    sharded master starts from the exact weights.
+    """
     config = checked.config
-    dtype = ds_config.DTYPES[ds_config.precision(checked.deepspeed)]
+    dtype = ds_config.DTYPES[ds_config.precision(checked.deepspeed)] if phase == "full" else torch.float32
     start = config.model.path
     if start is not None and RunFolder(Path(start)).exists():
         model = load_merged(Path(start), dtype=dtype, device=device, attention=config.model.attention).train()
@@ -57,13 +63,22 @@ def full_engine(model: nn.Module, checked: Checked) -> Any:
     return engine
 
 
-def lora_engine(model: nn.Module, checked: Checked) -> Any:
-    """An engine that trains the factors, embeddings, norms and head, and restarts the factors inside ``step()``."""
+def lora_engine(model: nn.Module, checked: Checked, exact_rows: dict[str, Tensor] | None = None) -> Any:
+    """An engine that trains the factors, embeddings, norms and head, and restarts the factors inside ``step()``.
+
+    Args:
+        model: not wrapped yet; it is wrapped in place.
+        checked: the recipe.
+        exact_rows: this rank's rows of the frozen weights in fp32, where more is known of them than ``model`` holds.
+    """
     config = checked.config
     settings = config.lora_settings.model_copy(update={"warm_start": 0})
-    lora.wrap(
-        model, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout, targets=settings.targets, seed=config.run.seed
-    )
+    precision = ds_config.precision(checked.deepspeed)
+    wrap_as(model, settings, config.run.seed, precision)
+    model.to(ds_config.DTYPES[precision])
+    for name, layer in lora.relora_layers(model):
+        if exact_rows is not None:
+            layer.weight.exact_rows = exact_rows[name]
     engine, *_ = initialize(
         model=model,
         optimizer=_adamw(config),
@@ -83,8 +98,9 @@ def change_phase(engine: Any, checked: Checked, device: torch.device) -> Any:
     ``relora.keep_moments`` says so, and start from zero otherwise, as in the paper.
     """
     settings = checked.config.relora
-    targets = {f"{name}.weight" for name in lora.find_targets(engine.module, settings.targets)}
+    targets = lora.find_targets(engine.module, settings.targets)
     carried = _take_along(engine, targets, device, moments=settings.keep_moments)
+    exact_rows = _exact_rows(engine, targets, device) if settings.frozen.master == "sharded" else None
     model = engine.module
     engine.destroy()
     del engine
@@ -92,14 +108,29 @@ def change_phase(engine: Any, checked: Checked, device: torch.device) -> Any:
         param.data = param.data.clone()
         param.grad = None
     gc.collect()
-    engine = lora_engine(model, checked)
+    engine = lora_engine(model, checked, exact_rows)
     _hand_over(engine, carried, device)
     return engine
 
 
 @torch.no_grad()
-def _take_along(engine: Any, left_behind: set[str], device: torch.device, *, moments: bool) -> dict[str, Carried]:
-    params = {name: p for name, p in engine.module.named_parameters() if name not in left_behind}
+def _exact_rows(engine: Any, targets: Mapping[str, nn.Module], device: torch.device) -> dict[str, Tensor]:
+    """This rank's rows, (own rows, in) fp32 on the CPU, of the masters of the weights that will be frozen."""
+    params = {name: module.weight for name, module in targets.items()}
+    comm = data_parallel_group(engine.optimizer, device)
+    state = ZeroState(engine.optimizer, params, comm)
+    rows = {}
+    for name, module in targets.items():
+        full = state.gather(name)
+        full = full.t() if isinstance(module, lora.Conv1D) else full
+        rows[name] = full[own_rows(full.shape[0], comm.rank, comm.world_size)].cpu().clone()
+    return rows
+
+
+@torch.no_grad()
+def _take_along(engine: Any, targets: Mapping[str, nn.Module], device: torch.device, *, moments: bool) -> dict[str, Carried]:
+    left_behind = {id(module.weight) for module in targets.values()}
+    params = {name: p for name, p in engine.module.named_parameters() if id(p) not in left_behind}
     state = ZeroState(engine.optimizer, params, data_parallel_group(engine.optimizer, device))
     keys = state.moment_keys() if moments else []
     return {

@@ -34,6 +34,16 @@ class CountedGroup:
             self.payload_bytes[purpose] += tensor.numel() * tensor.element_size()
         return tensor
 
+    def all_gather(self, tensor: Tensor, purpose: str) -> Tensor:
+        """(rows, columns) of every rank, one below the other: (world_size · rows, columns), on the tensor's device."""
+        if self.world_size == 1:
+            return tensor
+        mine = tensor.to(self.device).contiguous()
+        parts = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather([part.view(torch.uint8) for part in parts], mine.view(torch.uint8), group=self.group)
+        self.payload_bytes[purpose] += mine.numel() * mine.element_size() * self.world_size
+        return torch.cat(parts).to(tensor.device)
+
     def broadcast(self, tensor: Tensor, owner: int, purpose: str) -> Tensor:
         """Sends ``tensor`` (on :attr:`device`) from the rank ``owner`` of this group to all others, in place."""
         if self.world_size > 1:

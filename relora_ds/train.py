@@ -106,7 +106,7 @@ class Trainer:
     def _build(self, resume_from: Path | None) -> None:
         """Engine and progress: of the newest checkpoint, or of a new run."""
         self.phase = checkpoints.read_manifest(resume_from).phase if resume_from else self.config.phase_of(1)
-        model = phases.initial_model(self.checked, self.device)
+        model = phases.initial_model(self.checked, self.device, self.phase)
         self.engine = (phases.full_engine if self.phase == "full" else phases.lora_engine)(model, self.checked)
         if resume_from is not None:
             self.done = checkpoints.load(self.engine, resume_from)

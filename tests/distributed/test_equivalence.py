@@ -106,7 +106,7 @@ def zero_relora(reset: dict[str, Any], stage: int, accumulation: int) -> dict[st
     result = {
         "losses": losses,
         "restarts": optimizer.restarts,
-        "weights": {name: layer.weight.data.clone() for name, layer in relora_layers(engine.module)},
+        "weights": {name: layer.weight.values.clone() for name, layer in relora_layers(engine.module)},
     }
     common.end(engine)
     return result

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from relora_ds.errors import RestartError
+from relora_ds.frozen import stored_tensors
 from relora_ds.lora import relora_layers
 from relora_ds.pruning import num_kept
 from relora_ds.zero import ZeroState
@@ -19,9 +20,10 @@ from tests.distributed.pool import RankError, run
 LEARNT = 0
 
 
-def losses_around_a_restart(dtype: str, stage: int, write_masters: bool) -> dict[str, Any]:
+def losses_around_a_restart(dtype: str, stage: int, write_masters: bool, frozen: dict[str, Any] | None = None) -> dict[str, Any]:
     """With lr = 0: the loss of a fixed batch before a restart, right after it, and one and two updates on."""
-    engine = common.build(common.tiny_llama(), {"restart_every": 1000, "restart_warmup": 0}, dtype=dtype, stage=stage, lr=2e-2)
+    relora = {"restart_every": 1000, "restart_warmup": 0, "frozen": frozen or {}}
+    engine = common.build(common.tiny_llama(), relora, dtype=dtype, stage=stage, lr=2e-2)
     for _ in range(12):
         common.train_update(engine, LEARNT)  # one batch again and again: the factors must matter for its loss
     common.set_lr(engine, 0.0)
@@ -61,6 +63,18 @@ def test_restart_changes_no_output_bf16(stage: int) -> None:
     assert (one, two) == (at_once, at_once), "with lr = 0 nothing may change any more, to the bit"
 
 
+@pytest.mark.parametrize("master", ["none", "sharded"])
+@pytest.mark.parametrize(("stored", "rounding"), [("fp32", 1e-6), ("bf16", 0.002), ("int8", 0.02)])
+def test_restart_changes_no_output_however_the_weights_are_stored(stored: str, rounding: float, master: str) -> None:
+    """The engine computes in fp32; what the loss moves by at once is the rounding of the store. After that nothing moves at all."""
+    (result, other) = run(2, losses_around_a_restart, "fp32", 2, True, {"dtype": stored, "master": master, "group_size": 16})
+    assert result["losses"] == other["losses"]
+    before, at_once, one, two = result["losses"]
+    assert at_once == pytest.approx(before, rel=rounding)
+    assert (one, two) == pytest.approx((at_once, at_once), rel=1e-7)
+    assert result["merge_error"] < {"fp32": 1e-6, "bf16": 0.02, "int8": 0.1}[stored]
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_that_test_fails_without_the_masters(dtype: str) -> None:
     """The stale master brings the old B back at the next step, on top of the merged one."""
@@ -89,9 +103,11 @@ def set_awkward_state(optimizer: Any) -> None:
             state.write_fragment(name, key, values.abs() if key == "exp_avg_sq" else values)
 
 
-def restart_from_a_given_state(reset: dict[str, Any], dtype: str) -> dict[str, torch.Tensor]:
+def restart_from_a_given_state(
+    reset: dict[str, Any], dtype: str, frozen: dict[str, Any] | None = None
+) -> dict[str, torch.Tensor]:
     """All that a restart leaves behind, gathered: masters, moments, module copies and merged weights."""
-    relora = {"restart_every": 1000, "restart_warmup": 0, "reset": reset}
+    relora = {"restart_every": 1000, "restart_warmup": 0, "reset": reset, "frozen": frozen or {}}
     engine = common.build(common.tiny_llama(), relora, dtype=dtype, lr=0.0)
     common.train_update(engine, 0)  # makes Adam's moments
     optimizer = engine.optimizer
@@ -104,7 +120,7 @@ def restart_from_a_given_state(reset: dict[str, Any], dtype: str) -> dict[str, t
         for key in optimizer.masters.moment_keys():
             left[f"{name} {key}"] = optimizer.masters.gather(name, key)
     for name, layer in relora_layers(engine.module):
-        left[f"{name} W"] = layer.weight.data.clone()
+        left.update({what: stored.clone() for what, stored in stored_tensors(name, layer.weight)})
     owned = [optimizer.masters.own_slice(name).numel for name in optimizer.masters.params]
     left["owned"] = torch.tensor(owned)
     common.end(engine)
@@ -121,16 +137,20 @@ RESETS = {
 }
 
 
-CASES = [(kind, "fp32") for kind in RESETS] + [("magnitude, joint", "bf16")]
-"""Masters and moments are fp32 in either dtype: one kind in bf16 says it for all."""
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    *((kind, "fp32", {}) for kind in RESETS),
+    ("magnitude, joint", "bf16", {}),  # masters and moments are fp32 in either dtype: one kind in bf16 says it for all
+    ("full", "fp32", {"dtype": "int8", "group_size": 16}),
+    *(("full", "fp32", {"dtype": stored, "master": "sharded"}) for stored in ("fp32", "bf16", "int8")),
+]
 
 
-@pytest.mark.parametrize(("kind", "dtype"), CASES)
-def test_same_bits_for_any_number_of_ranks(kind: str, dtype: str) -> None:
+@pytest.mark.parametrize(("kind", "dtype", "frozen"), CASES)
+def test_same_bits_for_any_number_of_ranks(kind: str, dtype: str, frozen: dict[str, Any]) -> None:
     reset = RESETS[kind]
-    (alone,) = run(1, restart_from_a_given_state, reset, dtype)
+    (alone,) = run(1, restart_from_a_given_state, reset, dtype, frozen)
     for world_size in (2, 3, 4):
-        ranks = run(world_size, restart_from_a_given_state, reset, dtype)
+        ranks = run(world_size, restart_from_a_given_state, reset, dtype, frozen)
         straddling = sum(
             1 for column in zip(*(rank["owned"].tolist() for rank in ranks), strict=True) if sum(map(bool, column)) > 1
         )
@@ -188,7 +208,7 @@ def restart_where_a_rank_owns_nothing() -> dict[str, Any]:
     optimizer = engine.optimizer
     result = {
         "owned": sum(optimizer.masters.own_slice(name).numel for name in optimizer.masters.params),
-        "weight": engine.module.inner.weight.data.clone(),
+        "weight": engine.module.inner.weight.values.clone(),
         "restarts": optimizer.restarts,
         "losses": losses,
     }
@@ -212,7 +232,7 @@ def restart_with_a_flipped_bit() -> str:
     common.train_update(engine, 0)
     if dist.get_rank() == 1:
         weight = engine.module.model.layers[1].mlp.up_proj.weight
-        weight.data.view(torch.int32)[3, 4] ^= 1 << 21  # high enough that the merge does not round it away
+        weight.values.view(torch.int32)[3, 4] ^= 1 << 21  # high enough that the merge does not round it away
     try:
         engine.optimizer.restart()
     except RestartError as error:
@@ -225,6 +245,23 @@ def restart_with_a_flipped_bit() -> str:
 def test_a_rank_that_differs_is_named() -> None:
     for message in run(2, restart_with_a_flipped_bit):
         assert "model.layers.1.mlp.up_proj.weight differs on rank(s) 1 from rank 0" in message
+
+
+def int8_in_a_bf16_engine() -> dict[str, Any]:
+    """The buffers through DeepSpeed's casts, its checkpoint and a load into a fresh engine."""
+    relora = {"restart_every": 2, "restart_warmup": 0, "frozen": {"dtype": "int8", "group_size": 16, "master": "sharded"}}
+    engine = common.build(common.tiny_llama(), relora, dtype="bf16")
+    weight = engine.module.model.layers[0].mlp.up_proj.weight
+    losses = [common.train_update(engine, 0) for _ in range(5)]
+    result = {"dtypes": (weight.values.dtype, weight.scales.dtype), "losses": losses, "restarts": engine.optimizer.restarts}
+    common.end(engine)
+    return result
+
+
+def test_int8_buffers_survive_a_bf16_engine() -> None:
+    for result in run(2, int8_in_a_bf16_engine):
+        assert result["dtypes"] == (torch.int8, torch.float32)
+        assert result["restarts"] == 2 and result["losses"][-1] < result["losses"][0]
 
 
 def fail_on_rank_one() -> None:

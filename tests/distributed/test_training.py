@@ -20,6 +20,7 @@ from relora_ds.data import TokenDataset
 from relora_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from relora_ds.evaluate import evaluate
 from relora_ds.export import export, load_merged
+from relora_ds.frozen import FrozenWeight
 from relora_ds.run_folder import RunFolder
 from relora_ds.traffic import CountedGroup
 from relora_ds.train import Trainer, TrainingError
@@ -84,13 +85,23 @@ def at(content: dict[str, Any], folder: Path, **train: Any) -> dict[str, Any]:
     return changed
 
 
-@pytest.mark.parametrize(("dtype", "stage", "keep_moments"), [("fp32", 2, True), ("bf16", 2, False), ("fp32", 1, False)])
+@pytest.mark.parametrize(
+    ("dtype", "stage", "keep_moments", "frozen"),
+    [
+        ("fp32", 2, True, {}),
+        ("bf16", 2, False, {"master": "sharded"}),
+        ("fp32", 1, False, {"dtype": "int8", "group_size": 16}),
+        ("fp32", 2, False, {"dtype": "int8", "group_size": 16, "master": "sharded"}),
+        ("fp32", 2, False, {"dtype": "bf16"}),
+        ("fp32", 2, False, {"dtype": "fp32", "master": "sharded", "master_device": "device"}),
+    ],
+)
 def test_kill_and_resume_to_the_last_digit(
-    content: dict[str, Any], tmp_path: Path, dtype: str, stage: int, keep_moments: bool
+    content: dict[str, Any], tmp_path: Path, dtype: str, stage: int, keep_moments: bool, frozen: dict[str, Any]
 ) -> None:
     """Killed in the full-rank phase, just after the change of phase, right after a restart and in a re-warmup."""
     content["deepspeed"] = {"zero_optimization": {"stage": stage}}
-    content["relora"]["keep_moments"] = keep_moments
+    content["relora"] |= {"keep_moments": keep_moments, "frozen": frozen}
     if dtype == "bf16":
         content["deepspeed"]["bf16"] = {"enabled": True}
     whole = at(content, tmp_path / "whole")
@@ -226,6 +237,35 @@ def test_change_of_phase(content: dict[str, Any], keep_moments: bool) -> None:
     assert "lm_head.weight" in found["trainable"]
 
 
+def master_over_the_change(content: dict[str, Any]) -> dict[str, Any]:
+    """Rows of the frozen master after the change of phase, and the full-rank engine's masters that they must be."""
+    place = launch.discover()
+    assert place is not None
+    checked = check(parse(content), Path("recipe.yaml"), place.world_size)
+    trainer = Trainer(checked, place, CPU)
+    for update in range(1, 6):
+        trainer.update(update, False)
+    name = "model.layers.1.mlp.up_proj"
+    weight = trainer.engine.module.get_submodule(name).weight
+    before = ZeroState(trainer.engine.optimizer, {name: weight}, CountedGroup(None, CPU)).gather(name)
+    trainer.engine = phases.change_phase(trainer.engine, checked, CPU)
+    master = trainer.engine.optimizer.frozen_master
+    result = {"before": before, "rows": master.rows[name], "own": master.own(name), "stored": master.weights[name].read()}
+    trainer.engine.destroy()
+    return result
+
+
+def test_frozen_master_takes_over_the_full_rank_masters(content: dict[str, Any]) -> None:
+    """In bf16 the module holds less than the masters: nothing of them is lost, and the store is their rounding."""
+    content["deepspeed"]["bf16"] = {"enabled": True}
+    content["relora"]["frozen"] = {"dtype": "int8", "group_size": 16, "master": "sharded"}
+    for result in run(2, master_over_the_change, content):
+        before = result["before"]
+        assert not torch.equal(before, before.bfloat16().float())
+        assert torch.equal(result["rows"], before[result["own"]])
+        assert torch.equal(result["stored"], FrozenWeight(before, "int8", 16).read())
+
+
 def diverge(content: dict[str, Any]) -> str:
     """A learning rate that makes the loss infinite."""
     try:
@@ -246,9 +286,10 @@ def test_too_many_skipped_updates_stop_the_run(content: dict[str, Any], tmp_path
     assert records[-1]["loss"] is None or math.isfinite(records[-1]["loss"])
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_export_round_trip(content: dict[str, Any], tmp_path: Path, dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "stored"), [("fp32", "auto"), ("bf16", "auto"), ("fp32", "int8")])
+def test_export_round_trip(content: dict[str, Any], tmp_path: Path, dtype: str, stored: str) -> None:
     """transformers loads the export as an ordinary model with the perplexity of the run's last evaluation."""
+    content["relora"]["frozen"] = {"dtype": stored, "master": "sharded" if stored == "int8" else "none"}
     if dtype == "bf16":
         content["deepspeed"]["bf16"] = {"enabled": True}
     content["relora"]["restart_every"] = 8  # the last restart, after update 13, leaves the factors time to grow again

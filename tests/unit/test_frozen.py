@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from relora_ds import frozen
-from relora_ds.frozen import MergeStats, checksum, merge_into
+from relora_ds import frozen, launch
+from relora_ds.frozen import FLOATS, FrozenWeight, MergeStats, ShardedMaster, checksum, dequantise, own_rows, quantise
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float64]
+
+
+def merge_into(weight: Tensor, delta: Tensor) -> MergeStats:
+    """Merges ``delta`` into a store that holds ``weight``, which takes the result."""
+    store = FrozenWeight(weight, next(name for name, dtype in FLOATS.items() if dtype == weight.dtype))
+    stats = store.merge(delta)
+    weight.copy_(store.values)
+    return stats
 
 
 def grid(*shape: int, step: float, seed: int) -> Tensor:
@@ -141,3 +149,132 @@ def test_checksum_does_not_depend_on_the_chunk(chunk: int, monkeypatch: pytest.M
 def test_checksum_of_nothing_and_of_one_number() -> None:
     assert int(checksum(torch.empty(0))) == 0
     assert int(checksum(torch.tensor(1.0))) != int(checksum(torch.tensor(2.0)))
+
+
+# Storage
+
+
+def normal(rows: int, columns: int, seed: int = 0, std: float = 0.02) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * std
+
+
+def relative_error(stored: Tensor, exact: Tensor) -> float:
+    return float((stored.double() - exact.double()).norm() / exact.double().norm())
+
+
+@pytest.mark.parametrize(("group_size", "error"), [(128, 0.0065), (64, 0.0059), (1024, 0.0079)])
+def test_int8_rounding_error_of_normal_weights(group_size: int, error: float) -> None:
+    weight = normal(1024, 1024)
+    values, scales = quantise(weight, group_size)
+    assert relative_error(dequantise(values, scales, group_size, torch.float32), weight) == pytest.approx(error, rel=0.03)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 127, 128, 129, 300])
+def test_int8_with_a_ragged_last_group(columns: int) -> None:
+    weight = normal(5, columns)
+    values, scales = quantise(weight, 128)
+    assert values.dtype == torch.int8 and values.shape == weight.shape
+    assert scales.dtype == torch.float32 and scales.shape == (5, -(-columns // 128))
+    back = dequantise(values, scales, 128, torch.float32)
+    assert float((back - weight).abs().max()) <= float(scales.max()) / 2 * 1.0001, "rounded to the nearest"
+    assert torch.equal(*(quantise(matrix, 128)[0] for matrix in (weight, back))), "what is stored is stored again as it is"
+
+
+def test_int8_of_zeros_and_tiny_numbers() -> None:
+    values, scales = quantise(torch.tensor([[0.0, 0.0], [1e-40, -1e-41]]), 2)
+    assert torch.isfinite(dequantise(values, scales, 2, torch.float32)).all()
+    assert torch.equal(values[0], torch.zeros(2, dtype=torch.int8))
+
+
+def test_int8_takes_at_most_1_04_bytes_per_weight() -> None:
+    assert FrozenWeight(normal(256, 512), "int8").stored_bytes / (256 * 512) <= 1.04
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+def test_casts_of_the_model_leave_the_store_intact(dtype: str) -> None:
+    """What DeepSpeed, ``.to`` and ``.bfloat16`` do to a model; a saved state comes back to the bit."""
+    store = FrozenWeight(normal(9, 200), dtype)
+    before = {name: buffer.clone() for name, buffer in store.named_buffers()}
+    nn.Sequential(store).bfloat16().to(torch.float16).to("cpu")
+    for name, buffer in store.named_buffers():
+        assert buffer.dtype == before[name].dtype and torch.equal(buffer, before[name])
+    other = FrozenWeight(normal(9, 200, seed=1), dtype)
+    other.load_state_dict(store.state_dict())
+    assert all(torch.equal(buffer, before[name]) for name, buffer in other.named_buffers())
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+def test_forward_and_input_gradient_are_those_of_the_stored_weight(dtype: str, x_dtype: torch.dtype) -> None:
+    launch.guard_bf16()
+    store = FrozenWeight(normal(24, 150, std=0.3), dtype)
+    bias = normal(1, 24, seed=3)[0].to(x_dtype).requires_grad_()
+    x, dense_x = (normal(6, 150, seed=2, std=1).to(x_dtype).requires_grad_() for _ in range(2))
+    weight = store.read().to(x_dtype)
+    result, expected = store(x, bias), torch.nn.functional.linear(dense_x, weight, bias.detach())
+    torch.testing.assert_close(
+        result, expected, rtol=1e-2 if x_dtype == torch.bfloat16 else 1e-6, atol=1e-2 if x_dtype == torch.bfloat16 else 1e-5
+    )
+    result.float().square().sum().backward()
+    expected.float().square().sum().backward()
+    assert x.grad is not None and dense_x.grad is not None and bias.grad is not None
+    torch.testing.assert_close(
+        x.grad, dense_x.grad, rtol=2e-2 if x_dtype == torch.bfloat16 else 1e-5, atol=0.1 if x_dtype == torch.bfloat16 else 1e-4
+    )
+
+
+def test_backward_keeps_no_converted_copy() -> None:
+    store = FrozenWeight(normal(64, 256), "int8")
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        store(normal(3, 256).requires_grad_())
+    assert {t.data_ptr() for t in kept} <= {b.data_ptr() for b in store.buffers()}
+
+
+def test_int8_under_compile() -> None:
+    store = FrozenWeight(normal(16, 130), "int8")
+    x = normal(4, 130, seed=1, std=1)
+    torch.testing.assert_close(torch.compile(store, backend="aot_eager")(x), store(x), rtol=1e-5, atol=1e-5)
+
+
+# The sharded master
+
+
+@pytest.mark.parametrize(("rows", "world_size"), [(10, 1), (10, 3), (2, 4), (7, 4)])
+def test_every_row_has_one_owner(rows: int, world_size: int) -> None:
+    owned = [list(range(rows))[own_rows(rows, rank, world_size)] for rank in range(world_size)]
+    assert [row for part in owned for row in part] == list(range(rows))
+
+
+def alone(store: FrozenWeight) -> ShardedMaster:
+    return ShardedMaster({"w": store}, 0, 1, lambda part: part, "cpu")
+
+
+PLAIN = {"bf16": 0.0017, "int8": 0.0065}
+
+
+@pytest.mark.parametrize("merges", [5, 20, 100])
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_after_any_number_of_merges_the_store_is_the_rounding_of_the_exact_sum(dtype: str, merges: int) -> None:
+    """Merges of 0.3% of the norm each: with the master the error stays that of plain rounding; without it, it grows."""
+    weight = normal(256, 256)
+    exact = weight.double()
+    with_master, without = (FrozenWeight(weight, dtype, exact_rows=slice(None)), FrozenWeight(weight, dtype))
+    master = alone(with_master)
+    for merge in range(merges):
+        delta = normal(256, 4, seed=10 + merge) @ normal(4, 256, seed=1000 + merge)
+        delta *= 0.003 * weight.norm() / delta.norm()
+        exact += delta.double()
+        master.merge("w", delta)
+        without.merge(delta)
+    plain = relative_error(FrozenWeight(exact.float(), dtype).read(), exact)
+    assert relative_error(with_master.read(), exact) == pytest.approx(plain, rel=0.02)
+    assert plain == pytest.approx(PLAIN[dtype], rel=0.05)
+    if merges >= 20:
+        assert relative_error(without.read(), exact) > 1.3 * plain
+
+
+def test_the_master_starts_from_exact_rows_where_they_were_kept() -> None:
+    weight = normal(8, 64)
+    assert torch.equal(alone(FrozenWeight(weight, "int8", exact_rows=slice(None))).rows["w"], weight)
+    assert not torch.equal(alone(FrozenWeight(weight, "int8")).rows["w"], weight)

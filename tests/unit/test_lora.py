@@ -98,14 +98,15 @@ def test_fresh_factors_leave_the_function_unchanged(kind: str) -> None:
 
 
 @KINDS
-def test_delta_has_the_layout_of_the_stored_weight(kind: str) -> None:
+def test_delta_is_out_by_in_for_every_kind_of_layer(kind: str) -> None:
     layer = ReLoRALinear(linear(kind).to(torch.bfloat16), RANK, ALPHA)
     lora_A, lora_B = random(RANK, 8), random(5, RANK, seed=1)
     product = ALPHA / RANK * lora_B @ lora_A
     delta = layer.delta(lora_A, lora_B)
     assert delta.dtype == torch.float32
     assert delta.shape == layer.weight.shape
-    torch.testing.assert_close(delta, product.t() if kind == "Conv1D" else product, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(delta, product, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(layer.delta(lora_A, lora_B[1:3]), product[1:3], rtol=1e-6, atol=1e-6)  # rows of B give rows
 
 
 @KINDS
@@ -116,7 +117,7 @@ def test_gradients_reach_factors_and_bias_but_not_the_weight(kind: str) -> None:
     trained = {name for name, parameter in layer.named_parameters() if parameter.grad is not None}
     assert trained == {"lora_A", "lora_B"} | ({"bias"} if layer.bias is not None else set())
     assert all(float(parameter.grad.abs().sum()) > 0 for parameter in layer.parameters() if parameter.grad is not None)
-    assert not layer.weight.requires_grad
+    assert not any(buffer.requires_grad for buffer in layer.weight.buffers())
 
 
 def test_dropout_only_in_training_and_only_before_A() -> None:
@@ -198,11 +199,10 @@ def test_wrapping_changes_no_output_and_freezes_the_weights_alone(architecture: 
     wrap(model, rank=RANK, alpha=ALPHA)
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-6)
     wrapped = {name for name, _ in relora_layers(model)}
-    assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == {
-        f"{x}.weight" for x in wrapped
-    }
-    assert set(model.state_dict()) - names == {f"{x}.{factor}" for x in wrapped for factor in ("lora_A", "lora_B")}
-    assert names <= set(model.state_dict())
+    assert all(parameter.requires_grad for parameter in model.parameters()), "frozen weights are buffers"
+    ours = {f"{x}.{part}" for x in wrapped for part in ("lora_A", "lora_B", "weight.values")}
+    assert set(model.state_dict()) - names == ours
+    assert names - set(model.state_dict()) == {f"{x}.weight" for x in wrapped}
 
 
 def test_wrapping_initialises_by_seed_and_name() -> None:
@@ -355,7 +355,7 @@ def test_unwrap_to_another_dtype_rounds_the_fp32_sum_once() -> None:
     model = wrap(build("llama"), rank=RANK, alpha=ALPHA)
     fill_factors(model)
     layer = dict(relora_layers(model))["model.layers.1.mlp.up_proj"]
-    exact = (layer.weight + layer.delta(layer.lora_A, layer.lora_B)).detach()
+    exact = (layer.weight.values + layer.delta(layer.lora_A, layer.lora_B)).detach()
     unwrap(model, torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert torch.equal(model.get_submodule("model.layers.1.mlp.up_proj").weight, exact.to(torch.bfloat16))
