@@ -68,8 +68,8 @@ class Reset(Section):
     """One threshold per tensor (the paper's), or one for all factors together."""
     mask: Literal["joint", "independent"] = "joint"
     """joint: the first moment's mask for both; independent: each moment by its own magnitudes (the paper's)."""
-    restart_bias_correction: bool = True
-    """Whether Adam's step count of the factors goes back to 0 (the paper's way: false)."""
+    restart_bias_correction: bool = False
+    """Whether Adam's step count of the factors goes back to 0 (the paper lets it run on, and so does the default)."""
 
 
 class Frozen(Section):
