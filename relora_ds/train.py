@@ -36,8 +36,8 @@ class TrainingError(RuntimeError):
 def train(checked: Checked, place: Place, device: torch.device) -> int:
     """Trains to the last update, or until a signal; resumes by itself. Returns the exit code, the same on all ranks."""
     config = checked.config
+    stop = StopSignal()  # first: a signal that comes while the model is built stops the run after its first update
     trainer = Trainer(checked, place, device)
-    stop = StopSignal()
     total, every = config.total_updates, config.train
     code = EXIT_DONE
     try:
