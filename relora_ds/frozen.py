@@ -75,7 +75,7 @@ class FrozenWeight(nn.Module):
     by ``.to(dtype)`` or ``.bfloat16()`` either, since it is what the user chose for storage.
 
     Args:
-        weight: (out, in), any floating dtype.
+        weight: (out, in), any floating dtype; becomes the store itself where it is fp32, contiguous and to be stored so.
         dtype: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
         group_size: of int8: inputs that share a scale.
         exact_rows: rows of ``weight`` to keep in fp32 until a :class:`ShardedMaster` takes them; None for none.
@@ -90,7 +90,7 @@ class FrozenWeight(nn.Module):
     def __init__(self, weight: Tensor, dtype: str, group_size: int = 128, exact_rows: slice | None = None) -> None:
         super().__init__()
         self.dtype_name, self.group_size = dtype, group_size
-        exact = weight.detach().to(torch.float32)
+        exact = weight.detach().to(torch.float32).contiguous()
         self.exact_rows = None if exact_rows is None else exact[exact_rows].clone()
         values, scales = self.round(exact)
         self.register_buffer("values", values)

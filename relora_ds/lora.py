@@ -34,7 +34,7 @@ class ReLoRALinear(nn.Module):
     the factors are undefined.
 
     Args:
-        base: the layer to wrap; its weight is copied into the store, its bias is taken over.
+        base: the layer to wrap; its weight goes into the store, its bias is taken over.
         rank, alpha: of the factors; they are scaled by alpha / rank.
         dropout: on the input of A.
         frozen: how the weight is stored; None for its own dtype.
