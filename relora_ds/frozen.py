@@ -249,10 +249,10 @@ class ShardedMaster:
         for name in self.weights:
             self.publish(name)
 
-    def load(self, rows: Mapping[str, Tensor]) -> None:
-        """Takes over the rows of a checkpoint."""
+    def load(self, rows: Mapping[str, Tensor] | None) -> None:
+        """Takes over the rows of a checkpoint; or, where it was written without a master, what is stored."""
         for name, own in self.rows.items():
-            own.copy_(rows[name])
+            own.copy_(self.weights[name].read(self.own(name)) if rows is None else rows[name])
 
 
 def stored_tensors(name: str, weight: FrozenWeight) -> Iterator[tuple[str, Tensor]]:

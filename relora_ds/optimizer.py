@@ -297,4 +297,4 @@ class ReLoRAOptimizer(ZeroProxy):
         if own is not None:
             self.updates, self.restarts = own["updates"], own["restarts"]
             if self.frozen_master is not None:
-                self.frozen_master.load(own["frozen_master"])
+                self.frozen_master.load(own.get("frozen_master"))

@@ -278,3 +278,13 @@ def test_the_master_starts_from_exact_rows_where_they_were_kept() -> None:
     weight = normal(8, 64)
     assert torch.equal(alone(FrozenWeight(weight, "int8", exact_rows=slice(None))).rows["w"], weight)
     assert not torch.equal(alone(FrozenWeight(weight, "int8")).rows["w"], weight)
+
+
+def test_a_checkpoint_without_a_master_gives_what_is_stored() -> None:
+    store = FrozenWeight(normal(8, 64), "int8", exact_rows=slice(None))
+    master = alone(store)
+    saved = {"w": normal(8, 64, seed=7)}
+    master.load(saved)
+    assert torch.equal(master.rows["w"], saved["w"])
+    master.load(None)
+    assert torch.equal(master.rows["w"], store.read())
