@@ -83,6 +83,10 @@ class Frozen(Section):
     """sharded: an fp32 master of the frozen weights, split by rows over the ranks, so that merges lose nothing."""
     master_device: Literal["host", "device"] = "host"
     """Where the sharded master lives."""
+    verify_every: Positive | None = None
+    """Updates between comparisons of all replicas' checksums, beside the one after every restart."""
+    on_mismatch: Literal["stop", "repair"] = "stop"
+    """repair: a replica that differs is set right from the master, or the majority of the ranks; without either the run stops."""
 
 
 class ReLoRA(Section):

@@ -16,6 +16,7 @@ import functools
 import hashlib
 import operator
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -64,6 +65,34 @@ class RestartRecord:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Mismatch:
+    """A tensor that is not the same on all ranks.
+
+    Attributes:
+        name: layer and part.
+        ranks: those that differ from ``reference``.
+        reference: a rank of the majority; rank 0 where there is none.
+        is_majority: whether more than half of the ranks agree with ``reference``.
+    """
+
+    name: str
+    ranks: tuple[int, ...]
+    reference: int
+    is_majority: bool
+
+    @classmethod
+    def of(cls, name: str, sums: list[int]) -> Mismatch:
+        """From the checksums of all ranks."""
+        commonest, count = Counter(sums).most_common(1)[0]
+        is_majority = 2 * count > len(sums)
+        reference = sums.index(commonest) if is_majority else 0
+        return cls(name, tuple(r for r, value in enumerate(sums) if value != sums[reference]), reference, is_majority)
+
+    def __str__(self) -> str:
+        return f"{self.name} differs on rank(s) {', '.join(map(str, self.ranks))} from rank {self.reference}"
+
+
 class ReLoRAOptimizer(ZeroProxy):
     """Wraps DeepSpeed's ZeRO optimizer; put in ``engine.optimizer`` by :func:`relora_ds.initialize`.
 
@@ -78,11 +107,13 @@ class ReLoRAOptimizer(ZeroProxy):
         updates: calls of :meth:`step` so far, those whose update was skipped for a non-finite gradient included.
         restarts: restarts so far.
         last_restart: the record of the newest one in this process, or None.
+        repairs: what was found wrong and set right, in words, since the owner last emptied the list.
         last_lrs: the learning rates that the newest update really used, by group name.
     """
 
     OWN = ZeroProxy.OWN | {
-        "model", "settings", "seed", "rewarm", "comm", "masters", "frozen_master", "updates", "restarts", "last_restart", "last_lrs",
+        "model", "settings", "seed", "rewarm", "comm", "masters", "frozen_master",
+        "updates", "restarts", "last_restart", "last_lrs", "repairs",
     }  # fmt: skip
 
     def __init__(self, zero: Any, model: nn.Module, settings: ReLoRA, *, seed: int = 0, rewarm: bool = True) -> None:
@@ -104,6 +135,7 @@ class ReLoRAOptimizer(ZeroProxy):
         self.restarts = 0
         self.last_restart: RestartRecord | None = None
         self.last_lrs: dict[str, float] = {}
+        self.repairs: list[str] = []
 
     def _replicate_frozen(self) -> None:
         """Rank 0's frozen weights for all, as DeepSpeed does with parameters: these are buffers, which it leaves alone."""
@@ -132,6 +164,8 @@ class ReLoRAOptimizer(ZeroProxy):
         self.updates += 1
         if is_restart(self.updates, self.settings.restart_every or 0):
             self.restart()
+        elif self.settings.frozen.verify_every and self.updates % self.settings.frozen.verify_every == 0:
+            self.verify()
 
     @contextmanager
     def _rewarmed_lrs(self) -> Iterator[None]:
@@ -156,7 +190,7 @@ class ReLoRAOptimizer(ZeroProxy):
         Raises:
             RestartError: the ranks disagree afterwards; names the first layer and the ranks that differ.
         """
-        started, bytes_before = time.perf_counter(), self.comm.payload_bytes["restart"]
+        started, bytes_before = time.perf_counter(), self.comm.payload_bytes.total()
         self.restarts += 1
         stats = self._merge_and_reinitialise()
         pruned = self._prune()
@@ -170,7 +204,7 @@ class ReLoRAOptimizer(ZeroProxy):
             merged_change=total.relative_change,
             merge_error=total.merge_error,
             seconds=time.perf_counter() - started,
-            bytes=self.comm.payload_bytes["restart"] - bytes_before,
+            bytes=self.comm.payload_bytes.total() - bytes_before,
             weights_checksum=digest,
             by_layer_type={
                 kind: {"merged_change": figures.relative_change, "merge_error": figures.merge_error}
@@ -260,28 +294,52 @@ class ReLoRAOptimizer(ZeroProxy):
     def verify(self) -> str:
         """Compares the bits of every wrapped layer's W, A and B over the ranks; returns a checksum of all W.
 
+        With ``frozen.on_mismatch: repair`` what differs is set right and noted in :attr:`repairs`.
+
         Raises:
-            RestartError: names the first tensor that differs and the ranks that disagree with rank 0.
+            RestartError: names the first tensor that differs and the ranks that disagree with the majority.
         """
         tensors: dict[str, Tensor] = {}
         for name, layer in relora_layers(self.model):
             tensors.update(stored_tensors(name, layer.weight))
             tensors.update({f"{name}.lora_A": layer.lora_A, f"{name}.lora_B": layer.lora_B})
         sums = torch.stack([checksum(tensor.data) for tensor in tensors.values()])
-        lowest = self.comm.all_reduce(sums.clone(), "restart", dist.ReduceOp.MIN)
-        highest = self.comm.all_reduce(sums.clone(), "restart", dist.ReduceOp.MAX)
+        lowest = self.comm.all_reduce(sums.clone(), "verify", dist.ReduceOp.MIN)
+        highest = self.comm.all_reduce(sums.clone(), "verify", dist.ReduceOp.MAX)
         differing = (lowest != highest).nonzero().flatten().tolist()
         if differing:
-            by_rank = torch.zeros(self.comm.world_size, dtype=torch.int64, device=sums.device)
-            by_rank[self.comm.rank] = sums[differing[0]]
-            values = self.comm.all_reduce(by_rank, "restart").tolist()
-            ranks = [rank for rank, value in enumerate(values) if value != values[0]]
-            raise RestartError(
-                f"after restart {self.restarts} the ranks hold different weights: {list(tensors)[differing[0]]} differs on "
-                f"rank(s) {', '.join(map(str, ranks))} from rank 0 ({len(differing)} tensor(s) differ in all)"
-            )
+            names = list(tensors)
+            for mismatch in self._mismatches([names[index] for index in differing], sums[differing]):
+                self._repair(mismatch, tensors[mismatch.name], len(differing))
+            return self.verify()
         weights = [value for name, value in zip(tensors, sums.tolist(), strict=True) if ".weight" in name]
         return hashlib.sha256(repr(weights).encode()).hexdigest()[:16]
+
+    def _mismatches(self, names: list[str], sums: Tensor) -> list[Mismatch]:
+        """Who differs from whom: every rank's checksums of the tensors that are not alike."""
+        table = torch.zeros(self.comm.world_size, len(names), dtype=torch.int64, device=sums.device)
+        table[self.comm.rank] = sums
+        by_rank = self.comm.all_reduce(table, "verify").tolist()
+        return [Mismatch.of(name, [row[column] for row in by_rank]) for column, name in enumerate(names)]
+
+    def _repair(self, mismatch: Mismatch, tensor: Tensor, num_differing: int) -> None:
+        """Sets one tensor right on the ranks where it is wrong, or raises RestartError."""
+        layer = mismatch.name.partition(".weight")[0]
+        is_factor = mismatch.name in self.masters.params
+        if self.settings.frozen.on_mismatch == "repair":
+            if is_factor:
+                tensor.data.copy_(self.masters.gather(mismatch.name))
+            elif self.frozen_master is not None:
+                self.frozen_master.publish(layer)
+            elif mismatch.is_majority:
+                self.comm.broadcast(tensor.data, mismatch.reference, "verify")
+        if self.settings.frozen.on_mismatch == "stop" or not (
+            is_factor or self.frozen_master is not None or mismatch.is_majority
+        ):
+            raise RestartError(
+                f"after update {self.updates} the ranks hold different weights: {mismatch} ({num_differing} tensor(s) differ in all)"
+            )
+        self.repairs.append(f"after update {self.updates}: {mismatch}; repaired")
 
     def state_dict(self) -> dict[str, Any]:
         """ZeRO's state of this rank, plus how far the restarts have come; saved by ``engine.save_checkpoint``."""

@@ -168,6 +168,9 @@ class Trainer:
             rates = optimizer.last_lrs
             restart = optimizer.last_restart
             optimizer.last_restart = None
+            for repair in optimizer.repairs:
+                self.tell(f"replicas differed {repair}")
+            optimizer.repairs.clear()
         if self.metrics is not None:
             record = {
                 "update": update,

@@ -242,6 +242,63 @@ def restart_with_a_flipped_bit() -> str:
     return ""
 
 
+def verify_with_a_flipped_bit(frozen: dict[str, Any], part: str) -> dict[str, Any]:
+    """A bit flips on the last rank; the comparison after the next update finds it."""
+    relora = {"restart_every": 1000, "restart_warmup": 0, "frozen": {"verify_every": 2, **frozen}}
+    engine = common.build(common.tiny_llama(), relora, lr=0.0)
+    common.train_update(engine, 0)
+    layer = engine.module.model.layers[1].mlp.up_proj
+    before = layer.weight.values.clone(), layer.lora_A.data.clone()
+    tensor = layer.weight.values if part == "weight" else layer.lora_A.data
+    result: dict[str, Any] = {"message": ""}
+    # A factor is flipped after ZeRO has written its copy, as a fault at any moment would be.
+    step = engine.optimizer.zero.step
+
+    def step_and_flip() -> None:
+        step()
+        if dist.get_rank() == dist.get_world_size() - 1:
+            tensor.view(torch.uint8)[0, 1] ^= 4
+
+    engine.optimizer.zero.step = step_and_flip
+    try:
+        common.train_update(engine, 1)
+        result["repairs"] = list(engine.optimizer.repairs)
+        result["restored"] = torch.equal(layer.weight.values, before[0]) and torch.equal(layer.lora_A.data, before[1])
+    except RestartError as error:
+        result["message"] = str(error)
+    common.end(engine)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("world_size", "frozen", "part"),
+    [
+        (3, {}, "weight"),
+        (3, {"dtype": "int8", "group_size": 16}, "weight"),
+        (2, {"dtype": "int8", "group_size": 16, "master": "sharded"}, "weight"),
+        (2, {}, "lora_A"),
+    ],
+    ids=["by the majority", "int8 by the majority", "by the master", "a factor by its ZeRO master"],
+)
+def test_a_flipped_bit_is_repaired(world_size: int, frozen: dict[str, Any], part: str) -> None:
+    for result in run(world_size, verify_with_a_flipped_bit, {**frozen, "on_mismatch": "repair"}, part):
+        (repair,) = result["repairs"]
+        assert (
+            f"after update 2: model.layers.1.mlp.up_proj.{part} differs on rank(s) {world_size - 1} from rank 0; repaired"
+            == repair
+        )
+        assert result["restored"]
+
+
+@pytest.mark.parametrize("on_mismatch", ["stop", "repair"])
+def test_a_flipped_bit_stops_the_run_where_nobody_can_tell_which_is_right(on_mismatch: str) -> None:
+    for result in run(2, verify_with_a_flipped_bit, {"on_mismatch": on_mismatch}, "weight"):
+        assert (
+            "after update 2 the ranks hold different weights: model.layers.1.mlp.up_proj.weight differs on rank(s) 1"
+            in result["message"]
+        )
+
+
 def test_a_rank_that_differs_is_named() -> None:
     for message in run(2, restart_with_a_flipped_bit):
         assert "model.layers.1.mlp.up_proj.weight differs on rank(s) 1 from rank 0" in message
