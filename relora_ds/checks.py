@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 
 from relora_ds import checkpoint as checkpoints
@@ -52,6 +53,9 @@ def check(config: Config, recipe: Path, world_size: int) -> Checked:
     index = read_index(Path(config.data.path))
     architecture = models.hf_config(config.model, index.vocab_size)
     _check_data(config, index, architecture)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = ds_config.DTYPES[ds_config.precision(fitted)]
+    models.attention_implementation(config.model.attention, dtype=dtype, device=device)  # raises where it cannot run
     if config.method != "full":
         layers = lora.find_targets(models.build_meta(architecture), config.relora.targets)
         lora.check_rank(layers, config.relora.rank)

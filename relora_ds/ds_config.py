@@ -91,6 +91,8 @@ def fit(config: Mapping[str, Any], recipe: Config, world_size: int) -> dict[str,
     if precision(config) == "bf16":
         # Without it DeepSpeed applies a non-finite bf16 gradient; with it all ranks skip that update together.
         fitted["bf16"].setdefault("check_grad_overflow", True)
+    if get(config, "zero_optimization.offload_optimizer.device") == "cpu":
+        fitted.setdefault("zero_force_ds_cpu_optimizer", False)  # or DeepSpeed insists on an Adam that it compiles
     return fitted
 
 

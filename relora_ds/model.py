@@ -139,6 +139,7 @@ def build(
     device: torch.device,
     seed: int = 0,
     weights: str | None = None,
+    engine_dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """The model in ``dtype`` on ``device``, with the weights of a Hugging Face folder or hub name, or random ones.
 
@@ -150,8 +151,9 @@ def build(
         dtype, device: of the result.
         seed: of random weights.
         weights: where pre-trained weights come from; None for random ones.
+        engine_dtype: in which it will compute, where that is not ``dtype``: it decides which attention can run.
     """
-    implementation = attention_implementation(attention, dtype=dtype, device=device)
+    implementation = attention_implementation(attention, dtype=engine_dtype or dtype, device=device)
     config.use_cache = False  # a training run never generates, and gradient checkpointing warns about it
     torch.manual_seed(seed)
     options = {"attn_implementation": implementation, "dtype": torch.float32}

@@ -38,7 +38,8 @@ def initial_model(checked: Checked, device: torch.device, phase: str) -> nn.Modu
     sharded master starts from the exact weights.
     """
     config = checked.config
-    dtype = ds_config.DTYPES[ds_config.precision(checked.deepspeed)] if phase == "full" else torch.float32
+    engine_dtype = ds_config.DTYPES[ds_config.precision(checked.deepspeed)]
+    dtype = engine_dtype if phase == "full" else torch.float32
     start = config.model.path
     if start is not None and RunFolder(Path(start)).exists():
         model = load_merged(Path(start), dtype=dtype, device=device, attention=config.model.attention).train()
@@ -50,6 +51,7 @@ def initial_model(checked: Checked, device: torch.device, phase: str) -> nn.Modu
             device=device,
             seed=config.run.seed,
             weights=start,
+            engine_dtype=engine_dtype,
         ).train()
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -339,6 +339,18 @@ def test_plain_methods(content: dict[str, Any], tmp_path: Path) -> None:
         assert load_merged(tmp_path / method).num_parameters() > 0
 
 
+def test_offloaded_optimizer_through_the_trainer(content: dict[str, Any], tmp_path: Path) -> None:
+    """The masters and moments in host memory: warm start, restarts and resume give the losses of the run without offload."""
+    content["relora"]["keep_moments"] = True
+    here, offloaded = at(content, tmp_path / "here"), at(content, tmp_path / "offloaded")
+    offloaded["deepspeed"]["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    run(2, train_here, here)
+    run(2, train_here, offloaded, 11)
+    assert run(2, train_here, offloaded) == [EXIT_DONE, EXIT_DONE]
+    losses = [[r["loss"] for r in read_log(tmp_path / name / "metrics.jsonl") if "loss" in r] for name in ("here", "offloaded")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 
 

@@ -264,6 +264,11 @@ def test_recipe_that_is_not_there_or_is_no_recipe(tmp_path: Path) -> None:
         assert "holds no settings" in refusal(tmp_path / "recipe.yaml")
 
 
+def test_attention_that_cannot_run_here_is_refused_at_once(recipe: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.attention='flash_attention_2': needs CUDA"):
+        check(config.load(recipe, ["model.attention=flash_attention_2"]), recipe, 1)
+
+
 def test_recipe_that_is_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(b"run: {dir: caf\xe9}\n")
