@@ -29,6 +29,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from relora_ds.data import DTYPES, INDEX_FILE, INDEX_FORMAT, MASK_64, TRAIN, VALIDATION, file_sha256, mix64
 from relora_ds.errors import ConfigError
+from relora_ds.run_folder import write_atomically
 
 PROGRESS_FILE = "progress.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -390,9 +391,4 @@ def _read_record(path: Path, fingerprint: str) -> dict[str, Any] | None:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Replaces ``path`` atomically: a reader sees the old contents or the new ones, also after a power cut."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomically(path, json.dumps(value, indent=2) + "\n")
