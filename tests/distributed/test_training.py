@@ -184,19 +184,24 @@ def test_world_size_does_not_change_the_run(content: dict[str, Any], tmp_path: P
     assert runs[4] == pytest.approx(runs[1], rel=1e-5)
 
 
-def moments_over_the_change(content: dict[str, Any]) -> dict[str, Any]:
-    """Masters and first moments of embedding and norm, and the held-out loss, before and after the change of phase."""
+def after_the_warm_start(content: dict[str, Any]) -> Trainer:
+    """A run at the end of its full-rank phase of five updates."""
     place = launch.discover()
     assert place is not None
-    checked = check(parse(content), Path("recipe.yaml"), place.world_size)
-    trainer = Trainer(checked, place, CPU)
+    trainer = Trainer(check(parse(content), Path("recipe.yaml"), place.world_size), place, CPU)
     for update in range(1, 6):
         trainer.update(update, False)
+    return trainer
+
+
+def moments_over_the_change(content: dict[str, Any]) -> dict[str, Any]:
+    """Masters and first moments of embedding and norm, and the held-out loss, before and after the change of phase."""
+    trainer = after_the_warm_start(content)
     names = ("model.embed_tokens.weight", "model.norm.weight")
     found: dict[str, Any] = {}
     for when in ("before", "after"):
         if when == "after":
-            trainer.engine = phases.change_phase(trainer.engine, checked, CPU)
+            trainer.engine = phases.change_phase(trainer.engine, trainer.checked, CPU)
         zero = getattr(trainer.engine.optimizer, "zero", trainer.engine.optimizer)
         params = {name: p for name, p in trainer.engine.module.named_parameters() if name in names}
         state = ZeroState(zero, params, CountedGroup(None, CPU))
@@ -206,7 +211,12 @@ def moments_over_the_change(content: dict[str, Any]) -> dict[str, Any]:
             "moments": {name: {key: state.gather(name, key) for key in state.moment_keys()} for name in names},
             "steps": [state.step_count(name) for name in names],
             "loss": evaluate(
-                trainer.engine.module, data, batch_size=2, device=CPU, rank=place.rank, world_size=place.world_size
+                trainer.engine.module,
+                data,
+                batch_size=2,
+                device=CPU,
+                rank=trainer.place.rank,
+                world_size=trainer.place.world_size,
             ).loss,
         }
     found["trainable"] = sorted(name for name, p in trainer.engine.module.named_parameters() if p.requires_grad)
@@ -239,16 +249,11 @@ def test_change_of_phase(content: dict[str, Any], keep_moments: bool) -> None:
 
 def master_over_the_change(content: dict[str, Any]) -> dict[str, Any]:
     """Rows of the frozen master after the change of phase, and the full-rank engine's masters that they must be."""
-    place = launch.discover()
-    assert place is not None
-    checked = check(parse(content), Path("recipe.yaml"), place.world_size)
-    trainer = Trainer(checked, place, CPU)
-    for update in range(1, 6):
-        trainer.update(update, False)
+    trainer = after_the_warm_start(content)
     name = "model.layers.1.mlp.up_proj"
     weight = trainer.engine.module.get_submodule(name).weight
     before = ZeroState(trainer.engine.optimizer, {name: weight}, CountedGroup(None, CPU)).gather(name)
-    trainer.engine = phases.change_phase(trainer.engine, checked, CPU)
+    trainer.engine = phases.change_phase(trainer.engine, trainer.checked, CPU)
     master = trainer.engine.optimizer.frozen_master
     result = {"before": before, "rows": master.rows[name], "own": master.own(name), "stored": master.weights[name].read()}
     trainer.engine.destroy()
