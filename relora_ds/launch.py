@@ -201,7 +201,7 @@ def _export(place: Place) -> None:
 def skip_shared_memory_build() -> None:
     """Keeps DeepSpeed from compiling its shared-memory collective on CPU.
 
-    It serves tensor-parallel inference only, takes 30 to 80 s of compilation at the first start, needs a compiler, and a build that
+    It serves tensor-parallel inference only, is compiled at the first start, which takes long and needs a compiler, and a build that
     was killed leaves a lock on which every later start hangs.
     """
     import deepspeed
