@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from relora_ds import ds_config, launch
-from relora_ds.config import ReLoRA, parse_relora
+from relora_ds.config import Optimizer, ReLoRA, parse_relora
 from relora_ds.errors import ConfigError
 from relora_ds.lora import LORA_GROUP, param_groups, relora_layers, wrap
 from relora_ds.optimizer import ReLoRAOptimizer
@@ -47,8 +47,9 @@ def initialize(
     Args:
         args, training_data, collate_fn, others: as in ``deepspeed.initialize``.
         model: any causal language model, or any module with linear layers.
-        optimizer: Adam or AdamW: an instance, a callable that takes parameter groups, or None for the one in ``config``. The weights
-            that become frozen leave its groups; the factors come in, with the settings of the group that their weight was in.
+        optimizer: Adam or AdamW: an instance, or a callable that takes parameter groups; None for the one in ``config``, or, where
+            that has none, :func:`adamw` with the defaults of :class:`relora_ds.config.Optimizer`. Weights that become frozen
+            leave its groups; the factors come in, with the settings of the group that their weight was in.
         model_parameters: parameters or groups to train; all trainable ones when None.
         lr_scheduler: a callable that takes the optimizer, or None for the one in ``config``.
         config: DeepSpeed's configuration: a path or a dictionary.
@@ -88,6 +89,8 @@ def initialize(
     chosen = _materialise(model_parameters)
     if not any(True for _ in relora_layers(model)):
         wrap_as(model, settings, seed, ds_config.precision(content))
+    if optimizer is None and "optimizer" not in content:
+        optimizer = adamw(Optimizer())
     optimizer, groups = _groups(model, optimizer, chosen, lr_scheduler, content, lora_lr)
     engine, zero, loader, scheduler = deepspeed.initialize(
         args, model, optimizer, groups, training_data, lr_scheduler, collate_fn=collate_fn, config=content, **others
@@ -97,6 +100,14 @@ def initialize(
         raise ConfigError("optimizer", base, f"ReLoRA prunes Adam's moments: one of {', '.join(ADAMS)}")
     engine.optimizer = ReLoRAOptimizer(zero, engine.module, settings, seed=seed, rewarm=rewarm)
     return engine, engine.optimizer, loader, scheduler
+
+
+def adamw(settings: Optimizer) -> Callable[[Any], torch.optim.Optimizer]:
+    """Makes torch's fused AdamW of the groups that DeepSpeed is given; groups without a learning rate get ``settings.lr``."""
+    beta1, beta2 = settings.betas
+    return lambda groups: torch.optim.AdamW(
+        groups, lr=settings.lr, betas=(beta1, beta2), eps=settings.eps, weight_decay=settings.weight_decay, fused=True
+    )
 
 
 def wrap_as(model: nn.Module, settings: ReLoRA, seed: int, precision: str) -> None:

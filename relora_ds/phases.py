@@ -15,7 +15,7 @@ from relora_ds import ds_config, lora
 from relora_ds import model as models
 from relora_ds.checks import Checked
 from relora_ds.config import Config
-from relora_ds.engine import initialize, wrap_as
+from relora_ds.engine import adamw, initialize, wrap_as
 from relora_ds.export import load_merged
 from relora_ds.frozen import own_rows
 from relora_ds.run_folder import RunFolder
@@ -61,7 +61,9 @@ def initial_model(checked: Checked, device: torch.device, phase: str) -> nn.Modu
 def full_engine(model: nn.Module, checked: Checked) -> Any:
     """A plain DeepSpeed engine that trains every parameter."""
     groups = _groups(model, checked.config)
-    engine, *_ = initialize(model=model, optimizer=_adamw(checked.config), model_parameters=groups, config=checked.deepspeed)
+    engine, *_ = initialize(
+        model=model, optimizer=adamw(checked.config.optimizer), model_parameters=groups, config=checked.deepspeed
+    )
     return engine
 
 
@@ -83,7 +85,7 @@ def lora_engine(model: nn.Module, checked: Checked, exact_rows: dict[str, Tensor
             layer.weight.exact_rows = exact_rows[name]
     engine, *_ = initialize(
         model=model,
-        optimizer=_adamw(config),
+        optimizer=adamw(config.optimizer),
         model_parameters=_groups(model, config),
         config=checked.deepspeed,
         relora=settings,
@@ -156,10 +158,3 @@ def _hand_over(engine: Any, carried: dict[str, Carried], device: torch.device) -
 def _groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     settings = config.optimizer
     return lora.param_groups(model, weight_decay=settings.weight_decay, lr=settings.lr, lora_lr=settings.lora_lr)
-
-
-def _adamw(config: Config) -> Any:
-    """Makes torch's fused AdamW of the groups that DeepSpeed is given."""
-    settings = config.optimizer
-    beta1, beta2 = settings.betas
-    return lambda groups: torch.optim.AdamW(groups, lr=settings.lr, betas=(beta1, beta2), eps=settings.eps, fused=True)

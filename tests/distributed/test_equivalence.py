@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -335,6 +336,36 @@ def test_parameters_from_a_generator_and_a_scheduler_from_json() -> None:
     assert result["scheduler"]
     assert result["lrs"][3] == pytest.approx({name: 0.0 for name in result["lrs"][3]}), "the first update after the restart"
     assert result["losses"][-1] < result["losses"][0]
+
+
+def shipped_configuration() -> dict[str, Any]:
+    """A file of ds_configs/ as it is: one row per rank, and no optimizer in it."""
+    file = Path(__file__).resolve().parents[2] / "ds_configs" / "zero2_cpu.json"
+    engine, optimizer, _, _ = relora_ds.initialize(
+        model=common.tiny_llama(), config=file, relora={"rank": RANK, "restart_every": 3}
+    )
+    losses = []
+    for _ in range(5):
+        ids = common.my_rows(common.batch(0))
+        loss = engine(input_ids=ids, labels=ids).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(common.mean_over_ranks(loss))
+    result = {
+        "losses": losses,
+        "restarts": optimizer.restarts,
+        "base": type(engine.basic_optimizer).__name__,
+        "lrs": optimizer.last_lrs,
+    }
+    common.end(engine)
+    return result
+
+
+def test_a_shipped_configuration_needs_nothing_else() -> None:
+    result = run(2, shipped_configuration)[0]
+    assert result["restarts"] == 1 and result["base"] == "AdamW"
+    assert result["losses"][-1] < result["losses"][0]
+    assert set(result["lrs"]) == {"dense", "no_decay", "lora"}
 
 
 def test_training_data_makes_a_loader() -> None:
