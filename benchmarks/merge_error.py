@@ -27,16 +27,16 @@ def main() -> None:
             weight = torch.randn(SIZE, SIZE, generator=generator) * 0.02
             exact, norm = weight.double(), weight.norm()
             store = FrozenWeight(weight, dtype, exact_rows=slice(None) if sharded else None)
-            master = ShardedMaster({"w": store}, 0, 1, lambda rows: rows, "cpu") if sharded else None
+            master = ShardedMaster({"w": store}, 0, 1, lambda out, mine: out.copy_(mine), "cpu") if sharded else None
             errors = []
             for merge in range(1, max(COUNTS) + 1):
                 delta = torch.randn(SIZE, RANK, generator=generator) @ torch.randn(RANK, SIZE, generator=generator)
                 delta *= CHANGE * norm / delta.norm()
                 exact += delta.double()
                 if master is None:
-                    store.merge(delta)
+                    store.merge(delta.__getitem__)
                 else:
-                    master.merge("w", delta)
+                    master.merge("w", delta.__getitem__)
                 if merge in COUNTS:
                     errors.append(f"{relative_error(store.read(), exact):.5f}")
             plain = relative_error(FrozenWeight(exact.float(), dtype).read(), exact)

@@ -57,8 +57,11 @@ def check(config: Config, recipe: Path, world_size: int) -> Checked:
     dtype = ds_config.DTYPES[ds_config.precision(fitted)]
     models.attention_implementation(config.model.attention, dtype=dtype, device=device)  # raises where it cannot run
     if config.method != "full":
-        layers = lora.find_targets(models.build_meta(architecture), config.relora.targets)
+        model = models.build_meta(architecture)
+        layers = lora.find_targets(model, config.relora.targets)
         lora.check_rank(layers, config.relora.rank)
+        if config.method == "control":
+            architecture = models.control_config(architecture, lora.num_trainable(model, layers, config.relora.rank))
     _check_resume(config, world_size)
     return Checked(config, fitted, architecture, index)
 

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from relora_ds.errors import ConfigError, nearest
-from relora_ds.schedule import ScheduleName
+from relora_ds.schedule import Interval, ScheduleName
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -59,7 +59,7 @@ class Data(Section):
 
 
 class Reset(Section):
-    """What becomes of the moments of A and B at a restart."""
+    """What becomes of the moments of A and B at a reset of the optimizer."""
 
     kind: Literal["magnitude", "random", "full", "none"] = "magnitude"
     ratio: Share = 0.99
@@ -68,6 +68,8 @@ class Reset(Section):
     """One threshold per tensor (the paper's), or one for all factors together."""
     mask: Literal["joint", "independent"] = "joint"
     """joint: the first moment's mask for both; independent: each moment by its own magnitudes (the paper's)."""
+    every: Positive | None = None
+    """Updates between resets, from the start of the LoRA phase; null: with every restart. The re-warmups follow the resets."""
     restart_bias_correction: bool = False
     """Whether Adam's step count of the factors goes back to 0 (the paper lets it run on, and so does the default)."""
 
@@ -75,8 +77,8 @@ class Reset(Section):
 class Frozen(Section):
     """How the frozen weights are kept."""
 
-    dtype: Literal["auto", "fp32", "bf16", "int8"] = "auto"
-    """auto: the engine's dtype. int8: symmetric, by groups along the input dimension."""
+    dtype: Literal["auto", "fp32", "bf16", "int8", "none"] = "auto"
+    """auto: the engine's dtype. int8: symmetric, by groups along the input dimension. none: no weight but B·A (``low_rank``)."""
     group_size: Annotated[int, Field(ge=8)] = 128
     """Of int8: inputs that share a scale."""
     master: Literal["none", "sharded"] = "none"
@@ -93,6 +95,10 @@ class ReLoRA(Section):
     rank: Positive = 128
     alpha: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 32.0
     """The low-rank product is scaled by alpha / rank."""
+    trainable_scaling: bool = False
+    """Scaled by the tanh of a trainable number per layer instead, which is 1 at the start and after every restart."""
+    init: Literal["kaiming", "orthonormal", "residual"] = "kaiming"
+    """Of A, with B = 0, at the start and at every restart; residual: B·A is what the store lost of the sharded master (an SVD)."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """On the input of A."""
     targets: str | list[str] = "all-linear"
@@ -103,10 +109,22 @@ class ReLoRA(Section):
     """Whether embeddings, norms and head keep Adam's moments over the change of phase (the paper starts them afresh)."""
     restart_every: Positive | None = None
     """Updates between restarts, counted from the start of the LoRA phase."""
+    restart_growth: Annotated[float, Field(ge=1.0, le=100.0)] = 1.0
+    """Each interval between restarts is so many times the one before."""
     restart_warmup: Count = 100
     """Updates over which the learning rate climbs back from 0 after a restart, under ``schedule: jagged``."""
     reset: Reset = Reset()
     frozen: Frozen = Frozen()
+
+    @property
+    def restarts(self) -> Interval:
+        """When A and B are merged and start afresh."""
+        return Interval(self.restart_every or 0, self.restart_growth)
+
+    @property
+    def resets(self) -> Interval:
+        """When their moments are reset, and the learning rate re-warms."""
+        return self.restarts if self.reset.every is None else Interval(self.reset.every)
 
 
 class Optimizer(Section):
@@ -160,7 +178,8 @@ class Wandb(Section):
 
 class Config(Section):
     run: Run
-    method: Literal["full", "lora", "relora"] = "relora"
+    method: Literal["full", "control", "lora", "low_rank", "relora"] = "relora"
+    """control: full-rank, as many parameters as the others train. low_rank: B·A alone, without frozen weights."""
     model: Model
     data: Data
     relora: ReLoRA = ReLoRA()
@@ -178,14 +197,23 @@ class Config(Section):
         return math.ceil(self.train.tokens / (self.train.global_batch * self.data.sequence_length))
 
     @property
+    def has_lora_phase(self) -> bool:
+        return self.method not in ("full", "control")
+
+    @property
     def full_updates(self) -> int:
-        """Updates of the full-rank phase: all of them for ``method: full``."""
-        return self.total_updates if self.method == "full" else self.relora.warm_start
+        """Updates of the full-rank phase: all of them for ``full`` and ``control``."""
+        return self.lora_settings.warm_start if self.has_lora_phase else self.total_updates
 
     @property
     def lora_settings(self) -> ReLoRA:
-        """The ``relora`` section as the method uses it: ``lora`` never restarts."""
-        return self.relora.model_copy(update={"restart_every": None}) if self.method == "lora" else self.relora
+        """The ``relora`` section as the method uses it: ``lora`` never restarts, ``low_rank`` has nothing to restart from."""
+        if self.method not in ("lora", "low_rank"):
+            return self.relora
+        never: dict[str, Any] = {"restart_every": None, "reset": Reset()}
+        if self.method == "low_rank":
+            never |= {"warm_start": 0, "init": "kaiming", "frozen": Frozen(dtype="none")}
+        return self.relora.model_copy(update=never)
 
     def phase_of(self, update: int) -> Literal["full", "lora"]:
         """The phase that ``update`` (1-based) belongs to."""
@@ -263,12 +291,12 @@ def parse(content: dict[str, Any]) -> Config:
 
 def parse_relora(settings: dict[str, Any] | ReLoRA) -> ReLoRA:
     """The ``relora`` section alone, for users of :func:`relora_ds.initialize`."""
-    if isinstance(settings, ReLoRA):
-        return settings
     try:
-        return ReLoRA.model_validate(settings)
+        relora = settings if isinstance(settings, ReLoRA) else ReLoRA.model_validate(settings)
     except ValidationError as error:
         raise explain(error, ReLoRA, settings, prefix=("relora",)) from None
+    check_relora(relora)
+    return relora
 
 
 def explain(error: ValidationError, model: type[BaseModel], content: Any, prefix: tuple[str, ...] = ()) -> ConfigError:
@@ -310,21 +338,29 @@ def _check_contradictions(config: Config) -> None:
         raise ConfigError("train.global_batch", train.global_batch, f"is not a multiple of train.micro_batch={train.micro_batch}")
     if config.optimizer.warmup >= total:
         raise ConfigError("optimizer.warmup", config.optimizer.warmup, f"not shorter than the run of {total} updates")
-    if config.method == "full":
+    if config.method == "control" and config.model.path is not None:
+        raise ConfigError("model.path", config.model.path, "the control is a smaller model", "name it as model.config")
+    if not config.has_lora_phase:
         return
-    if relora.warm_start >= total:
+    if config.full_updates >= total:
         raise ConfigError("relora.warm_start", relora.warm_start, f"not shorter than the run of {total} updates")
-    if config.method == "relora":
-        check_restarts(relora)
-
-
-def check_restarts(relora: ReLoRA) -> None:
-    """Raises ConfigError when ReLoRA has no restarts, or a re-warmup that does not end before the next one."""
-    if relora.restart_every is None:
+    if config.method == "relora" and relora.restart_every is None and relora.reset.every is None:
         raise ConfigError("relora.restart_every", None, "ReLoRA needs restarts", "give a number of updates, or method: lora")
-    if relora.restart_warmup >= relora.restart_every:
+    check_relora(config.lora_settings)
+
+
+def check_relora(relora: ReLoRA) -> None:
+    """Raises ConfigError for settings of the ``relora`` section that contradict each other."""
+    key = "relora.restart_every" if relora.reset.every is None else "relora.reset.every"
+    if relora.resets.every and relora.restart_warmup >= relora.resets.every:
+        raise ConfigError("relora.restart_warmup", relora.restart_warmup, f"not shorter than {key}={relora.resets.every}")
+    if relora.frozen.dtype == "none" and relora.restart_every is not None:
         raise ConfigError(
-            "relora.restart_warmup", relora.restart_warmup, f"not shorter than relora.restart_every={relora.restart_every}"
+            "relora.frozen.dtype", "none", "there is no frozen weight to merge into", "leave relora.restart_every out"
+        )
+    if relora.init == "residual" and relora.frozen.master != "sharded":
+        raise ConfigError(
+            "relora.init", "residual", "needs the exact weights beside the stored ones", "set relora.frozen.master=sharded"
         )
 
 

@@ -88,7 +88,7 @@ def initialize(
         )
     chosen = _materialise(model_parameters)
     if not any(True for _ in relora_layers(model)):
-        wrap_as(model, settings, seed, ds_config.precision(content))
+        wrap(model, targets=settings.targets, **wrapping(settings, seed, ds_config.precision(content)))
     if optimizer is None and "optimizer" not in content:
         optimizer = adamw(Optimizer())
     optimizer, groups = _groups(model, optimizer, chosen, lr_scheduler, content, lora_lr)
@@ -110,8 +110,11 @@ def adamw(settings: Optimizer) -> Callable[[Any], torch.optim.Optimizer]:
     )
 
 
-def wrap_as(model: nn.Module, settings: ReLoRA, seed: int, precision: str) -> None:
-    """Wraps ``model`` as the settings say; ``precision`` is the engine's, in which ``frozen.dtype: auto`` stores."""
+def wrapping(settings: ReLoRA, seed: int, precision: str) -> dict[str, Any]:
+    """What :func:`relora_ds.lora.wrap_layers` is told for these settings.
+
+    ``precision`` is the engine's, in which ``frozen.dtype: auto`` stores.
+    """
     frozen = settings.frozen
     if frozen.dtype == "auto":
         frozen = frozen.model_copy(update={"dtype": precision})
@@ -119,16 +122,16 @@ def wrap_as(model: nn.Module, settings: ReLoRA, seed: int, precision: str) -> No
     if frozen.master == "sharded":
         launch.require_process_group()
         shard = (dist.get_rank(), dist.get_world_size())
-    wrap(
-        model,
-        rank=settings.rank,
-        alpha=settings.alpha,
-        dropout=settings.dropout,
-        targets=settings.targets,
-        seed=seed,
-        frozen=frozen,
-        shard=shard,
-    )
+    return {
+        "rank": settings.rank,
+        "alpha": settings.alpha,
+        "dropout": settings.dropout,
+        "seed": seed,
+        "frozen": frozen,
+        "shard": shard,
+        "trainable_scaling": settings.trainable_scaling,
+        "init": settings.init,
+    }
 
 
 def _materialise(parameters: Iterable[Any] | None) -> list[dict[str, Any]] | None:
@@ -174,7 +177,7 @@ def regroup(model: nn.Module, groups: list[dict[str, Any]], lora_lr: float | Non
     Raises:
         ConfigError: the factors of some layer belong to no group, because the weight was in none.
     """
-    factors = {layer.replaces: [layer.lora_A, layer.lora_B] for _, layer in relora_layers(model)}
+    factors = {layer.replaces: list(layer.factors().values()) for _, layer in relora_layers(model)}
     already = {id(p) for group in groups for p in group["params"]}
     regrouped = []
     for group in groups:
@@ -187,7 +190,7 @@ def regroup(model: nn.Module, groups: list[dict[str, Any]], lora_lr: float | Non
             regrouped.append({**group, **rate, "params": new, "name": LORA_GROUP})
     missing = [f for pair in factors.values() for f in pair if id(f) not in already]
     if missing:
-        name = next(name for name, layer in relora_layers(model) if layer.lora_A is missing[0] or layer.lora_B is missing[0])
+        name = next(name for name, layer in relora_layers(model) if layer.lora_A is missing[0])
         raise ConfigError(
             "model_parameters",
             name,

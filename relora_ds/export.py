@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from relora_ds import checkpoint as checkpoints
 from relora_ds import ds_config, lora
 from relora_ds import model as models
 from relora_ds.errors import ConfigError
+from relora_ds.weights import Source
 
 
 def load_merged(
@@ -25,20 +27,43 @@ def load_merged(
         attention: as in the recipe's ``model.attention``.
     """
     folder, checkpoint = checkpoints.locate(place)
-    config = folder.read_config()
     trained_in = ds_config.DTYPES[ds_config.precision(ds_config.read(str(folder.deepspeed)))]
-    device = torch.device(device)
     architecture = models.read_hf_config(folder.model, "RUN_DIR")
-    model = models.build(architecture, attention=attention, dtype=trained_in, device=device, seed=config.run.seed)
+    model = models.skeleton(architecture, attention=attention, dtype=dtype or trained_in, device=torch.device(device))
+    source = merged_weights(checkpoint)
+    return models.fill(model, dtype=dtype or trained_in, device=torch.device(device), weights=source).eval()
+
+
+def merged_weights(place: Path) -> Source:
+    """The weights of a run, or of one of its checkpoints, merged in fp32 one at a time; what is not asked for stays on disk."""
+    folder, checkpoint = checkpoints.locate(place)
+    config = folder.read_config()
+    architecture = models.read_hf_config(folder.model, "RUN_DIR")
+    stored = models.build_meta(architecture)
     if checkpoints.read_manifest(checkpoint).phase == "lora":
-        settings = config.relora
-        lora.wrap(model, rank=settings.rank, alpha=settings.alpha, targets=settings.targets, frozen=settings.frozen)
+        settings = config.lora_settings
+        lora.wrap(
+            stored,
+            targets=settings.targets,
+            rank=settings.rank,
+            alpha=settings.alpha,
+            frozen=settings.frozen,
+            trainable_scaling=settings.trainable_scaling,
+        )
     try:
-        model.load_state_dict(checkpoints.read_model_state(checkpoint))
+        stored.load_state_dict(checkpoints.read_model_state(checkpoint), assign=True)
     except RuntimeError as error:
         raise ConfigError("CHECKPOINT", str(checkpoint), f"does not fit the run's model: {str(error).splitlines()[-1]}") from None
-    lora.unwrap(model, dtype)
-    return model.eval()
+    layers = {f"{name}.weight": layer for name, layer in lora.relora_layers(stored)}
+
+    def read(names: Sequence[str], _param: torch.Tensor) -> torch.Tensor:
+        for name in names:
+            if name in layers:
+                merged = layers[name].merged()
+                return merged.t() if layers[name].is_conv1d else merged
+        return stored.get_parameter(names[0]).detach()
+
+    return read
 
 
 def export(place: Path, out: Path, *, dtype: torch.dtype | None = None) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,10 @@ from torch import Tensor, nn
 
 CHUNK = 1 << 22
 """Elements hashed at a time: bounds the int64 copy that a checksum makes to 32 MiB."""
+PIECE = 1 << 20
+"""Elements merged at a time: a merge makes some six fp32 tensors of that size."""
+Change = Callable[[slice], Tensor]
+"""Gives rows of a change to a weight: (rows, in) fp32 on the weight's device."""
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INT8_MAX = 127
 
@@ -75,7 +80,7 @@ class FrozenWeight(nn.Module):
     by ``.to(dtype)`` or ``.bfloat16()`` either, since it is what the user chose for storage.
 
     Args:
-        weight: (out, in), any floating dtype; becomes the store itself where it is fp32, contiguous and to be stored so.
+        weight: (out, in), any floating dtype; becomes the store itself where it is contiguous and of the dtype to be stored.
         dtype: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
         group_size: of int8: inputs that share a scale.
         exact_rows: rows of ``weight`` to keep in fp32 until a :class:`ShardedMaster` takes them; None for none.
@@ -90,11 +95,17 @@ class FrozenWeight(nn.Module):
     def __init__(self, weight: Tensor, dtype: str, group_size: int = 128, exact_rows: slice | None = None) -> None:
         super().__init__()
         self.dtype_name, self.group_size = dtype, group_size
-        exact = weight.detach().to(torch.float32).contiguous()
-        self.exact_rows = None if exact_rows is None else exact[exact_rows].clone()
-        values, scales = self.round(exact)
-        self.register_buffer("values", values)
-        self.register_buffer("scales", scales)
+        weight = weight.detach()
+        self.exact_rows = None if exact_rows is None else weight[exact_rows].to(torch.float32, copy=True)
+        if dtype == "int8":
+            num_groups = -(-weight.shape[1] // group_size)
+            self.register_buffer("values", torch.empty(weight.shape, dtype=torch.int8, device=weight.device))
+            self.register_buffer("scales", torch.empty(weight.shape[0], num_groups, device=weight.device))
+            for rows in pieces(slice(0, weight.shape[0]), weight.shape[1]):
+                self.store(*self.round(weight[rows].to(torch.float32)), rows)
+        else:
+            self.register_buffer("values", weight.to(FLOATS[dtype]).contiguous())
+            self.register_buffer("scales", None)
 
     @property
     def shape(self) -> torch.Size:
@@ -112,22 +123,30 @@ class FrozenWeight(nn.Module):
 
     def read(self, rows: slice = slice(None)) -> Tensor:
         """The stored weight, or rows of it, in fp32."""
-        scales = None if self.scales is None else self.scales[rows]
-        return _convert(self.values[rows], scales, self.group_size, torch.float32)
+        return self.convert(self.values[rows], None if self.scales is None else self.scales[rows])
+
+    def convert(self, values: Tensor, scales: Tensor | None) -> Tensor:
+        """What :meth:`round` gave, in fp32 again."""
+        return _convert(values, scales, self.group_size, torch.float32)
 
     @torch.no_grad()
-    def store(self, values: Tensor, scales: Tensor | None) -> None:
-        """Takes over what :meth:`round` gave for all rows."""
-        self.values.copy_(values)
+    def store(self, values: Tensor, scales: Tensor | None, rows: slice = slice(None)) -> None:
+        """Takes over what :meth:`round` gave for these rows."""
+        self.values[rows].copy_(values)
         if self.scales is not None and scales is not None:
-            self.scales.copy_(scales)
+            self.scales[rows].copy_(scales)
 
     @torch.no_grad()
-    def merge(self, delta: Tensor) -> MergeStats:
-        """Adds ``delta``, (out, in) fp32, through fp32, rounded once."""
-        before = self.read().clone()
-        self.store(*self.round(before + delta))
-        return MergeStats.measure(before, self.read(), delta)
+    def merge(self, change: Change) -> MergeStats:
+        """Adds a change through fp32, rounded once; a few rows at a time, so that little memory is needed beside the store."""
+        stats = MergeStats.nothing(self.values.device)
+        for rows in pieces(slice(0, self.shape[0]), self.shape[1]):
+            before, delta = self.read(rows), change(rows)
+            exact = before + delta
+            stored = self.round(exact)
+            stats += MergeStats.measure(before, delta, exact, self.convert(*stored))
+            self.store(*stored, rows)
+        return stats
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., in) -> x Wᵀ + bias (..., out)."""
@@ -163,10 +182,13 @@ class MergeStats:
     weight: Tensor
 
     @classmethod
-    def measure(cls, before: Tensor, after: Tensor, delta: Tensor) -> MergeStats:
-        """From the stored weight before and after a merge of ``delta``; all fp32, of one shape."""
-        lost = (before + delta) - after
-        return cls(delta.square().sum(), lost.square().sum(), before.square().sum())
+    def nothing(cls, device: torch.device) -> MergeStats:
+        return cls(*(torch.zeros((), device=device) for _ in range(3)))
+
+    @classmethod
+    def measure(cls, before: Tensor, change: Tensor, exact: Tensor, after: Tensor) -> MergeStats:
+        """From the stored weight before and after a merge of ``change``, and their exact sum; all fp32, of one shape."""
+        return cls(change.square().sum(), (exact - after).square().sum(), before.square().sum())
 
     def __add__(self, other: MergeStats) -> MergeStats:
         return MergeStats(self.change + other.change, self.lost + other.lost, self.weight + other.weight)
@@ -182,6 +204,13 @@ class MergeStats:
         return float((self.lost / self.change.clamp(min=1e-30)).sqrt())
 
 
+def pieces(rows: slice, columns: int) -> Iterator[slice]:
+    """``rows`` cut so that a piece is at most a sixteenth of them, and about :data:`PIECE` elements."""
+    step = max(1, min(-(-(rows.stop - rows.start) // 16), PIECE // columns))
+    for start in range(rows.start, rows.stop, step):
+        yield slice(start, min(start + step, rows.stop))
+
+
 def own_rows(num_rows: int, rank: int, world_size: int) -> slice:
     """The rows of a matrix whose master is on ``rank``: equal shares, the last ones shorter or empty."""
     share = -(-num_rows // world_size)
@@ -192,14 +221,20 @@ class ShardedMaster:
     """An fp32 master of every frozen matrix, split by rows over the ranks: 4 bytes x frozen parameters / ranks on each.
 
     A merge adds this rank's rows of the change in fp32, rounds them to the stored dtype and gathers the rounded rows: all replicas
-    are the same bits by construction, and after any number of merges the store is the rounding of the exact sum, nothing more.
+    are the same bits by construction, and after any number of merges the store is the rounding of the exact sum, nothing more. Beside
+    master and store, a merge needs less than one layer in fp32.
 
     Args:
         weights: the frozen weights by layer name, the same order on all ranks. Where a weight kept its exact rows, they are taken;
             otherwise the master starts from what is stored.
         rank, world_size: of the group that shares the master.
-        gather_rows: (share, columns) of this rank -> (world_size · share, columns) of all, any dtype.
+        gather_rows: (out, mine): fills out (world_size · share, columns) with mine (share, columns) of all ranks, any dtype.
         device: where the master lives.
+
+    Attributes:
+        rows: this rank's rows of every master, (own rows, in) fp32.
+        held: what the factors began with of the rounding error, where they did: (own rows, r) and (r, in), whose product is in the
+            master already and must not be added again when the factors are merged.
     """
 
     def __init__(
@@ -207,12 +242,13 @@ class ShardedMaster:
         weights: Mapping[str, FrozenWeight],
         rank: int,
         world_size: int,
-        gather_rows: Callable[[Tensor], Tensor],
+        gather_rows: Callable[[Tensor, Tensor], None],
         device: torch.device | str,
     ) -> None:
         self.weights = dict(weights)
         self.rank, self.world_size, self.gather_rows = rank, world_size, gather_rows
         self.rows: dict[str, Tensor] = {}
+        self.held: dict[str, tuple[Tensor, Tensor]] = {}
         for name, weight in self.weights.items():
             exact = weight.exact_rows if weight.exact_rows is not None else weight.read(self.own(name))
             self.rows[name] = exact.to(device, torch.float32, copy=True)
@@ -221,42 +257,91 @@ class ShardedMaster:
     def own(self, name: str) -> slice:
         return own_rows(self.weights[name].shape[0], self.rank, self.world_size)
 
+    def _pieces(self, name: str) -> Iterator[tuple[slice, slice]]:
+        """This rank's rows of a weight, a few at a time: where they are in the weight, and in the master."""
+        own = self.own(name)
+        for rows in pieces(own, self.weights[name].shape[1]):
+            yield rows, slice(rows.start - own.start, rows.stop - own.start)
+
     @torch.no_grad()
-    def merge(self, name: str, delta_rows: Tensor) -> MergeStats:
-        """Adds this rank's rows of a change, (own rows, in) fp32, and publishes; returns the figures of these rows alone."""
-        weight, rows = self.weights[name], self.own(name)
-        before = weight.read(rows).clone()
-        self.rows[name].add_(delta_rows.to(self.rows[name].device))
-        self.publish(name)
-        return MergeStats.measure(before, weight.read(rows), delta_rows.to(before.device))
+    def merge(self, name: str, change: Change) -> MergeStats:
+        """Adds this rank's rows of a change and publishes; returns the figures of these rows alone. Every rank must call it."""
+        weight, master = self.weights[name], self.rows[name]
+        stats, parts = MergeStats.nothing(weight.values.device), self._parts(name)
+        left, right = self.held.pop(name, (None, None))
+        for rows, mine in self._pieces(name):
+            before, delta = weight.read(rows), change(rows)
+            master[mine] += delta.to(master.device)
+            if left is not None and right is not None:
+                master[mine] -= left[mine] @ right
+            after = self._round(name, mine, parts)
+            stats += MergeStats.measure(before, delta, before + delta, after)
+        self._gather(name, parts)
+        return stats
 
     @torch.no_grad()
     def publish(self, name: str) -> None:
         """Rounds this rank's rows, gathers those of all ranks and stores them; every rank must call it."""
-        weight = self.weights[name]
-        rounded = weight.round(self.rows[name].to(weight.values.device))
-        share = -(-weight.shape[0] // self.world_size)
-        gathered = [None if part is None else self._gather(part, share, weight.shape[0]) for part in rounded]
-        assert gathered[0] is not None
-        weight.store(gathered[0], gathered[1])
+        parts = self._parts(name)
+        for _, mine in self._pieces(name):
+            self._round(name, mine, parts)
+        self._gather(name, parts)
 
-    def _gather(self, part: Tensor, share: int, num_rows: int) -> Tensor:
-        padded = part.new_zeros(share, part.shape[1])
-        padded[: part.shape[0]] = part
-        return self.gather_rows(padded)[:num_rows]
+    def _parts(self, name: str) -> list[Tensor]:
+        """Room for this rank's share of each buffer of a weight; the last ranks' may be larger than what they own."""
+        buffers = self.weights[name].buffers()
+        return [buffer.new_zeros(-(-buffer.shape[0] // self.world_size), buffer.shape[1]) for buffer in buffers]
+
+    def _round(self, name: str, mine: slice, parts: list[Tensor]) -> Tensor:
+        """Rounds some of this rank's rows into ``parts``; returns what they are after it, in fp32."""
+        weight = self.weights[name]
+        rounded = weight.round(self.rows[name][mine].to(weight.values.device))
+        for part, piece in zip(parts, rounded, strict=False):
+            part[mine] = piece
+        return weight.convert(*rounded)
+
+    def _gather(self, name: str, parts: list[Tensor]) -> None:
+        for buffer, part in zip(self.weights[name].buffers(), parts, strict=True):
+            num_rows = part.shape[0] * self.world_size
+            if num_rows == buffer.shape[0]:
+                self.gather_rows(buffer, part)
+            else:
+                padded = buffer.new_empty(num_rows, buffer.shape[1])
+                self.gather_rows(padded, part)
+                buffer.copy_(padded[: buffer.shape[0]])
 
     def publish_all(self) -> None:
         for name in self.weights:
             self.publish(name)
 
-    def load(self, rows: Mapping[str, Tensor] | None) -> None:
-        """Takes over the rows of a checkpoint; or, where it was written without a master, what is stored."""
+    def residual(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+        """This rank's rows of what rounding lost, master - store, a few at a time: (where in the weight, (rows, in) fp32)."""
+        weight = self.weights[name]
+        for rows, mine in self._pieces(name):
+            yield rows, self.rows[name][mine].to(weight.values.device) - weight.read(rows)
+
+    def hold(self, name: str, left: Tensor, right: Tensor) -> None:
+        """Notes that the factors hold left · right, (own rows, r) and (r, in), of this rank's rows of the residual."""
+        device = self.rows[name].device
+        self.held[name] = (left.to(device, copy=True), right.to(device, copy=True))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this rank."""
+        return {"rows": self.rows, "held": self.held}
+
+    def load(self, state: Mapping[str, Any] | None) -> None:
+        """Takes over the state of a checkpoint; or, where it was written without a master, what is stored."""
         for name, own in self.rows.items():
-            own.copy_(self.weights[name].read(self.own(name)) if rows is None else rows[name])
+            own.copy_(self.weights[name].read(self.own(name)) if state is None else state["rows"][name])
+        self.held.clear()
+        for name, (left, right) in (state["held"] if state is not None else {}).items():
+            self.hold(name, left, right)
 
 
-def stored_tensors(name: str, weight: FrozenWeight) -> Iterator[tuple[str, Tensor]]:
+def stored_tensors(name: str, weight: FrozenWeight | None) -> Iterator[tuple[str, Tensor]]:
     """What a replica consists of, for checksums: (name, tensor)."""
+    if weight is None:
+        return
     yield f"{name}.weight", weight.values
     if weight.scales is not None:
         yield f"{name}.weight.scales", weight.scales

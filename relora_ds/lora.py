@@ -5,9 +5,7 @@ Hu et al., arXiv 2106.09685; restarted as in Lialin et al., arXiv 2307.05695. No
 
 from __future__ import annotations
 
-import hashlib
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from relora_ds.config import Frozen
 from relora_ds.errors import ConfigError, nearest
 from relora_ds.frozen import FLOATS, FrozenWeight, own_rows
+from relora_ds.reinit import InitName, initial_A, initial_B
 
 ALL_LINEAR = "all-linear"
 LORA_GROUP = "lora"
@@ -37,11 +36,14 @@ class ReLoRALinear(nn.Module):
         base: the layer to wrap; its weight goes into the store, its bias is taken over.
         rank, alpha: of the factors; they are scaled by alpha / rank.
         dropout: on the input of A.
-        frozen: how the weight is stored; None for its own dtype.
+        frozen: how the weight is stored; None for its own dtype. With ``dtype: none`` the factors stand alone.
         shard: (rank, world size) when a sharded master is to start from the weight as it is here, before it is rounded.
+        trainable_scaling: scale by tanh of a trainable number, from 1, and not by alpha / rank.
 
     Attributes:
+        weight: the stored weight, or None.
         lora_A: (rank, in). lora_B: (out, rank), both in the dtype of the wrapped weight. scaling: alpha / rank.
+        lora_scaling: (1,), or None.
         replaces: ``id`` of the parameter that the factors stand for.
     """
 
@@ -53,6 +55,7 @@ class ReLoRALinear(nn.Module):
         dropout: float = 0.0,
         frozen: Frozen | None = None,
         shard: tuple[int, int] | None = None,
+        trainable_scaling: bool = False,
     ) -> None:
         super().__init__()
         frozen = frozen or Frozen()
@@ -62,7 +65,8 @@ class ReLoRALinear(nn.Module):
         self.replaces = id(base.weight)
         base.weight.requires_grad_(False)  # where it stands in an optimizer's groups, it is no longer to be trained
         stored = DTYPE_NAMES[weight.dtype] if frozen.dtype == "auto" else frozen.dtype
-        self.weight = FrozenWeight(weight, stored, frozen.group_size, own_rows(weight.shape[0], *shard) if shard else None)
+        exact_rows = own_rows(weight.shape[0], *shard) if shard else None
+        self.weight = None if stored == "none" else FrozenWeight(weight, stored, frozen.group_size, exact_rows)
         self.bias = base.bias
         self.rank = rank
         self.scaling = alpha / rank
@@ -70,35 +74,49 @@ class ReLoRALinear(nn.Module):
         like = {"dtype": base.weight.dtype, "device": base.weight.device}
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **like))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, **like))
+        self.lora_scaling = nn.Parameter(torch.ones(1, **like)) if trainable_scaling else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in) -> (..., out)."""
-        low_rank = F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B)
-        return self.weight(x, self.bias) + self.scaling * low_rank
+        low_rank = F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B) * self.scale(self.lora_scaling)
+        if self.weight is not None:
+            return self.weight(x, self.bias) + low_rank
+        return low_rank if self.bias is None else low_rank + self.bias
 
-    def delta(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    def scale(self, lora_scaling: Tensor | None) -> Tensor | float:
+        """s: alpha / rank, or tanh of the trainable number."""
+        return self.scaling if lora_scaling is None else lora_scaling.tanh()
+
+    def factors(self) -> dict[str, nn.Parameter]:
+        """What is trained in the place of the weight, by attribute name."""
+        named = {"lora_A": self.lora_A, "lora_B": self.lora_B, "lora_scaling": self.lora_scaling}
+        return {name: factor for name, factor in named.items() if factor is not None}
+
+    def delta(self, lora_A: Tensor, lora_B: Tensor, lora_scaling: Tensor | None = None) -> Tensor:
         """s·B·A (out, in) in fp32, from factors (rank, in) and (out, rank); rows of B give these rows of it."""
-        return self.scaling * (lora_B.to(torch.float32) @ lora_A.to(torch.float32))
+        scale = self.scale(None if lora_scaling is None else lora_scaling.to(torch.float32))
+        return scale * (lora_B.to(torch.float32) @ lora_A.to(torch.float32))
 
     @torch.no_grad()
-    def reset(self, name: str, seed: int, restart: int) -> None:
-        """Fresh factors for the start of a LoRA phase (``restart`` 0): A from :func:`initial_A`, B = 0."""
-        self.lora_A.copy_(initial_A(self.rank, self.in_features, name=name, seed=seed, restart=restart))
-        self.lora_B.zero_()
+    def merged(self) -> Tensor:
+        """W + s·B·A, (out, in) fp32."""
+        change = self.delta(self.lora_A, self.lora_B, self.lora_scaling)
+        return change if self.weight is None else change.add_(self.weight.read())
+
+    @torch.no_grad()
+    def reset(self, name: str, seed: int, restart: int, init: InitName = "kaiming") -> None:
+        """Fresh factors for the start of a LoRA phase (``restart`` 0): A from :func:`initial_A`; B = 0, where there is a weight."""
+        self.lora_A.copy_(initial_A(self.rank, self.in_features, name=name, seed=seed, restart=restart, kind=init))
+        if self.weight is None:
+            self.lora_B.copy_(initial_B(self.out_features, self.rank, name=name, seed=seed))
+        else:
+            self.lora_B.zero_()
+        if self.lora_scaling is not None:
+            self.lora_scaling.fill_(1.0)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, rank={self.rank}, scaling={self.scaling:g}"
-
-
-def initial_A(rank: int, in_features: int, *, name: str, seed: int, restart: int) -> Tensor:
-    """Kaiming-uniform A (a = sqrt 5, so uniform in ±1/sqrt(in)): (rank, in) float32 on the CPU.
-
-    A function of (seed, restart, layer name) alone, so all ranks, at any world size and after any resume, draw the same bits.
-    """
-    digest = hashlib.sha256(f"{seed}/{restart}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    bound = 1.0 / math.sqrt(in_features)
-    return torch.empty(rank, in_features, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
+        scaling = f"{self.scaling:g}" if self.lora_scaling is None else "tanh"
+        return f"{self.in_features}, {self.out_features}, rank={self.rank}, scaling={scaling}"
 
 
 def find_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Linear | Conv1D]:
@@ -145,7 +163,7 @@ def _refuse_shared_weights(model: nn.Module, chosen: dict[str, nn.Linear | Conv1
                 )
 
 
-def check_rank(layers: dict[str, nn.Linear | Conv1D], rank: int) -> None:
+def check_rank(layers: Mapping[str, nn.Linear | Conv1D], rank: int) -> None:
     """Raises ConfigError when ``rank`` exceeds the smaller side of a layer: the factors would be larger than the layer needs."""
     for name, module in layers.items():
         limit = min(module.weight.shape)
@@ -155,33 +173,67 @@ def check_rank(layers: dict[str, nn.Linear | Conv1D], rank: int) -> None:
             )
 
 
+def num_trainable(model: nn.Module, layers: Mapping[str, nn.Linear | Conv1D], rank: int) -> int:
+    """Parameters that are trained once these layers of ``model`` are wrapped."""
+    frozen = {id(module.weight) for module in layers.values()}
+    kept = sum(p.numel() for p in model.parameters() if id(p) not in frozen)
+    return kept + sum(rank * sum(module.weight.shape) for module in layers.values())
+
+
 def wrap(
     model: nn.Module,
     *,
     rank: int,
     alpha: float,
-    dropout: float = 0.0,
     targets: str | Sequence[str] = ALL_LINEAR,
-    seed: int = 0,
-    frozen: Frozen | None = None,
-    shard: tuple[int, int] | None = None,
+    **how: Any,
 ) -> nn.Module:
     """Replaces the target layers of ``model`` in place by :class:`ReLoRALinear`, freezes their weights and initialises the factors.
 
-    A module that is registered in several places is wrapped once. Everything that is not a target stays trainable as it is. One layer
-    at a time is held in fp32. The arguments are those of :class:`ReLoRALinear`, ``targets`` those of :func:`find_targets`.
+    Everything that is not a target stays trainable as it is. One layer at a time is held in fp32. The arguments are those of
+    :func:`find_targets` and :func:`wrap_layers`.
     """
     chosen = find_targets(model, targets)
     check_rank(chosen, rank)
-    wrapped = {id(module): ReLoRALinear(module, rank, alpha, dropout, frozen, shard) for module in chosen.values()}
+    wrap_layers(model, chosen, rank=rank, alpha=alpha, **how)
+    return model
+
+
+def wrap_layers(
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear | Conv1D],
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    seed: int = 0,
+    frozen: Frozen | None = None,
+    shard: tuple[int, int] | None = None,
+    trainable_scaling: bool = False,
+    init: InitName = "kaiming",
+) -> None:
+    """Wraps these layers of ``model``, by name; one that is registered in several places is wrapped once.
+
+    Args:
+        model: holds the layers.
+        layers: what :func:`find_targets` gave, or some of it.
+        rank, alpha, dropout, frozen, shard, trainable_scaling: as :class:`ReLoRALinear` takes them.
+        seed, init: of the factors' first values.
+    """
+    wrapped: dict[int, nn.Module] = {}
+    for name, module in layers.items():
+        layer = ReLoRALinear(module, rank, alpha, dropout, frozen, shard, trainable_scaling)
+        layer.reset(name, seed, restart=0, init=init)
+        wrapped[id(module)] = layer.train(model.training)
+    _replace(model, wrapped)
+
+
+def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+    """Puts other modules in the place of those with these ids, wherever they are registered."""
     for parent in list(model.modules()):
         for attribute, child in list(parent._modules.items()):
-            if id(child) in wrapped:
-                parent._modules[attribute] = wrapped[id(child)]
-    for name, layer in relora_layers(model):
-        layer.reset(name, seed, restart=0)
-        layer.train(model.training)
-    return model
+            if id(child) in replacements:
+                parent._modules[attribute] = replacements[id(child)]
 
 
 def relora_layers(model: nn.Module) -> Iterator[tuple[str, ReLoRALinear]]:
@@ -199,18 +251,14 @@ def unwrap(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         model: wrapped or not.
         dtype: of the whole result; None for each parameter's, and the factors' for merged weights. The sum is rounded once.
     """
-    merged = {}
+    merged: dict[int, nn.Module] = {}
     for _, layer in relora_layers(model):
         plain = (Conv1D if layer.is_conv1d else _bare_linear)(layer.out_features, layer.in_features)
-        weight = layer.weight.read() + layer.delta(layer.lora_A, layer.lora_B)
-        weight = weight.to(dtype or layer.lora_A.dtype)
+        weight = layer.merged().to(dtype or layer.lora_A.dtype)
         plain.weight = nn.Parameter(weight.t().contiguous() if layer.is_conv1d else weight)
         plain.bias = layer.bias
         merged[id(layer)] = plain
-    for parent in list(model.modules()):
-        for attribute, child in list(parent._modules.items()):
-            if id(child) in merged:
-                parent._modules[attribute] = merged[id(child)]
+    _replace(model, merged)
     return model if dtype is None else model.to(dtype)
 
 
@@ -231,7 +279,7 @@ def param_groups(
         weight_decay: of the first and the third group.
         lr, lora_lr: learning rates; ``lora_lr`` None: as ``lr``. What is None is left to the optimizer's default.
     """
-    factors = {id(p) for _, layer in relora_layers(model) for p in (layer.lora_A, layer.lora_B)}
+    factors = {id(p) for _, layer in relora_layers(model) for p in layer.factors().values()}
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"name": DENSE_GROUP, "params": [p for p in trainable if id(p) not in factors and p.dim() > 1]},

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import bisect
+import copy
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import is_flash_attn_2_available
@@ -18,6 +22,7 @@ from transformers.utils import is_flash_attn_2_available
 from relora_ds.config import Model
 from relora_ds.errors import ConfigError, nearest
 from relora_ds.run_folder import RunFolder
+from relora_ds.weights import Source, materialise, pretrained
 
 PRESETS: dict[str, tuple[int, int, int, int, int]] = {
     # hidden, MLP, heads, layers, positions: the table of Lialin et al., arXiv 2307.05695
@@ -131,6 +136,58 @@ def attention_implementation(choice: str, *, dtype: torch.dtype, device: torch.d
     return choice
 
 
+def skeleton(config: PretrainedConfig, *, attention: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model with its parameters on the meta device and its buffers real, to be filled.
+
+    Args:
+        config: the architecture.
+        attention: as in the recipe's ``model.attention``.
+        dtype, device: of the computation: they decide which attention can run.
+    """
+    implementation = attention_implementation(attention, dtype=dtype, device=device)
+    config.use_cache = False  # a training run never generates, and gradient checkpointing warns about it
+
+    def to_meta(_module: nn.Module, _name: str, param: nn.Parameter | None) -> nn.Parameter | None:
+        if param is None or param.is_meta:  # a tied one stays the same object
+            return param
+        return nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+
+    hook = register_module_parameter_registration_hook(to_meta)
+    try:
+        with explained("model", config.model_type, "cannot be built"):
+            return AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=torch.float32)
+    finally:
+        hook.remove()
+
+
+def fill(
+    model: PreTrainedModel,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+    weights: str | Source | None = None,
+    finish: Callable[[str], None] | None = None,
+) -> PreTrainedModel:
+    """Gives a skeleton its weights; no more than one unit (a block, an embedding) is in fp32 at a time.
+
+    Args:
+        model: from :func:`skeleton`.
+        dtype, device: of the result.
+        seed: of random weights.
+        weights: a Hugging Face folder or hub name, or another source; None for random ones.
+        finish: called with the name of each unit while it is in fp32, before it is rounded to ``dtype``.
+    """
+    with explained("model", weights if isinstance(weights, str) else model.config.model_type, "cannot be built"):
+        source = pretrained(weights, model) if isinstance(weights, str) else weights
+        for name, _ in materialise(model, source, device=device, seed=seed):
+            if finish is not None:
+                finish(name)
+            for param in model.get_submodule(name).parameters():  # not buffers: rotary frequencies stay fp32
+                param.data = param.data.to(dtype)
+    return model.to(device)
+
+
 def build(
     config: PretrainedConfig,
     *,
@@ -138,31 +195,11 @@ def build(
     dtype: torch.dtype,
     device: torch.device,
     seed: int = 0,
-    weights: str | None = None,
-    engine_dtype: torch.dtype | None = None,
+    weights: str | Source | None = None,
 ) -> PreTrainedModel:
-    """The model in ``dtype`` on ``device``, with the weights of a Hugging Face folder or hub name, or random ones.
-
-    Random weights are drawn in fp32 on the CPU and then rounded, so they do not depend on the device.
-
-    Args:
-        config: the architecture.
-        attention: as in the recipe's ``model.attention``.
-        dtype, device: of the result.
-        seed: of random weights.
-        weights: where pre-trained weights come from; None for random ones.
-        engine_dtype: in which it will compute, where that is not ``dtype``: it decides which attention can run.
-    """
-    implementation = attention_implementation(attention, dtype=engine_dtype or dtype, device=device)
-    config.use_cache = False  # a training run never generates, and gradient checkpointing warns about it
-    torch.manual_seed(seed)
-    options = {"attn_implementation": implementation, "dtype": torch.float32}
-    with explained("model", weights or config.model_type, "cannot be built"):
-        if weights is not None:
-            model = AutoModelForCausalLM.from_pretrained(weights, config=config, **options)
-        else:
-            model = AutoModelForCausalLM.from_config(config, **options)
-    return model.to(device=device, dtype=dtype)
+    """:func:`skeleton` and :func:`fill`."""
+    model = skeleton(config, attention=attention, dtype=dtype, device=device)
+    return fill(model, dtype=dtype, device=device, seed=seed, weights=weights)
 
 
 def build_meta(config: PretrainedConfig) -> PreTrainedModel:
@@ -171,6 +208,49 @@ def build_meta(config: PretrainedConfig) -> PreTrainedModel:
         warnings.simplefilter("ignore")
         with explained("model.config", config.model_type, "cannot be built"):
             return AutoModelForCausalLM.from_config(config)
+
+
+def num_parameters(config: PretrainedConfig) -> int:
+    """Of the whole model, tied ones once."""
+    return sum(param.numel() for param in build_meta(config).parameters())
+
+
+def control_config(target: PretrainedConfig, wanted: int) -> PretrainedConfig:
+    """The paper's control: a narrower model of the same depth, heads and vocabulary with about ``wanted`` parameters.
+
+    The width goes in steps that keep the heads' size even, the MLP in proportion; then the MLP alone takes up the difference.
+
+    Raises:
+        ConfigError: the architecture has no width to change, or not even its narrowest model is so small.
+    """
+    mlp_key = next((key for key in ("intermediate_size", "n_inner", "ffn_dim") if hasattr(target, key)), None)
+    heads = getattr(target, "num_attention_heads", None)
+    if not hasattr(target, "hidden_size") or mlp_key is None or heads is None:
+        raise ConfigError("method", "control", f"cannot tell the width of a {target.model_type}", "use a LLaMA or GPT")
+    hidden, step = target.hidden_size, 2 * heads
+    mlp = getattr(target, mlp_key) or 4 * hidden  # GPT-2 leaves it open
+
+    def sized(width: int, mlp_width: int) -> PretrainedConfig:
+        config = copy.deepcopy(target)
+        config.hidden_size = width
+        setattr(config, mlp_key, mlp_width)
+        if getattr(target, "head_dim", None) == hidden // heads:
+            config.head_dim = width // heads
+        return config
+
+    def size(width: int) -> int:
+        return num_parameters(sized(width, round(mlp * width / hidden)))
+
+    if size(step) > wanted:
+        raise ConfigError(
+            "method", "control", f"no such {target.model_type} is as small as {wanted:,} parameters", "raise the rank"
+        )
+    widths = range(step, 4 * hidden, step)
+    below = widths[bisect.bisect_right(widths, wanted, key=size) - 1]
+    width = min(below, below + step, key=lambda candidate: abs(size(candidate) - wanted))
+    start = round(mlp * width / hidden)
+    slope = num_parameters(sized(width, start + 1)) - num_parameters(sized(width, start))
+    return sized(width, max(1, start + round((wanted - size(width)) / slope)))
 
 
 def describe(config: PretrainedConfig) -> str:

@@ -1,13 +1,13 @@
 """ReLoRAOptimizer: a ZeRO optimizer that restarts its LoRA factors.
 
-A restart, after every ``restart_every``-th update and on all ranks at once, is merge -> reinitialise -> prune -> verify:
+A restart, after every ``restart_every``-th update and on all ranks at once, is merge -> reinitialise -> reset -> verify:
 
 1. W <- W + s·B·A through fp32, from the fp32 masters of A and B;
 2. A <- Kaiming from (seed, restart, layer name), B <- 0, in the masters and in the module's copies: the function does not change;
-3. the moments of A and B are pruned, exactly, wherever their shards lie;
+3. the moments of A and B are pruned, exactly, wherever their shards lie (or at other updates, with ``reset.every``);
 4. checksums of W, A and B agree over all ranks, or the run stops with the name of the layer.
 
-The re-warmup multiplies whatever learning rates the optimizer has, so it works under any scheduler.
+The re-warmup after a reset multiplies whatever learning rates the optimizer has, so it works under any scheduler.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from relora_ds import pruning
 from relora_ds.config import ReLoRA
 from relora_ds.errors import RestartError
 from relora_ds.frozen import MergeStats, ShardedMaster, checksum, stored_tensors
-from relora_ds.lora import ReLoRALinear, initial_A, relora_layers
-from relora_ds.schedule import is_restart, rewarmup_factor
+from relora_ds.lora import ReLoRALinear, relora_layers
+from relora_ds.reinit import initial_A, principal_inputs
+from relora_ds.schedule import rewarmup_factor
 from relora_ds.zero import ZeroProxy, ZeroState, data_parallel_group
 
 STATE_KEY = "relora_ds"
@@ -107,13 +108,14 @@ class ReLoRAOptimizer(ZeroProxy):
         updates: calls of :meth:`step` so far, those whose update was skipped for a non-finite gradient included.
         restarts: restarts so far.
         last_restart: the record of the newest one in this process, or None.
+        last_reset: what a reset that came without a restart pruned (a share), since the owner last set it to None.
         repairs: what was found wrong and set right, in words, since the owner last emptied the list.
         last_lrs: the learning rates that the newest update really used, by group name.
     """
 
     OWN = ZeroProxy.OWN | {
         "model", "settings", "seed", "rewarm", "comm", "masters", "frozen_master",
-        "updates", "restarts", "last_restart", "last_lrs", "repairs",
+        "updates", "restarts", "last_restart", "last_reset", "last_lrs", "repairs",
     }  # fmt: skip
 
     def __init__(self, zero: Any, model: nn.Module, settings: ReLoRA, *, seed: int = 0, rewarm: bool = True) -> None:
@@ -123,10 +125,7 @@ class ReLoRAOptimizer(ZeroProxy):
         self.seed = seed
         self.rewarm = rewarm
         self.comm = data_parallel_group(zero, next(model.parameters()).device)
-        factors = {}
-        for name, layer in relora_layers(model):
-            factors[f"{name}.lora_A"] = layer.lora_A
-            factors[f"{name}.lora_B"] = layer.lora_B
+        factors = {f"{name}.{key}": p for name, layer in relora_layers(model) for key, p in layer.factors().items()}
         self.masters = ZeroState(zero, factors, self.comm)
         self.frozen_master = self._shard_master() if settings.frozen.master == "sharded" else None
         if self.frozen_master is None:
@@ -134,8 +133,12 @@ class ReLoRAOptimizer(ZeroProxy):
         self.updates = 0
         self.restarts = 0
         self.last_restart: RestartRecord | None = None
+        self.last_reset: float | None = None
         self.last_lrs: dict[str, float] = {}
         self.repairs: list[str] = []
+        if settings.init == "residual":
+            for name, layer in relora_layers(model):
+                self._reinitialise(name, layer)
 
     def _replicate_frozen(self) -> None:
         """Rank 0's frozen weights for all, as DeepSpeed does with parameters: these are buffers, which it leaves alone."""
@@ -146,10 +149,10 @@ class ReLoRAOptimizer(ZeroProxy):
     def _shard_master(self) -> ShardedMaster:
         """The fp32 master of the frozen weights; every replica is rounded from it at once, so that all hold the same bits."""
         master = ShardedMaster(
-            {name: layer.weight for name, layer in relora_layers(self.model)},
+            {name: layer.weight for name, layer in relora_layers(self.model) if layer.weight is not None},
             self.comm.rank,
             self.comm.world_size,
-            lambda rows: self.comm.all_gather(rows, "restart"),
+            lambda out, mine: self.comm.all_gather(out, mine, "restart"),
             "cpu" if self.settings.frozen.master_device == "host" else self.comm.device,
         )
         master.publish_all()
@@ -162,16 +165,19 @@ class ReLoRAOptimizer(ZeroProxy):
         with self._rewarmed_lrs():
             self.zero.step()
         self.updates += 1
-        if is_restart(self.updates, self.settings.restart_every or 0):
-            self.restart()
-        elif self.settings.frozen.verify_every and self.updates % self.settings.frozen.verify_every == 0:
+        reset, verify_every = self.settings.resets.follows(self.updates), self.settings.frozen.verify_every
+        if self.settings.restarts.follows(self.updates):
+            self.restart(reset=reset)
+            return
+        if reset:
+            self.last_reset = self.reset()
+        if verify_every and self.updates % verify_every == 0:
             self.verify()
 
     @contextmanager
     def _rewarmed_lrs(self) -> Iterator[None]:
         """Scales the groups' learning rates for one update and puts them back, so that chained schedulers see their own values."""
-        every, ramp = self.settings.restart_every or 0, self.settings.restart_warmup
-        factor = rewarmup_factor(self.updates + 1, every, ramp) if self.rewarm else 1.0
+        factor = rewarmup_factor(self.updates + 1, self.settings.resets, self.settings.restart_warmup) if self.rewarm else 1.0
         groups = self.zero.param_groups
         lrs = [group["lr"] for group in groups]
         for group, lr in zip(groups, lrs, strict=True):
@@ -184,8 +190,11 @@ class ReLoRAOptimizer(ZeroProxy):
                 group["lr"] = lr
 
     @torch.no_grad()
-    def restart(self) -> RestartRecord:
-        """Merge, reinitialise, prune, verify; called by :meth:`step` when the schedule says so, on all ranks alike.
+    def restart(self, reset: bool = True) -> RestartRecord:
+        """Merge, reinitialise, reset, verify; called by :meth:`step` when the schedule says so, on all ranks alike.
+
+        Args:
+            reset: whether the optimizer is reset, too.
 
         Raises:
             RestartError: the ranks disagree afterwards; names the first layer and the ranks that differ.
@@ -193,9 +202,7 @@ class ReLoRAOptimizer(ZeroProxy):
         started, bytes_before = time.perf_counter(), self.comm.payload_bytes.total()
         self.restarts += 1
         stats = self._merge_and_reinitialise()
-        pruned = self._prune()
-        if self.settings.reset.restart_bias_correction:
-            self.masters.restart_bias_correction()
+        pruned = self.reset() if reset else 0.0
         digest = self.verify()
         total = functools.reduce(operator.add, stats.values())
         self.last_restart = RestartRecord(
@@ -217,20 +224,59 @@ class ReLoRAOptimizer(ZeroProxy):
         """Layer by layer, so that no more than one layer's change exists in fp32 at a time. Returns the figures by layer type."""
         stats: dict[str, MergeStats] = {}
         for name, layer in relora_layers(self.model):
-            a, b = self.masters.gather(f"{name}.lora_A"), self.masters.gather(f"{name}.lora_B")
-            figures = self._merge(name, layer, a, b)
+            figures = self._merge(name, layer)
             kind = name.rpartition(".")[2]
             stats[kind] = stats[kind] + figures if kind in stats else figures
-            fresh = initial_A(layer.rank, layer.in_features, name=name, seed=self.seed, restart=self.restarts)
-            self.masters.write(f"{name}.lora_A", fresh.to(a.device))
-            self.masters.write(f"{name}.lora_B", torch.zeros_like(b))
+            self._reinitialise(name, layer)
         return stats if self.frozen_master is None else self._sum_over_ranks(stats)
 
-    def _merge(self, name: str, layer: ReLoRALinear, a: Tensor, b: Tensor) -> MergeStats:
+    def _merge(self, name: str, layer: ReLoRALinear) -> MergeStats:
         """Merges one layer: all of it here, or this rank's rows into the master, whose rounding all ranks then hold."""
-        if self.frozen_master is None:
-            return layer.weight.merge(layer.delta(a, b))
-        return self.frozen_master.merge(name, layer.delta(a, b[self.frozen_master.own(name)]))
+        assert layer.weight is not None, "refused with the settings"
+        factors = {key: self.masters.gather(f"{name}.{key}") for key in layer.factors()}
+        lora_B = factors.pop("lora_B")
+
+        def change(rows: slice) -> Tensor:
+            return layer.delta(lora_B=lora_B[rows], **factors)
+
+        return layer.weight.merge(change) if self.frozen_master is None else self.frozen_master.merge(name, change)
+
+    def _reinitialise(self, name: str, layer: ReLoRALinear) -> None:
+        """Fresh factors for one layer, in the masters and in the module's copies."""
+        device, kind = layer.lora_A.device, self.settings.init
+        fresh = initial_A(layer.rank, layer.in_features, name=name, seed=self.seed, restart=self.restarts, kind=kind)
+        lora_A, lora_B = fresh.to(device), torch.zeros(layer.out_features, layer.rank, device=device)
+        if kind == "residual":
+            lora_A, lora_B = self._residual_factors(name, layer, lora_A)
+        self.masters.write(f"{name}.lora_A", lora_A)
+        self.masters.write(f"{name}.lora_B", lora_B)
+        if layer.lora_scaling is not None:
+            # The reference sets it to 0 at a merge; with B = 0 neither of the two would have a gradient from then on.
+            self.masters.write(f"{name}.lora_scaling", torch.ones_like(layer.lora_scaling, dtype=torch.float32))
+
+    def _residual_factors(self, name: str, layer: ReLoRALinear, start: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors whose product is the rank-r part of what rounding lost of this layer; the master notes that they hold it."""
+        master = self.frozen_master
+        assert master is not None, "refused with the settings"
+        lora_A = principal_inputs(
+            lambda: (piece for _, piece in master.residual(name)), start, lambda total: self.comm.all_reduce(total, "restart")
+        )
+        self.comm.broadcast(lora_A, 0, "restart")  # the same bits, also where the ranks' machines differ
+        scale = float(layer.scale(None if layer.lora_scaling is None else torch.ones(1)))
+        lora_B = torch.zeros(layer.out_features, layer.rank, device=start.device)
+        for rows, piece in master.residual(name):
+            lora_B[rows] = piece @ lora_A.t() / scale
+        self.comm.all_reduce(lora_B, "restart")  # every row has one owner: the sum is exact
+        if bool(lora_B.any()):
+            master.hold(name, scale * lora_B[master.own(name)], lora_A)
+        return lora_A, lora_B
+
+    def reset(self) -> float:
+        """Prunes the factors' moments and, if asked, restarts their bias correction; returns the share that was zeroed."""
+        pruned = self._prune()
+        if self.settings.reset.restart_bias_correction:
+            self.masters.restart_bias_correction()
+        return pruned
 
     def _sum_over_ranks(self, stats: dict[str, MergeStats]) -> dict[str, MergeStats]:
         """Each rank measured its own rows of the master."""
@@ -302,7 +348,7 @@ class ReLoRAOptimizer(ZeroProxy):
         tensors: dict[str, Tensor] = {}
         for name, layer in relora_layers(self.model):
             tensors.update(stored_tensors(name, layer.weight))
-            tensors.update({f"{name}.lora_A": layer.lora_A, f"{name}.lora_B": layer.lora_B})
+            tensors.update({f"{name}.{key}": factor for key, factor in layer.factors().items()})
         sums = torch.stack([checksum(tensor.data) for tensor in tensors.values()])
         lowest = self.comm.all_reduce(sums.clone(), "verify", dist.ReduceOp.MIN)
         highest = self.comm.all_reduce(sums.clone(), "verify", dist.ReduceOp.MAX)
@@ -345,7 +391,7 @@ class ReLoRAOptimizer(ZeroProxy):
         """ZeRO's state of this rank, plus how far the restarts have come; saved by ``engine.save_checkpoint``."""
         own: dict[str, Any] = {"updates": self.updates, "restarts": self.restarts}
         if self.frozen_master is not None:
-            own["frozen_master"] = self.frozen_master.rows
+            own["frozen_master"] = self.frozen_master.state()
         return {**self.zero.state_dict(), STATE_KEY: own}
 
     def load_state_dict(self, state_dict_list: list[dict[str, Any]], *args: Any, **kwargs: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from relora_ds import ds_config, lora
 from relora_ds import model as models
 from relora_ds.checks import Checked
 from relora_ds.config import Config
-from relora_ds.engine import adamw, initialize, wrap_as
-from relora_ds.export import load_merged
+from relora_ds.engine import adamw, initialize, wrapping
+from relora_ds.export import merged_weights
 from relora_ds.frozen import own_rows
 from relora_ds.run_folder import RunFolder
+from relora_ds.weights import Source, blank
 from relora_ds.zero import ZeroState, data_parallel_group
 
 
@@ -31,31 +32,40 @@ class Carried:
     step: int
 
 
-def initial_model(checked: Checked, device: torch.device, phase: str) -> nn.Module:
-    """The model at update 0: random weights, a Hugging Face model's, or the merged weights of an earlier run.
+def initial_model(checked: Checked, device: torch.device, phase: str, *, is_resumed: bool = False) -> nn.Module:
+    """The model at the start of a phase: random weights, a Hugging Face model's, or the merged weights of an earlier run.
 
-    In the engine's dtype for the full-rank phase. For the LoRA phase in fp32: what is frozen is rounded as it is wrapped, once, and a
-    sharded master starts from the exact weights.
+    For the LoRA phase it is wrapped, unit by unit: what is frozen is rounded once, from fp32, and a sharded master starts from the
+    exact weights. A resumed run gets zeros, since its checkpoint holds everything.
     """
     config = checked.config
-    engine_dtype = ds_config.DTYPES[ds_config.precision(checked.deepspeed)]
-    dtype = engine_dtype if phase == "full" else torch.float32
-    start = config.model.path
-    if start is not None and RunFolder(Path(start)).exists():
-        model = load_merged(Path(start), dtype=dtype, device=device, attention=config.model.attention).train()
-    else:
-        model = models.build(
-            checked.architecture,
-            attention=config.model.attention,
-            dtype=dtype,
-            device=device,
-            seed=config.run.seed,
-            weights=start,
-            engine_dtype=engine_dtype,
-        ).train()
+    dtype = ds_config.DTYPES[ds_config.precision(checked.deepspeed)]
+    model = models.skeleton(checked.architecture, attention=config.model.attention, dtype=dtype, device=device).train()
+    start: str | Source | None = config.model.path
+    if is_resumed:
+        start = blank
+    elif config.model.path is not None and RunFolder(Path(config.model.path)).exists():
+        start = merged_weights(Path(config.model.path))
+    finish = _wrap_units(model, checked) if phase == "lora" else None
+    models.fill(model, dtype=dtype, device=device, seed=config.run.seed, weights=start, finish=finish)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def _wrap_units(model: nn.Module, checked: Checked) -> Callable[[str], None]:
+    """Wraps the target layers of one unit of the model at a time."""
+    settings = checked.config.lora_settings
+    targets = lora.find_targets(model, settings.targets)
+    how = wrapping(settings, checked.config.run.seed, ds_config.precision(checked.deepspeed))
+
+    def wrap(unit: str) -> None:
+        inside = {name: module for name, module in targets.items() if f"{name}.".startswith(f"{unit}.")}
+        for name in inside:
+            del targets[name]  # or its weight would stay in memory
+        lora.wrap_layers(model, inside, **how)
+
+    return wrap
 
 
 def full_engine(model: nn.Module, checked: Checked) -> Any:
@@ -71,17 +81,17 @@ def lora_engine(model: nn.Module, checked: Checked, exact_rows: dict[str, Tensor
     """An engine that trains the factors, embeddings, norms and head, and restarts the factors inside ``step()``.
 
     Args:
-        model: not wrapped yet; it is wrapped in place.
+        model: wrapped in place, where it is not wrapped yet.
         checked: the recipe.
         exact_rows: this rank's rows of the frozen weights in fp32, where more is known of them than ``model`` holds.
     """
     config = checked.config
     settings = config.lora_settings.model_copy(update={"warm_start": 0})
     precision = ds_config.precision(checked.deepspeed)
-    wrap_as(model, settings, config.run.seed, precision)
-    model.to(ds_config.DTYPES[precision])
+    if not any(True for _ in lora.relora_layers(model)):
+        lora.wrap(model, targets=settings.targets, **wrapping(settings, config.run.seed, precision))
     for name, layer in lora.relora_layers(model):
-        if exact_rows is not None:
+        if exact_rows is not None and layer.weight is not None:
             layer.weight.exact_rows = exact_rows[name]
     engine, *_ = initialize(
         model=model,

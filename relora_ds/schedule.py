@@ -7,6 +7,7 @@ first update of a warmup, and the first update after a restart, have learning ra
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 ScheduleName = Literal["jagged", "cosine", "linear", "constant"]
@@ -47,20 +48,41 @@ def lr_factor(name: ScheduleName, update: int, *, total: int, warmup: int, min_l
     return warmup_factor(step - phase_start, warmup) * decay_factor(name, step, total, warmup, min_lr_ratio)
 
 
-def is_restart(update: int, restart_every: int) -> bool:
-    """Whether a restart follows ``update`` (1-based, counted from the start of the LoRA phase)."""
-    return restart_every > 0 and update > 0 and update % restart_every == 0
-
-
-def rewarmup_factor(update: int, restart_every: int, restart_warmup: int) -> float:
-    """The tooth of the jagged schedule: 0 for the first update after a restart, 1 from ``restart_warmup`` updates after it.
+@dataclass(frozen=True)
+class Interval:
+    """Something that recurs, counted in updates from the start of the LoRA phase.
 
     Args:
-        update: 1-based, counted from the start of the LoRA phase; 1 before the first restart.
-        restart_every: updates between restarts; 0 for none.
+        every: updates before the first time; 0 for never.
+        growth: each interval is so many times the one before, rounded to whole updates.
+    """
+
+    every: int
+    growth: float = 1.0
+
+    def newest(self, update: int) -> int:
+        """The last update, at or before ``update``, that it followed; 0 when there was none."""
+        if self.every <= 0:
+            return 0
+        if self.growth == 1.0:
+            return update - update % self.every
+        at, length = 0, float(self.every)
+        while at + round(length) <= update:
+            at, length = at + round(length), length * self.growth
+        return at
+
+    def follows(self, update: int) -> bool:
+        """Whether it follows ``update`` (1-based)."""
+        return update > 0 and self.newest(update) == update
+
+
+def rewarmup_factor(update: int, resets: Interval, restart_warmup: int) -> float:
+    """The tooth of the jagged schedule: 0 for the first update after a reset, 1 from ``restart_warmup`` updates after it.
+
+    Args:
+        update: 1-based, counted from the start of the LoRA phase; the factor is 1 before the first reset.
+        resets: when the optimizer is reset: at every restart, or on its own interval.
         restart_warmup: updates of the ramp.
     """
-    step = update - 1
-    if restart_every <= 0 or step < restart_every:
-        return 1.0
-    return warmup_factor(step % restart_every, restart_warmup)
+    newest = resets.newest(update - 1)
+    return warmup_factor(update - 1 - newest, restart_warmup) if newest else 1.0

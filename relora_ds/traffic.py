@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+
 
 class CountedGroup:
     """The collectives that restarts and the training loop use, each counted by purpose in payload bytes per rank.
@@ -34,15 +36,16 @@ class CountedGroup:
             self.payload_bytes[purpose] += tensor.numel() * tensor.element_size()
         return tensor
 
-    def all_gather(self, tensor: Tensor, purpose: str) -> Tensor:
-        """(rows, columns) of every rank, one below the other: (world_size · rows, columns), on the tensor's device."""
+    def all_gather(self, out: Tensor, mine: Tensor, purpose: str) -> None:
+        """Fills ``out``, (world_size · rows, columns), with ``mine``, (rows, columns), of every rank; contiguous, of any dtype."""
         if self.world_size == 1:
-            return tensor
-        mine = tensor.to(self.device).contiguous()
-        parts = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather([part.view(torch.uint8) for part in parts], mine.view(torch.uint8), group=self.group)
-        self.payload_bytes[purpose] += mine.numel() * mine.element_size() * self.world_size
-        return torch.cat(parts).to(tensor.device)
+            out.copy_(mine)
+            return
+        target = out.to(self.device)
+        _all_gather(target.view(torch.uint8), mine.to(self.device).view(torch.uint8), group=self.group)
+        if target is not out:
+            out.copy_(target)
+        self.payload_bytes[purpose] += out.numel() * out.element_size()
 
     def broadcast(self, tensor: Tensor, owner: int, purpose: str) -> Tensor:
         """Sends ``tensor`` (on :attr:`device`) from the rank ``owner`` of this group to all others, in place."""

@@ -106,7 +106,7 @@ class Trainer:
     def _build(self, resume_from: Path | None) -> None:
         """Engine and progress: of the newest checkpoint, or of a new run."""
         self.phase = checkpoints.read_manifest(resume_from).phase if resume_from else self.config.phase_of(1)
-        model = phases.initial_model(self.checked, self.device, self.phase)
+        model = phases.initial_model(self.checked, self.device, self.phase, is_resumed=resume_from is not None)
         self.engine = (phases.full_engine if self.phase == "full" else phases.lora_engine)(model, self.checked)
         if resume_from is not None:
             self.done = checkpoints.load(self.engine, resume_from)
@@ -162,12 +162,12 @@ class Trainer:
         self.done.update, self.done.tokens = update, self.done.tokens + tokens
         self.done.skipped += skipped
         self.done.skipped_in_a_row = self.done.skipped_in_a_row + 1 if skipped else 0
-        optimizer, restart = self.engine.optimizer, None
+        optimizer, restart, reset = self.engine.optimizer, None, None
         rates = {str(group["name"]): float(group["lr"]) for group in optimizer.param_groups}
         if isinstance(optimizer, ReLoRAOptimizer):
             rates = optimizer.last_lrs
             restart = optimizer.last_restart
-            optimizer.last_restart = None
+            reset, optimizer.last_restart, optimizer.last_reset = optimizer.last_reset, None, None
             for repair in optimizer.repairs:
                 self.tell(f"replicas differed {repair}")
             optimizer.repairs.clear()
@@ -186,6 +186,8 @@ class Trainer:
                 record["lora_lr"] = rates[LORA_GROUP]
             if skipped:
                 record["skipped"] = True
+            if reset is not None:
+                record["pruned_fraction"] = reset
             self.metrics.update(record)
             if restart is not None:
                 self.metrics.restart({"update": update, **restart.as_dict()})

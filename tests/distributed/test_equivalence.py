@@ -184,7 +184,9 @@ def refuse_round_robin() -> list[str]:
         if hidden:
             ds_config.refuse_unsupported = lambda content: None
         try:
-            relora_ds.initialize(model=common.tiny_llama(), config=config, relora={"rank": RANK, "restart_every": 3})
+            relora_ds.initialize(
+                model=common.tiny_llama(), config=config, relora={"rank": RANK, "restart_every": 3, "restart_warmup": 0}
+            )
         except ConfigError as error:
             messages.append(str(error))
         finally:
@@ -342,7 +344,7 @@ def shipped_configuration() -> dict[str, Any]:
     """A file of ds_configs/ as it is: one row per rank, and no optimizer in it."""
     file = Path(__file__).resolve().parents[2] / "ds_configs" / "zero2_cpu.json"
     engine, optimizer, _, _ = relora_ds.initialize(
-        model=common.tiny_llama(), config=file, relora={"rank": RANK, "restart_every": 3}
+        model=common.tiny_llama(), config=file, relora={"rank": RANK, "restart_every": 3, "restart_warmup": 0}
     )
     losses = []
     for _ in range(5):

@@ -192,22 +192,6 @@ def test_auto_attention_is_flash_only_where_it_runs(
     assert models.attention_implementation("auto", dtype=dtype, device=torch.device(device)) == choice
 
 
-def test_attention_is_chosen_for_the_engines_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that is built in fp32, to be wrapped, computes in bf16 later."""
-    asked: list[torch.dtype] = []
-
-    def choose(choice: str, *, dtype: torch.dtype, device: torch.device) -> str:
-        asked.append(dtype)
-        return "eager"
-
-    monkeypatch.setattr(models, "attention_implementation", choose)
-    config = models.hf_config(Model(config=TINY_LLAMA), VOCAB_SIZE)
-    common = {"attention": "auto", "dtype": torch.float32, "device": torch.device("cpu")}
-    assert models.build(config, **common, engine_dtype=torch.bfloat16).dtype == torch.float32
-    models.build(config, **common)
-    assert asked == [torch.bfloat16, torch.float32]
-
-
 def test_flash_attention_by_name_on_a_cpu_is_refused_with_the_way_out() -> None:
     with pytest.raises(ConfigError) as caught:
         build(tiny(), attention="flash_attention_2", dtype=torch.bfloat16)

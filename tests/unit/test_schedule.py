@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from relora_ds.schedule import ScheduleName, decay_factor, is_restart, lr_factor, rewarmup_factor, warmup_factor
+from relora_ds.schedule import Interval, ScheduleName, decay_factor, lr_factor, rewarmup_factor, warmup_factor
 
 NAMES: tuple[ScheduleName, ...] = ("jagged", "cosine", "linear", "constant")
 
@@ -59,32 +59,42 @@ def test_second_phase_warms_up_anew_on_the_same_decay() -> None:
     assert factor(61) == pytest.approx(lr_factor("linear", 61, total=110, warmup=10, min_lr_ratio=0.1))
 
 
-def test_restarts_follow_every_nth_update() -> None:
-    assert [update for update in range(35) if is_restart(update, 10)] == [10, 20, 30]
-    assert [update for update in range(4) if is_restart(update, 1)] == [1, 2, 3]
+def test_an_interval_recurs() -> None:
+    assert [update for update in range(35) if Interval(10).follows(update)] == [10, 20, 30]
+    assert [update for update in range(4) if Interval(1).follows(update)] == [1, 2, 3]
+    assert [Interval(10).newest(update) for update in (0, 9, 10, 19, 20)] == [0, 0, 10, 10, 20]
 
 
-def test_no_restarts_when_every_is_zero() -> None:
-    assert not any(is_restart(update, 0) for update in range(50))
-    assert all(rewarmup_factor(update, 0, 4) == 1.0 for update in range(1, 50))
+def test_a_growing_interval() -> None:
+    """8, then 12, 18, 27, 40.5 -> 40 updates: each 1.5 times the one before, rounded only where it is laid down."""
+    ends = [8, 20, 38, 65, 105]
+    assert [update for update in range(120) if Interval(8, 1.5).follows(update)] == ends
+    assert [Interval(8, 1.5).newest(update) for update in (7, 8, 19, 20, 104, 119)] == [0, 8, 8, 20, 65, 105]
+    teeth = {update: rewarmup_factor(update, Interval(8, 1.5), restart_warmup=4) for update in range(1, 60)}
+    assert [update for update, factor in teeth.items() if factor == 0.0] == [9, 21, 39]
 
 
-def test_teeth_begin_right_after_a_restart() -> None:
-    teeth = {update: rewarmup_factor(update, restart_every=10, restart_warmup=4) for update in range(1, 31)}
-    assert all(teeth[update] == 1.0 for update in range(1, 11))  # none before the first restart
-    for restart in (10, 20):
-        assert [teeth[restart + i] for i in range(1, 7)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
-        assert teeth[restart + 10] == 1.0  # the update before the next restart
+def test_nothing_recurs_when_every_is_zero() -> None:
+    assert not any(Interval(0).follows(update) for update in range(50))
+    assert all(rewarmup_factor(update, Interval(0), 4) == 1.0 for update in range(1, 50))
+
+
+def test_teeth_begin_right_after_a_reset() -> None:
+    teeth = {update: rewarmup_factor(update, Interval(10), restart_warmup=4) for update in range(1, 31)}
+    assert all(teeth[update] == 1.0 for update in range(1, 11))  # none before the first
+    for reset in (10, 20):
+        assert [teeth[reset + i] for i in range(1, 7)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+        assert teeth[reset + 10] == 1.0  # the update before the next
 
 
 def test_no_teeth_without_restart_warmup() -> None:
-    assert all(rewarmup_factor(update, 10, 0) == 1.0 for update in range(1, 31))
+    assert all(rewarmup_factor(update, Interval(10), 0) == 1.0 for update in range(1, 31))
 
 
 def test_jagged_curve_comes_back_to_the_cosine_after_each_tooth() -> None:
     def rate(update: int) -> float:
         smooth = lr_factor("jagged", update, total=40, warmup=0, min_lr_ratio=0.0)
-        return smooth * rewarmup_factor(update, restart_every=20, restart_warmup=2)
+        return smooth * rewarmup_factor(update, Interval(20), restart_warmup=2)
 
     at_half = 0.5
     assert rate(20) == pytest.approx(0.5 * (1 + math.cos(math.pi * 19 / 40)))
