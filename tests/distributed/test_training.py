@@ -13,13 +13,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from relora_ds import checkpoint as checkpoints
-from relora_ds import launch, phases
+from relora_ds import launch, lora, phases
 from relora_ds.checks import check
 from relora_ds.config import parse
 from relora_ds.data import TokenDataset
 from relora_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from relora_ds.evaluate import evaluate
-from relora_ds.export import export, load_merged
+from relora_ds.export import export
 from relora_ds.frozen import FrozenWeight
 from relora_ds.run_folder import RunFolder
 from relora_ds.traffic import CountedGroup
@@ -91,7 +91,7 @@ def at(content: dict[str, Any], folder: Path, **train: Any) -> dict[str, Any]:
         ("fp32", 2, True, {}),
         ("bf16", 2, False, {"master": "sharded"}),
         ("fp32", 1, False, {"dtype": "int8", "group_size": 16}),
-        ("fp32", 2, False, {"dtype": "int8", "group_size": 16, "master": "sharded"}),
+        ("fp32", 2, False, {"dtype": "int8", "group_size": 16, "master": "sharded", "init": "residual"}),
         ("fp32", 2, False, {"dtype": "bf16"}),
         ("fp32", 2, False, {"dtype": "fp32", "master": "sharded", "master_device": "device"}),
     ],
@@ -101,7 +101,8 @@ def test_kill_and_resume_to_the_last_digit(
 ) -> None:
     """Killed in the full-rank phase, just after the change of phase, right after a restart and in a re-warmup."""
     content["deepspeed"] = {"zero_optimization": {"stage": stage}}
-    content["relora"] |= {"keep_moments": keep_moments, "frozen": frozen}
+    frozen = dict(frozen)
+    content["relora"] |= {"keep_moments": keep_moments, "init": frozen.pop("init", "kaiming"), "frozen": frozen}
     if dtype == "bf16":
         content["deepspeed"]["bf16"] = {"enabled": True}
     whole = at(content, tmp_path / "whole")
@@ -333,15 +334,36 @@ def test_earlier_run_and_hugging_face_folder_as_warm_starts(content: dict[str, A
     assert losses["run"][0] < records[0]["loss"] - 0.5
 
 
-def test_plain_methods(content: dict[str, Any], tmp_path: Path) -> None:
-    """method: full has no LoRA phase, method: lora has no restarts; both on the recipe of a ReLoRA run."""
-    for method, phase, restarts in (("full", "full", 0), ("lora", "lora", 0), ("relora", "lora", 3)):
-        settings = at(content, tmp_path / method)
-        settings["method"] = method
-        run(2, train_here, settings)
-        records = [record for record in read_log(tmp_path / method / "metrics.jsonl") if "loss" in record]
-        assert (records[-1]["phase"], records[-1]["restarts"]) == (phase, restarts)
-        assert load_merged(tmp_path / method).num_parameters() > 0
+@pytest.mark.parametrize("method", ["full", "control", "lora", "low_rank"])
+def test_the_other_arms_of_the_paper(content: dict[str, Any], tmp_path: Path, method: str) -> None:
+    """On the recipe of a ReLoRA run: killed, resumed to the last digit, no restarts; the export has the run's perplexity."""
+    content["relora"] |= {"trainable_scaling": True, "init": "orthonormal"}
+    content["method"] = method
+    whole, pieces = at(content, tmp_path / "whole"), at(content, tmp_path / "pieces", checkpoint_every=1)
+    assert run(2, train_here, whole) == [EXIT_DONE, EXIT_DONE]
+    assert run(2, train_here, pieces, 7) == [-1, -1]
+    assert run(2, train_here, pieces) == [EXIT_DONE, EXIT_DONE]
+    records = read_log(tmp_path / "whole" / "metrics.jsonl")
+    assert read_log(tmp_path / "pieces" / "metrics.jsonl") == records
+    updates = [record for record in records if "loss" in record]
+    phases_seen = {"full": {"full"}, "control": {"full"}, "lora": {"full", "lora"}, "low_rank": {"lora"}}[method]
+    assert {record["phase"] for record in updates} == phases_seen
+    assert {record["restarts"] for record in updates} == {0}
+    assert updates[-1]["loss"] < updates[0]["loss"] - 0.1
+    model = AutoModelForCausalLM.from_pretrained(export(tmp_path / "whole", tmp_path / "exported"), dtype="auto").eval()
+    width = 32 if method != "control" else model.config.hidden_size
+    assert model.model.layers[1].self_attn.q_proj.weight.shape == (width, width) and (width < 32) == (method == "control")
+    data = TokenDataset(Path(content["data"]["path"]), "validation", 16, shuffle=False)
+    assert evaluate(model, data, batch_size=4, device=CPU).loss == pytest.approx(records[-1]["eval_loss"], rel=1e-5)
+
+
+def test_low_rank_trains_as_many_parameters_as_lora_and_stores_no_weight(content: dict[str, Any]) -> None:
+    content["method"] = "low_rank"
+    model = phases.initial_model(check(parse(content), Path("recipe.yaml"), 1), CPU, "lora")
+    assert all(layer.weight is None for _, layer in lora.relora_layers(model))
+    content["method"] = "lora"
+    other = phases.initial_model(check(parse(content), Path("recipe.yaml"), 1), CPU, "lora")
+    assert {name: p.shape for name, p in model.named_parameters()} == {name: p.shape for name, p in other.named_parameters()}
 
 
 def test_offloaded_optimizer_through_the_trainer(content: dict[str, Any], tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ import yaml
 from relora_ds import config, ds_config
 from relora_ds.checks import Checked, check
 from relora_ds.errors import ConfigError, nearest
+from relora_ds.model import num_parameters
+from relora_ds.schedule import Interval
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -182,6 +184,18 @@ CONTRADICTIONS = [
     (["optimizer.warmup=20"], "optimizer.warmup=20", "not shorter than the run of 20 updates"),
     (["relora.warm_start=20"], "relora.warm_start=20", "not shorter than the run of 20 updates"),
     (["relora.restart_warmup=8"], "relora.restart_warmup=8", "not shorter than relora.restart_every=8"),
+    (["relora.reset.every=3"], "relora.restart_warmup=3", "not shorter than relora.reset.every=3"),
+    (
+        ["relora.frozen.dtype=none"],
+        "relora.frozen.dtype='none'",
+        "no frozen weight to merge into; leave relora.restart_every out",
+    ),
+    (
+        ["relora.init=residual"],
+        "relora.init='residual'",
+        "needs the exact weights beside the stored ones; set relora.frozen.master",
+    ),
+    (["method=control", "model={path: gpt2}"], "model.path='gpt2'", "the control is a smaller model; name it as model.config"),
     (["relora.rank=33"], "relora.rank=33", "larger than layer 'model.layers.0.self_attn.q_proj' of (32, 32); use at most 32"),
     (["data.sequence_length=65"], "data.sequence_length=65", "longer than the model's 64 positions"),
 ]
@@ -234,10 +248,48 @@ def test_the_largest_allowed_value_passes(recipe: Path, overrides: list[str]) ->
     judge(recipe, *overrides)
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", "control", "lora", "low_rank"])
 def test_only_relora_needs_restarts(recipe: Path, method: str) -> None:
     judge(recipe, f"method={method}", "relora.restart_every=null")
-    assert config.load(recipe, [f"method={method}"]).lora_settings.restart_every == (None if method == "lora" else 8)
+
+
+@pytest.mark.parametrize(
+    ("method", "full_updates", "restarts", "stored"),
+    [
+        ("full", 20, 8, "int8"),
+        ("control", 20, 8, "int8"),
+        ("lora", 5, 0, "int8"),
+        ("low_rank", 0, 0, "none"),
+        ("relora", 5, 8, "int8"),
+    ],
+)
+def test_one_recipe_serves_all_methods(recipe: Path, method: str, full_updates: int, restarts: int, stored: str) -> None:
+    """What a method does not use of a recipe for ReLoRA is ignored."""
+    settings = [f"method={method}", "relora.warm_start=5", "relora.reset.every=4", "relora.frozen.dtype=int8"]
+    settings += ["relora.frozen.master=sharded", "relora.init=residual"]
+    judge(recipe, *settings)
+    read = config.load(recipe, settings)
+    assert read.full_updates == full_updates
+    assert (read.lora_settings.restarts.every, read.lora_settings.frozen.dtype) == (restarts, stored)
+    assert read.lora_settings.resets.every == (4 if restarts else 0)
+    assert config.parse(config.read_yaml(config.dump(read), "config.yaml")) == read
+
+
+def test_resets_go_with_restarts_unless_they_have_their_own_interval(recipe: Path) -> None:
+    relora = config.load(recipe, ["relora.restart_growth=1.5"]).relora
+    assert relora.resets == relora.restarts == Interval(8, 1.5)
+    relora = config.load(recipe, ["relora.reset.every=5"]).relora
+    assert (relora.restarts, relora.resets) == (Interval(8), Interval(5))
+    relora = config.load(recipe, ["relora.reset.every=5", "relora.restart_every=null"]).relora
+    assert (relora.restarts, relora.resets) == (Interval(0), Interval(5))
+
+
+def test_the_control_is_as_large_as_what_relora_trains(recipe: Path) -> None:
+    relora, control = judge(recipe), judge(recipe, "method=control")
+    trained = 2 * 300 * 32 + 5 * 32 + 2 * 4 * (4 * 64 + 3 * 80)  # embedding and head, norms, rank 4 on seven layers of two blocks
+    assert num_parameters(control.architecture) == pytest.approx(trained, rel=0.01)
+    assert num_parameters(relora.architecture) > 1.4 * trained
+    assert control.architecture.num_hidden_layers == relora.architecture.num_hidden_layers
 
 
 def test_the_global_batch_must_divide_over_the_ranks(recipe: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from relora_ds import frozen, launch
 from relora_ds.frozen import FLOATS, FrozenWeight, MergeStats, ShardedMaster, checksum, dequantise, own_rows, quantise
+from tests.memory import PeakMemory
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float64]
@@ -231,12 +233,6 @@ def test_backward_keeps_no_converted_copy() -> None:
     assert {t.data_ptr() for t in kept} <= {b.data_ptr() for b in store.buffers()}
 
 
-def test_int8_under_compile() -> None:
-    store = FrozenWeight(normal(16, 130), "int8")
-    x = normal(4, 130, seed=1, std=1)
-    torch.testing.assert_close(torch.compile(store, backend="aot_eager")(x), store(x), rtol=1e-5, atol=1e-5)
-
-
 # The sharded master
 
 
@@ -290,3 +286,86 @@ def test_a_checkpoint_without_a_master_gives_what_is_stored() -> None:
     master.load(None)
     assert torch.equal(master.rows["w"], store.read())
     assert not master.held
+
+
+def test_what_the_factors_hold_of_the_residual_is_not_added_twice() -> None:
+    """Factors that begin with the residual, are trained, and are merged: the master is the exact sum still."""
+    weight = normal(48, 64)
+    master = alone(FrozenWeight(weight, "int8", exact_rows=slice(None)))
+    residual = torch.cat([piece for _, piece in master.residual("w")])
+    torch.testing.assert_close(residual, weight - master.weights["w"].read(), rtol=0, atol=0)
+    left, right = normal(48, 4, seed=1, std=1), normal(4, 64, seed=2)
+    master.hold("w", left, right)
+    trained = normal(48, 64, seed=3, std=1e-3)
+    change = left @ right + trained
+    master.merge("w", change.__getitem__)
+    torch.testing.assert_close(master.rows["w"], weight + trained, rtol=0, atol=1e-6)
+    assert torch.equal(master.weights["w"].read(), FrozenWeight(master.rows["w"], "int8").read())
+    assert not master.held, "merged: the next factors begin anew"
+
+
+# Memory
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_peak_memory_of_a_merge_is_one_layer(dtype: str, sharded: bool) -> None:
+    """Beside store, master and the change's factors: the layer in its stored dtype, where it is gathered, and half of one in fp32."""
+    rows, columns = 512, 768
+    store = FrozenWeight(normal(rows, columns), dtype, exact_rows=slice(None) if sharded else None)
+    master = alone(store) if sharded else None
+    left, right = normal(rows, 4), normal(4, columns)
+
+    def change(piece: slice) -> Tensor:
+        return left[piece] @ right
+
+    with PeakMemory() as memory:
+        if master is None:
+            store.merge(change)
+        else:
+            master.merge("w", change)
+    assert 0 < memory.peak <= (store.stored_bytes if sharded else 0) + 4 * rows * columns // 2
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_peak_memory_of_storing_is_the_store_and_little_more(dtype: str) -> None:
+    weight = normal(512, 768)
+    with PeakMemory() as memory:
+        store = FrozenWeight(weight, dtype)
+    assert store.stored_bytes <= memory.peak <= store.stored_bytes + weight.nbytes // 2
+
+
+def test_the_master_takes_four_bytes_per_weight_and_rank() -> None:
+    weights = {"a": FrozenWeight(normal(96, 64), "int8"), "b": FrozenWeight(normal(48, 32), "bf16")}
+    total = sum(weight.values.numel() for weight in weights.values())
+    for world_size in (1, 2, 4):
+        for rank in range(world_size):
+            master = ShardedMaster(weights, rank, world_size, lambda out, mine: None, "cpu")
+            assert sum(rows.nbytes for rows in master.rows.values()) == 4 * total / world_size
+
+
+# Under recomputation and compilation
+
+
+def test_int8_under_gradient_checkpointing() -> None:
+    store, x = FrozenWeight(normal(16, 130, std=0.3), "int8"), normal(4, 130, seed=1, std=1).requires_grad_()
+    plain = torch.autograd.grad(store(x).tanh().square().sum(), x)[0]
+    again = torch.utils.checkpoint.checkpoint(lambda x: store(x).tanh(), x, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(again.square().sum(), x)[0], plain)
+
+
+def test_int8_under_compile_with_merges_between() -> None:
+    """The default compiler, forward and backward, one graph; a merge changes the buffers in place and needs no new one."""
+    torch.compiler.reset()
+    store, x = FrozenWeight(normal(16, 130, std=0.3), "int8"), normal(4, 130, seed=1, std=1).requires_grad_()
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(store, backend=counter, fullgraph=True)
+    for _ in range(3):
+        expected, result = store(x), compiled(x)
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+        gradients = [torch.autograd.grad(value.square().sum(), x)[0] for value in (expected, result)]
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+        before = store.read()
+        store.merge(normal(16, 130, seed=5, std=0.1).__getitem__)
+        assert not torch.equal(store.read(), before)
+    assert counter.frame_count == 1

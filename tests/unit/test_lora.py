@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from relora_ds import lora
 from relora_ds import model as models
-from relora_ds.config import Model
+from relora_ds.config import Frozen, Model
 from relora_ds.errors import ConfigError
 from relora_ds.lora import ReLoRALinear, find_targets, initial_A, param_groups, relora_layers, unwrap, wrap
 from tests.conftest import TINY_LLAMA, VOCAB_SIZE
@@ -63,6 +63,11 @@ def linear(kind: str) -> nn.Linear | Conv1D:
     if base.bias is not None:
         nn.init.normal_(base.bias)
     return base
+
+
+def alone(layer: ReLoRALinear) -> Tensor:
+    """The weight that a layer without a frozen one stands for."""
+    return layer.scaling * layer.lora_B @ layer.lora_A
 
 
 KINDS = pytest.mark.parametrize("kind", ["with bias", "without bias", "Conv1D"])
@@ -177,6 +182,33 @@ def test_initial_A_is_the_same_on_every_machine() -> None:
     """A resumed run, or a rank elsewhere, must draw these very numbers."""
     values = initial_A(1, 4, name="model.layers.0.self_attn.q_proj", seed=1, restart=0)
     torch.testing.assert_close(values, torch.tensor([[-0.477051, -0.499312, 0.491060, -0.292766]]), rtol=0, atol=1e-6)
+
+
+@KINDS
+def test_low_rank_is_the_product_alone(kind: str) -> None:
+    """No weight, no buffer; both factors Kaiming-uniform, so the layer is no layer of zeros."""
+    layer = ReLoRALinear(linear(kind), RANK, ALPHA, frozen=Frozen(dtype="none"))
+    layer.reset("layer", seed=1, restart=0)
+    assert layer.weight is None and not list(layer.buffers())
+    assert 0 < float(layer.lora_B.detach().abs().max()) <= RANK**-0.5
+    x = random(4, 8)
+    torch.testing.assert_close(layer(x), F.linear(x, alone(layer), layer.bias), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer.merged(), alone(layer).detach(), rtol=1e-6, atol=1e-7)
+
+
+def test_trainable_scaling_is_the_tanh_of_a_number_that_is_trained() -> None:
+    layer = ReLoRALinear(linear("with bias"), RANK, ALPHA, trainable_scaling=True)
+    layer.reset("layer", seed=1, restart=0)
+    fill_factors(layer)
+    assert layer.lora_scaling is not None and list(layer.factors()) == ["lora_A", "lora_B", "lora_scaling"]
+    assert torch.equal(layer.lora_scaling, torch.ones(1))
+    with torch.no_grad():
+        layer.lora_scaling.fill_(0.3)
+    x, product = random(4, 8), math.tanh(0.3) * layer.lora_B @ layer.lora_A
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight.read() + product, layer.bias), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.merged(), (layer.weight.read() + product).detach(), rtol=1e-6, atol=1e-6)
+    layer(x).square().sum().backward()
+    assert layer.lora_scaling.grad is not None and float(layer.lora_scaling.grad.abs()) > 0
 
 
 # Which layers

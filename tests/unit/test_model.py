@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from relora_ds import lora
 from relora_ds import model as models
 from relora_ds.config import Model
 from relora_ds.errors import ConfigError
@@ -78,6 +79,54 @@ def test_preset_is_an_untied_llama_of_the_tokenizers_vocabulary() -> None:
 def test_unknown_preset_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"model\.preset='llama_350': unknown preset; did you mean 'llama_350m'\?"):
         models.hf_config(Model(preset="llama_350"), PAPER_VOCABULARY)
+
+
+# The control
+
+
+@pytest.mark.parametrize(
+    ("name", "trainable", "hidden"),
+    [("llama_60m", 43e6, 416), ("llama_130m", 72e6, 528), ("llama_250m", 99e6, 448), ("llama_350m", 125e6, 544)],
+)
+def test_control_has_the_papers_trainable_parameters(name: str, trainable: float, hidden: int) -> None:
+    """At rank 128 the paper gives 43, 72, 99 and 125 million trainable parameters; the control has that many in all."""
+    target = models.preset_config(name, PAPER_VOCABULARY)
+    model = models.build_meta(target)
+    wanted = lora.num_trainable(model, lora.find_targets(model, "all-linear"), 128)
+    assert wanted == pytest.approx(trainable, rel=0.01)
+    control = models.control_config(target, wanted)
+    assert models.num_parameters(control) == pytest.approx(wanted, rel=1e-3)
+    assert (control.hidden_size, control.num_hidden_layers) == (hidden, target.num_hidden_layers)
+    assert control.intermediate_size / control.hidden_size == pytest.approx(
+        target.intermediate_size / target.hidden_size, rel=0.35
+    )
+    assert target.hidden_size == PAPER[name][0], "the target itself is left alone"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        TINY_LLAMA | {"tie_word_embeddings": True},
+        {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64},
+        TINY_LLAMA | {"model_type": "gpt_neox", "hidden_size": 64},
+        TINY_LLAMA | {"model_type": "qwen3", "hidden_size": 64, "num_key_value_heads": 2, "head_dim": 20},
+    ],
+    ids=["tied llama", "gpt2", "gpt_neox", "qwen3"],
+)
+@torch.no_grad()
+def test_control_of_other_architectures_can_be_built_and_saved(settings: dict[str, Any], tmp_path: Path) -> None:
+    target = models.hf_config(Model(config=settings), VOCAB_SIZE)
+    wanted = round(0.7 * models.num_parameters(target))
+    control = models.control_config(target, wanted)
+    control.save_pretrained(tmp_path)
+    model = build(models.read_hf_config(tmp_path, "RUN_DIR"))
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(wanted, rel=0.02)
+    assert torch.isfinite(model(input_ids=torch.arange(6).view(1, 6)).logits).all()
+
+
+def test_a_control_that_cannot_be_is_told_in_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"method='control': no such llama is as small as 100 parameters; raise the rank"):
+        models.control_config(tiny(), 100)
 
 
 # Configurations

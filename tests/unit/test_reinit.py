@@ -1,0 +1,75 @@
+"""First values of the factors: orthonormal rows, and what a store has lost of its master."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from relora_ds.frozen import FrozenWeight
+from relora_ds.reinit import initial_A, initial_B, principal_inputs
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("rank", "columns"), [(1, 8), (5, 8), (8, 8), (16, 100)])
+def test_orthonormal_rows(rank: int, columns: int) -> None:
+    rows = initial_A(rank, columns, name="layer", seed=1, restart=2, kind="orthonormal")
+    assert rows.dtype == torch.float32 and rows.is_contiguous()
+    torch.testing.assert_close(rows @ rows.t(), torch.eye(rank), rtol=0, atol=1e-6)
+    assert torch.equal(initial_A(rank, columns, name="layer", seed=1, restart=2, kind="orthonormal"), rows)
+    assert not torch.equal(initial_A(rank, columns, name="layer", seed=1, restart=3, kind="orthonormal"), rows)
+
+
+def test_initial_B_is_uniform_within_one_over_the_root_of_the_rank() -> None:
+    values = initial_B(400, 16, name="layer", seed=1)
+    assert 0.24 < float(values.abs().max()) <= 0.25
+    assert float(values.mean()) == pytest.approx(0.0, abs=0.01)
+    assert not torch.equal(initial_B(400, 16, name="other", seed=1), values)
+
+
+def in_pieces(matrix: Tensor, num: int) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: matrix.chunk(num)
+
+
+def energy(matrix: Tensor, rows: Tensor) -> float:
+    """Share of the squared norm of ``matrix`` that its projection onto the row space keeps."""
+    return float((matrix @ rows.t()).square().sum() / matrix.square().sum())
+
+
+def alone(total: Tensor) -> Tensor:
+    return total
+
+
+def test_a_low_rank_matrix_is_held_whole() -> None:
+    matrix = normal(60, 4) @ normal(4, 40, seed=1)
+    rows = principal_inputs(in_pieces(matrix, 3), initial_A(4, 40, name="layer", seed=0, restart=0), alone)
+    torch.testing.assert_close(rows @ rows.t(), torch.eye(4), rtol=0, atol=1e-6)
+    torch.testing.assert_close(matrix @ rows.t() @ rows, matrix, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_of_a_rounding_error_as_much_as_an_exact_svd_holds(dtype: str) -> None:
+    """Its spectrum is flat: the hardest case. Within 2% of the best that any factors of this rank could hold."""
+    weight = 0.02 * normal(384, 256)
+    residual = weight - FrozenWeight(weight, dtype).read()
+    rows = principal_inputs(in_pieces(residual, 5), initial_A(64, 256, name="layer", seed=0, restart=0), alone)
+    best = torch.linalg.svdvals(residual.double())[:64].square().sum() / residual.double().square().sum()
+    assert 0.98 * float(best) < energy(residual, rows) <= float(best) * 1.0001
+    assert float(best) > 0.3
+
+
+@pytest.mark.parametrize("num", [2, 3, 61])
+def test_the_split_of_the_rows_changes_nothing(num: int) -> None:
+    matrix, start = normal(61, 40), initial_A(8, 40, name="layer", seed=0, restart=0)
+    whole = principal_inputs(in_pieces(matrix, 1), start, alone)
+    torch.testing.assert_close(principal_inputs(in_pieces(matrix, num), start, alone), whole, rtol=0, atol=1e-6)
+
+
+def test_of_nothing_the_start_is_kept() -> None:
+    start = initial_A(3, 10, name="layer", seed=0, restart=0)
+    assert torch.equal(principal_inputs(in_pieces(torch.zeros(7, 10), 2), start, alone), start)
