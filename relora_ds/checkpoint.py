@@ -1,10 +1,15 @@
-"""Checkpoints of a run: DeepSpeed checkpoints, each completed by a manifest; finding, resuming, reading and rotating them."""
+"""Checkpoints of a run: which there are, which are whole, what each needs, which may go; and loading one into an engine.
+
+checkpoints/update_N/ is a DeepSpeed checkpoint with a manifest, without the frozen weights; those are in base/restart_K/, once for
+all checkpoints between two restarts. :mod:`relora_ds.saver` writes them.
+"""
 
 from __future__ import annotations
 
-import json
+import hashlib
 import platform
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +19,15 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from relora_ds import __version__, ds_config
+from relora_ds import base as bases
+from relora_ds import manifest as manifests
+from relora_ds.config import Config
 from relora_ds.errors import ConfigError
-from relora_ds.run_folder import RunFolder, write_atomically
+from relora_ds.manifest import Manifest, ManifestError
+from relora_ds.optimizer import ReLoRAOptimizer
+from relora_ds.run_folder import RunFolder
 
-MANIFEST = "manifest.json"
 MODEL_STATES = "mp_rank_00_model_states.pt"
 
 
@@ -38,77 +48,193 @@ class Progress:
     skipped_in_a_row: int = 0
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """Written last: a checkpoint exists when its manifest does."""
-
-    update: int
-    phase: str
-    restarts: int
-    world_size: int
-    versions: dict[str, str]
-
-
-def save(engine: Any, folder: RunFolder, progress: Progress, *, phase: str, restarts: int, keep: int) -> Path:
-    """Writes a checkpoint on all ranks together, then removes all but the newest ``keep``.
-
-    A run that is killed on the way leaves a folder without a manifest, which is not taken for a checkpoint.
-    """
-    tag = f"update_{progress.update:07d}"
-    target = folder.checkpoints / tag
-    if dist.get_rank() == 0:
-        (target / MANIFEST).unlink(missing_ok=True)
-    dist.barrier()
-    engine.save_checkpoint(str(folder.checkpoints), tag=tag, client_state={"progress": asdict(progress)})
-    if dist.get_rank() == 0:
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        versions |= {"deepspeed": deepspeed.__version__, "transformers": transformers.__version__}
-        manifest = Manifest(progress.update, phase, restarts, dist.get_world_size(), versions)
-        write_atomically(target / MANIFEST, json.dumps(asdict(manifest), indent=1))
-        _rotate(folder, keep)
-    dist.barrier()
-    return target
+def describe(engine: Any, run: RunFolder, config: Config, progress: Progress, phase: str) -> Manifest:
+    """The manifest of the checkpoint that would be written now, without files and base."""
+    optimizer = engine.optimizer
+    is_relora = isinstance(optimizer, ReLoRAOptimizer)
+    versions = {"python": platform.python_version(), "relora_ds": __version__, "torch": torch.__version__}
+    versions |= {"deepspeed": deepspeed.__version__, "transformers": transformers.__version__}
+    return Manifest(
+        update=progress.update,
+        phase=phase,
+        restarts=optimizer.restarts if is_relora else 0,
+        lora_updates=optimizer.updates if is_relora else 0,
+        world_size=dist.get_world_size(),
+        zero_stage=engine.zero_optimization_stage(),
+        precision=ds_config.precision(engine.config),
+        config_sha256=hashlib.sha256(run.config.read_bytes()).hexdigest(),
+        data={"epoch_seed": config.run.seed, "sequences": progress.update * config.train.global_batch},
+        rng={"seed": config.run.seed},
+        progress=asdict(progress),
+        base=None,
+        versions=versions,
+    )
 
 
-def _rotate(folder: RunFolder, keep: int) -> None:
-    complete = find_all(folder)
-    for path in folder.checkpoints.glob("update_*"):
-        if path not in complete[-keep:] and path.is_dir():
-            (path / MANIFEST).unlink(missing_ok=True)  # first: a half-removed checkpoint must not look whole
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def find_all(folder: RunFolder) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted(path.parent for path in folder.checkpoints.glob(f"update_*/{MANIFEST}"))
-
-
-def newest(folder: RunFolder) -> Path | None:
-    """The newest complete checkpoint; None when there is none."""
-    return next(reversed(find_all(folder)), None)
+def find_all(run: RunFolder) -> list[Path]:
+    """The checkpoints of a run that have a manifest, whole or not, oldest first."""
+    return sorted(path.parent for path in run.checkpoints.glob(f"update_*/{manifests.NAME}"))
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
+    """Raises ConfigError where there is none that can be read."""
     try:
-        return Manifest(**json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError("CHECKPOINT", str(checkpoint), f"its manifest cannot be read: {error}") from None
+        return manifests.read(checkpoint)
+    except ManifestError as error:
+        raise ConfigError("CHECKPOINT", str(checkpoint), str(error)) from None
+
+
+def newest(run: RunFolder) -> Path | None:
+    """The newest checkpoint whose manifest can be read; contents are not looked at."""
+    for path in reversed(find_all(run)):
+        try:
+            manifests.read(path)
+        except ManifestError:
+            continue
+        return path
+    return None
+
+
+def faults(checkpoint: Path, *, deep: bool = True) -> Iterator[str]:
+    """What is wrong with a checkpoint and the base that it needs, one line each, by file; nothing for a whole one.
+
+    Args:
+        checkpoint: its folder, with a manifest.
+        deep: whether contents are compared with their checksums, too, and not only sizes.
+    """
+    try:
+        content = manifests.read(checkpoint)
+        yield from manifests.faults(checkpoint, content.files, deep=deep)
+        if content.base is not None:
+            folder = base_folder(checkpoint, content)
+            listed = manifests.read_json(folder)
+            if manifests.digest(folder / manifests.NAME) != content.base["sha256"]:
+                yield f"{folder / manifests.NAME}: belongs to another base than the checkpoint was written with"
+            yield from manifests.faults(folder, listed["files"], deep=deep)
+    except ManifestError as error:
+        yield str(error)
+
+
+def base_folder(checkpoint: Path, content: Manifest) -> Path:
+    """Where the base of a checkpoint is."""
+    assert content.base is not None
+    return checkpoint.parent.parent / content.base["folder"]
+
+
+def choose(run: RunFolder, tell: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that is whole; None when the run has none at all.
+
+    Raises:
+        ConfigError: there are checkpoints, but none is whole. A run is never started anew over them.
+    """
+    found = find_all(run)
+    for path in reversed(found):
+        problem = next(faults(path), None)
+        if problem is None:
+            return path
+        tell(f"{problem}; trying the checkpoint before")
+    if found:
+        raise ConfigError(
+            "run.dir",
+            str(run.path),
+            f"none of its {len(found)} checkpoint(s) is whole",
+            "restore the files, or name another run.dir",
+        )
+    return None
+
+
+def tidy(run: RunFolder, resumed: Path | None) -> None:
+    """Clears the way of a run that goes on from ``resumed``: removes half-written folders, and sets aside what lies after it.
+
+    What is set aside (``damaged_…``) did not verify; it is left to the user, since a file that is missing may come back.
+    """
+    restarts = manifests.read(resumed).restarts if resumed is not None else -1
+    for folder in run.checkpoints.glob("update_*"):
+        if not (folder / manifests.NAME).is_file():
+            _remove(folder)
+        elif resumed is not None and folder.name > resumed.name:
+            _set_aside(folder)
+    for folder in bases.entries(run):
+        if not (folder / manifests.NAME).is_file():
+            _remove(folder)
+        elif folder.name > bases.folder_of(run, restarts).name:
+            _set_aside(folder)
+
+
+def _set_aside(folder: Path) -> None:
+    aside = folder.with_name(f"damaged_{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+
+
+def rotate(run: RunFolder, *, keep: int, keep_every: int | None) -> None:
+    """Removes all but the newest ``keep`` checkpoints and every ``keep_every``-th update's; then the bases that none needs."""
+    found = find_all(run)
+    contents = {path: manifests.read(path) for path in found[-keep:]}
+    for path in found[:-keep]:
+        if keep_every is not None and _update_of(path) % keep_every == 0:
+            contents[path] = manifests.read(path)
+        else:
+            _remove(path)
+            _remove(run.universal / path.name)
+    needed = {base_folder(path, content) for path, content in contents.items() if content.base is not None}
+    for folder in bases.entries(run):
+        if folder not in needed:
+            _remove(folder)
+
+
+def _update_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("update_"))
+
+
+def _remove(folder: Path) -> None:
+    (folder / manifests.NAME).unlink(missing_ok=True)  # first: a half-removed folder must not look whole
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def load(engine: Any, checkpoint: Path) -> Progress:
-    """Restores the engine (weights, masters, moments, restarts) from a checkpoint of the same number of ranks."""
+    """Restores the engine (weights, frozen ones included, masters, moments, restarts) from a checkpoint of as many ranks."""
     path, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if path is None:
         raise ConfigError("CHECKPOINT", str(checkpoint), "DeepSpeed cannot load it")
     return Progress(**client_state["progress"])
 
 
-def read_model_state(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The module's weights in a checkpoint, on the CPU, in the dtype that the engine held them in.
+def load_base(optimizer: ReLoRAOptimizer, checkpoint: Path) -> None:
+    """Fills the frozen weights from the base that a checkpoint names; every rank must call it.
 
-    The file is a pickle: read only checkpoints that you trust.
+    Raises:
+        ConfigError: the checkpoint holds no frozen weights, and names no base that is there.
     """
-    content = torch.load(checkpoint / MODEL_STATES, map_location="cpu", weights_only=False, mmap=True)
+    problem = "it holds no frozen weights and has no manifest that says where they are"
+    try:
+        content = manifests.read(checkpoint)
+        if content.base is not None:
+            bases.Base(base_folder(checkpoint, content)).load_into(optimizer)
+            return
+    except (ManifestError, OSError) as error:
+        problem = f"{problem}: {error}"
+    raise ConfigError("CHECKPOINT", str(checkpoint), problem, "keep base/ beside checkpoints/")
+
+
+def read_model_state(checkpoint: Path, *, trust: bool = False) -> dict[str, torch.Tensor]:
+    """The module's weights in a checkpoint, on the CPU, in the dtype that the engine held them in; not the frozen ones of a base.
+
+    The file is a pickle, which can run anything: it is opened only when the manifest lists it with the checksum that it has, or when
+    the user says that it can be trusted.
+
+    Raises:
+        ConfigError: it cannot be trusted, or cannot be read.
+    """
+    path = checkpoint / MODEL_STATES
+    if not trust:
+        files = read_manifest(checkpoint).files
+        problem = next(manifests.faults(checkpoint, {MODEL_STATES: files[MODEL_STATES]} if MODEL_STATES in files else {}), None)
+        if MODEL_STATES not in files or problem:
+            raise ConfigError(
+                "CHECKPOINT", str(checkpoint), problem or f"its manifest does not list {MODEL_STATES}", "take another checkpoint"
+            )
+    content = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
     return content["module"]
 
 
@@ -118,10 +244,10 @@ def locate(place: Path) -> tuple[RunFolder, Path]:
     Raises:
         ConfigError: neither a run with a complete checkpoint nor a complete checkpoint.
     """
-    if (place / MANIFEST).is_file():
-        return RunFolder(place.resolve().parent.parent), place
-    folder = RunFolder(place)
-    checkpoint = newest(folder)
+    if (place / manifests.NAME).is_file():
+        return RunFolder(place.resolve().parent.parent), place.resolve()
+    run = RunFolder(place)
+    checkpoint = newest(run)
     if checkpoint is None:
         raise ConfigError("RUN_DIR", str(place), "holds no complete checkpoint", "name a run's folder or one of its checkpoints")
-    return folder, checkpoint
+    return run, checkpoint

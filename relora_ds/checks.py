@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,20 @@ from relora_ds import model as models
 from relora_ds.config import Config
 from relora_ds.data import TokenDataset, TokenIndex, read_index
 from relora_ds.errors import ConfigError
+from relora_ds.lock import WAY_OUT, RunLock
+from relora_ds.manifest import Manifest
 from relora_ds.run_folder import RunFolder
 
-FIXED_SECTIONS = ("run.seed", "method", "model", "data", "relora", "optimizer", "train.global_batch")
-"""What a resumed run must share with the run that it goes on with."""
+MATTERS = ("run.seed", "method", "model", "data", "relora", "optimizer", "train.global_batch")
+"""Settings that a resumed run must share with the run that it goes on with, unless the user insists …"""
+HARMLESS = (
+    "model.attention",
+    "model.gradient_checkpointing",
+    "relora.frozen.verify_every",
+    "relora.frozen.on_mismatch",
+    "relora.frozen.master_device",
+)
+"""… but for these."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +49,18 @@ class Checked:
     index: TokenIndex
 
 
-def check(config: Config, recipe: Path, world_size: int) -> Checked:
+def check(config: Config, recipe: Path, world_size: int, allow_changed: Sequence[str] = ()) -> Checked:
     """Raises ConfigError for the first thing that could not be trained, or not be trained right.
 
     Args:
         config: the recipe as it was read.
         recipe: its file; DeepSpeed's JSON is also looked for beside it and one folder up.
         world_size: ranks of the job.
+        allow_changed: settings, or sections, in which a resumed run may differ from what it was, because the user insists.
     """
+    resumed = _check_resume(config, world_size, allow_changed)
+    if resumed is not None and resumed.world_size != world_size:
+        config = ds_config.adapt(config, world_size)
     near = (recipe.resolve().parent, recipe.resolve().parent.parent)
     content = ds_config.read(config.deepspeed, *near)
     ds_config.refuse_unsupported(content)
@@ -62,7 +77,8 @@ def check(config: Config, recipe: Path, world_size: int) -> Checked:
         lora.check_rank(layers, config.relora.rank)
         if config.method == "control":
             architecture = models.control_config(architecture, lora.num_trainable(model, layers, config.relora.rank))
-    _check_resume(config, world_size)
+    if resumed is not None and resumed.precision != ds_config.precision(fitted):
+        _refuse_changes([("deepspeed", resumed.precision, ds_config.precision(fitted))], config.run.dir, allow_changed)
     return Checked(config, fitted, architecture, index)
 
 
@@ -82,26 +98,48 @@ def _check_data(config: Config, index: TokenIndex, architecture: PretrainedConfi
         )
 
 
-def _check_resume(config: Config, world_size: int) -> None:
-    """A run's folder that holds a checkpoint can only be gone on with by the same run on as many ranks."""
+def _check_resume(config: Config, world_size: int, allow_changed: Sequence[str]) -> Manifest | None:
+    """A run's folder that holds a checkpoint can only be gone on with by the same run; returns the newest checkpoint's manifest."""
     folder = RunFolder(Path(config.run.dir))
     newest = checkpoints.newest(folder)
     if newest is None:
-        return
-    old, new = (settings.model_dump(mode="json") for settings in (folder.read_config(), config))
-    for key in FIXED_SECTIONS:
-        before, now = ds_config.get(old, key), ds_config.get(new, key)
-        if before != now:
-            differing = [name for name in now if before.get(name) != now[name]] if isinstance(now, dict) else []
-            name = f"{key}.{differing[0]}" if differing else key
-            raise ConfigError(
-                name,
-                ds_config.get(new, name),
-                f"the run in {folder.path} has {ds_config.get(old, name)!r}",
-                "name another run.dir",
-            )
-    saved_with = checkpoints.read_manifest(newest).world_size
-    if saved_with != world_size:
-        raise ConfigError(
-            "--nproc", world_size, f"the checkpoint {newest} was written by {saved_with} ranks", f"resume with {saved_with} ranks"
-        )
+        return None
+    _refuse_changes(differences(folder.read_config(), config), config.run.dir, allow_changed)
+    return checkpoints.read_manifest(newest)
+
+
+def refuse_busy(config: Config) -> None:
+    """Raises ConfigError when another job has the run's folder: asked before the ranks are started, of which rank 0 then takes it."""
+    folder = Path(config.run.dir)
+    other = RunLock(folder).holder() if folder.is_dir() else None
+    if other is not None:
+        raise ConfigError("run.dir", config.run.dir, f"in use by {other}", WAY_OUT)
+
+
+def differences(before: Config, now: Config) -> list[tuple[str, Any, Any]]:
+    """The settings that matter and are not the same: (key, before, now)."""
+    old, new = (dict(_flat(settings.model_dump(mode="json"))) for settings in (before, now))
+    keys = [key for key in {**old, **new} if _is_under(key, MATTERS) and not _is_under(key, HARMLESS)]
+    return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
+
+
+def _flat(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in content.items():
+        if isinstance(value, dict) and prefix + name != "model.config":
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _is_under(key: str, sections: Sequence[str]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+
+def _refuse_changes(changes: list[tuple[str, Any, Any]], run_dir: str, allowed: Sequence[str]) -> None:
+    """Raises ConfigError with all the differences that the user does not insist on."""
+    refused = [(key, before, now) for key, before, now in changes if not _is_under(key, allowed)]
+    if refused:
+        (key, before, now), others = refused[0], refused[1:]
+        more = "".join(f"; {key} was {before!r} and is {now!r}" for key, before, now in others)
+        insist = " ".join(f"--allow-changed {key}" for key, _, _ in refused)
+        raise ConfigError(key, now, f"the run in {run_dir} has {before!r}{more}", f"name another run.dir, or insist: {insist}")

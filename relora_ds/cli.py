@@ -50,6 +50,10 @@ def build_parser() -> Parser:
     train.add_argument("recipe", metavar="RECIPE", help="a YAML file")
     train.add_argument("overrides", metavar="key.sub=value", nargs="*", help="replace single settings of the recipe")
     train.add_argument("--nproc", type=int, help="processes on this machine (default: one per GPU, or 1)")
+    train.add_argument(
+        "--allow-changed", metavar="KEY", action="append", default=[],
+        help="resume although this setting, or section, is not what it was; may be given several times",
+    )  # fmt: skip
     train.set_defaults(run=run_train)
 
     evaluation = commands.add_parser("eval", help="held-out perplexity of a run or a checkpoint")
@@ -125,7 +129,7 @@ def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
     overrides = list(options.overrides)
     for word in rest:  # overrides may stand behind options
         if word.startswith("-"):
-            refuse_rest([word], ["--nproc"])
+            refuse_rest([word], ["--nproc", "--allow-changed"])
         overrides.append(word)
     quiet()
     place = launch.discover()
@@ -140,24 +144,29 @@ def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
     recipe = config.load(options.recipe, overrides)
     num_processes = place.world_size if place else options.nproc or launch.default_num_processes()
-    from relora_ds.checks import check
+    from relora_ds.checks import check, refuse_busy
 
-    checked = check(recipe, Path(options.recipe), num_processes)
+    if place is None:
+        refuse_busy(recipe)
+    checked = check(recipe, Path(options.recipe), num_processes, options.allow_changed)
     if ds_config.precision(checked.deepspeed) == "bf16" and not cuda_here() and (done := launch.guard_bf16()) and is_main():
         print(f"[relora-ds] {done}", file=sys.stderr, flush=True)
     if place is None:
         launch.check_devices(num_processes)
     if place is None and num_processes > 1:
         print(f"[relora-ds] starting {num_processes} processes", file=sys.stderr, flush=True)
-        return launch.spawn(["train", options.recipe, *overrides], num_processes)
+        insisted = [word for key in options.allow_changed for word in ("--allow-changed", key)]
+        return launch.spawn(["train", options.recipe, *overrides, *insisted], num_processes)
 
+    from relora_ds.elastic import ConversionError
+    from relora_ds.saver import FencedError
     from relora_ds.train import TrainingError, train
 
     place = place or launch.single()
     device = launch.start_process_group(place)
     try:
         code = train(checked, place, device)
-    except TrainingError as error:
+    except (TrainingError, FencedError, ConversionError) as error:
         if place.is_main:
             print(f"relora-ds: error: {error}", file=sys.stderr)
         code = EXIT_FAILED

@@ -165,8 +165,21 @@ class Train(Section):
     """A checkpoint is also written at the end and when a signal stops the run."""
     keep: Positive = 2
     """How many checkpoints stay on disk."""
+    keep_every: Positive | None = None
+    """Checkpoints after multiples of so many updates stay beside them."""
     max_skipped: Positive = 100
     """So many non-finite updates in a row stop the run."""
+
+
+class Checkpoint(Section):
+    """How checkpoints are written."""
+
+    asynchronous: Annotated[bool, Field(alias="async")] = True
+    """Training goes on as soon as the state is copied to host memory; else it waits until the files are written."""
+    self_contained: bool = False
+    """Frozen weights in every checkpoint, instead of once per restart in base/."""
+    max_failures: Positive = 3
+    """So many checkpoints in a row that could not be written stop the run."""
 
 
 class Wandb(Section):
@@ -185,6 +198,7 @@ class Config(Section):
     relora: ReLoRA = ReLoRA()
     optimizer: Optimizer = Optimizer()
     train: Train
+    checkpoint: Checkpoint = Checkpoint()
     wandb: Wandb = Wandb()
     deepspeed: str | dict[str, Any]
     """DeepSpeed's own JSON file (or its content): precision, ZeRO stage, buckets."""
@@ -366,4 +380,4 @@ def check_relora(relora: ReLoRA) -> None:
 
 def dump(config: Config) -> str:
     """The resolved configuration as YAML that :func:`load` reads back to the same."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)

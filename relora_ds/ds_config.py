@@ -57,6 +57,27 @@ def precision(config: Mapping[str, Any]) -> str:
     return enabled[0] if enabled else "fp32"
 
 
+def adapt(recipe: Config, world_size: int) -> Config:
+    """The recipe of a run that goes on with another number of ranks: the global batch stays, the micro batch gives way if it must.
+
+    Raises:
+        ConfigError: the global batch does not divide over the ranks; names the numbers of ranks that do.
+    """
+    train = recipe.train
+    if train.global_batch % world_size:
+        fitting = [str(ranks) for ranks in range(1, train.global_batch + 1) if train.global_batch % ranks == 0]
+        nearest = sorted(fitting, key=lambda ranks: abs(int(ranks) - world_size))[:4]
+        raise ConfigError(
+            "--nproc",
+            world_size,
+            f"train.global_batch={train.global_batch} does not divide over so many ranks",
+            f"go on with {', '.join(sorted(nearest, key=int))}",
+        )
+    share = train.global_batch // world_size
+    micro_batch = next(size for size in range(min(train.micro_batch, share), 0, -1) if share % size == 0)
+    return recipe.model_copy(update={"train": train.model_copy(update={"micro_batch": micro_batch})})
+
+
 def fit(config: Mapping[str, Any], recipe: Config, world_size: int) -> dict[str, Any]:
     """``config`` with the batch, the accumulation and the clipping of the recipe, which decides them.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from torch import nn
 
 from relora_ds import ds_config, launch
+from relora_ds.base import frozen_weights
+from relora_ds.checkpoint import load_base
 from relora_ds.config import Optimizer, ReLoRA, parse_relora
 from relora_ds.errors import ConfigError
 from relora_ds.lora import LORA_GROUP, param_groups, relora_layers, wrap
@@ -99,7 +102,21 @@ def initialize(
     if base not in ADAMS:
         raise ConfigError("optimizer", base, f"ReLoRA prunes Adam's moments: one of {', '.join(ADAMS)}")
     engine.optimizer = ReLoRAOptimizer(zero, engine.module, settings, seed=seed, rewarm=rewarm)
+    engine.load_checkpoint = _with_base(engine, engine.load_checkpoint)
     return engine, engine.optimizer, loader, scheduler
+
+
+def _with_base(engine: Any, load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """``load_checkpoint`` that also brings the frozen weights of a checkpoint whose base holds them."""
+
+    @functools.wraps(load_checkpoint)
+    def load(*args: Any, **kwargs: Any) -> Any:
+        path, client_state = load_checkpoint(*args, **kwargs)
+        if path is not None and not all(weight.was_loaded for weight in frozen_weights(engine.optimizer).values()):
+            load_base(engine.optimizer, Path(path).parent)
+        return path, client_state
+
+    return load
 
 
 def adamw(settings: Optimizer) -> Callable[[Any], torch.optim.Optimizer]:

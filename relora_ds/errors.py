@@ -29,8 +29,13 @@ class ConfigError(ValueError):
     def __init__(self, key: str, value: object, problem: str, way_out: str = "") -> None:
         self.key = key
         self.value = value
+        self._parts = (key, value, problem, way_out)
         text = f"{key}={value!r}: {problem}"
         super().__init__(" ".join(f"{text}; {way_out}".split()) if way_out else " ".join(text.split()))
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, object, str, str]]:
+        """What rank 0 finds is raised on all ranks: the error travels."""
+        return type(self), self._parts
 
 
 class RestartError(RuntimeError):

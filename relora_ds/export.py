@@ -11,7 +11,9 @@ from transformers import AutoTokenizer, PreTrainedModel
 from relora_ds import checkpoint as checkpoints
 from relora_ds import ds_config, lora
 from relora_ds import model as models
+from relora_ds.base import Base
 from relora_ds.errors import ConfigError
+from relora_ds.manifest import Manifest
 from relora_ds.weights import Source
 
 
@@ -36,34 +38,54 @@ def load_merged(
 
 def merged_weights(place: Path) -> Source:
     """The weights of a run, or of one of its checkpoints, merged in fp32 one at a time; what is not asked for stays on disk."""
-    folder, checkpoint = checkpoints.locate(place)
-    config = folder.read_config()
-    architecture = models.read_hf_config(folder.model, "RUN_DIR")
-    stored = models.build_meta(architecture)
-    if checkpoints.read_manifest(checkpoint).phase == "lora":
-        settings = config.lora_settings
-        lora.wrap(
-            stored,
-            targets=settings.targets,
-            rank=settings.rank,
-            alpha=settings.alpha,
-            frozen=settings.frozen,
-            trainable_scaling=settings.trainable_scaling,
-        )
-    try:
-        stored.load_state_dict(checkpoints.read_model_state(checkpoint), assign=True)
-    except RuntimeError as error:
-        raise ConfigError("CHECKPOINT", str(checkpoint), f"does not fit the run's model: {str(error).splitlines()[-1]}") from None
-    layers = {f"{name}.weight": layer for name, layer in lora.relora_layers(stored)}
+    model = stored_model(place)
+    layers = {f"{name}.weight": layer for name, layer in lora.relora_layers(model)}
 
     def read(names: Sequence[str], _param: torch.Tensor) -> torch.Tensor:
         for name in names:
             if name in layers:
                 merged = layers[name].merged()
                 return merged.t() if layers[name].is_conv1d else merged
-        return stored.get_parameter(names[0]).detach()
+        return model.get_parameter(names[0]).detach()
 
     return read
+
+
+def stored_model(place: Path, *, trust: bool = False) -> PreTrainedModel:
+    """The model of a run, or of one of its checkpoints, as it was trained, wrapped in its LoRA phase, over files that stay on disk.
+
+    Raises:
+        ConfigError: no such checkpoint, one that is damaged, or another model's.
+    """
+    run, checkpoint = checkpoints.locate(place)
+    content = checkpoints.read_manifest(checkpoint)
+    model = models.build_meta(models.read_hf_config(run.model, "RUN_DIR"))
+    if content.phase == "lora":
+        settings = run.read_config().lora_settings
+        lora.wrap(
+            model,
+            targets=settings.targets,
+            rank=settings.rank,
+            alpha=settings.alpha,
+            frozen=settings.frozen,
+            trainable_scaling=settings.trainable_scaling,
+        )
+    state = checkpoints.read_model_state(checkpoint, trust=trust)
+    if content.base is not None:
+        state |= _base_tensors(checkpoint, content)
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise ConfigError("CHECKPOINT", str(checkpoint), f"does not fit the run's model: {str(error).splitlines()[-1]}") from None
+    return model
+
+
+def _base_tensors(checkpoint: Path, content: Manifest) -> dict[str, torch.Tensor]:
+    """The frozen weights of a checkpoint's base, as they are stored."""
+    problem = next(checkpoints.faults(checkpoint), None)
+    if problem is not None:
+        raise ConfigError("CHECKPOINT", str(checkpoint), problem, "take another checkpoint")
+    return Base(checkpoints.base_folder(checkpoint, content)).state()
 
 
 def export(place: Path, out: Path, *, dtype: torch.dtype | None = None) -> Path:

@@ -7,7 +7,7 @@ at every merge, not hidden: of many small changes that are merged into a coarse 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,8 @@ class FrozenWeight(nn.Module):
 
     Attributes:
         values: (out, in), floating or int8. scales: (out, ceil(in / group_size)) fp32 for int8, else None.
+        in_state: whether ``state_dict`` holds it; not while a checkpoint is saved whose base holds it.
+        was_loaded: whether the newest ``load_state_dict`` brought it.
     """
 
     values: Tensor
@@ -95,6 +97,7 @@ class FrozenWeight(nn.Module):
     def __init__(self, weight: Tensor, dtype: str, group_size: int = 128, exact_rows: slice | None = None) -> None:
         super().__init__()
         self.dtype_name, self.group_size = dtype, group_size
+        self.in_state = self.was_loaded = True
         weight = weight.detach()
         self.exact_rows = None if exact_rows is None else weight[exact_rows].to(torch.float32, copy=True)
         if dtype == "int8":
@@ -117,9 +120,17 @@ class FrozenWeight(nn.Module):
 
     def round(self, exact: Tensor) -> tuple[Tensor, Tensor | None]:
         """(rows, in) fp32 -> the values and scales in which it would be stored."""
-        if self.dtype_name == "int8":
-            return quantise(exact, self.group_size)
-        return exact.to(FLOATS[self.dtype_name]), None
+        return self.rounded(exact, self.dtype_name, self.group_size)
+
+    @staticmethod
+    def rounded(exact: Tensor, dtype: str, group_size: int) -> tuple[Tensor, Tensor | None]:
+        """(rows, in) fp32 -> the values and scales of a store of that kind."""
+        return quantise(exact, group_size) if dtype == "int8" else (exact.to(FLOATS[dtype]), None)
+
+    @staticmethod
+    def exact(values: Tensor, scales: Tensor | None, group_size: int) -> Tensor:
+        """The counterpart of :meth:`rounded`: (rows, in) fp32."""
+        return _convert(values, scales, group_size, torch.float32)
 
     def read(self, rows: slice = slice(None)) -> Tensor:
         """The stored weight, or rows of it, in fp32."""
@@ -127,7 +138,7 @@ class FrozenWeight(nn.Module):
 
     def convert(self, values: Tensor, scales: Tensor | None) -> Tensor:
         """What :meth:`round` gave, in fp32 again."""
-        return _convert(values, scales, self.group_size, torch.float32)
+        return self.exact(values, scales, self.group_size)
 
     @torch.no_grad()
     def store(self, values: Tensor, scales: Tensor | None, rows: slice = slice(None)) -> None:
@@ -162,6 +173,16 @@ class FrozenWeight(nn.Module):
                 moved = fn(buffer)
                 self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self.in_state:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        """A state without this weight is no error here: whoever loads it must find the weight in a base."""
+        self.was_loaded = f"{prefix}values" in state_dict
+        if self.was_loaded:
+            super()._load_from_state_dict(state_dict, prefix, *others)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.shape)}, {self.dtype_name}" + (f", group_size={self.group_size}" if self.scales is not None else "")
@@ -328,6 +349,15 @@ class ShardedMaster:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of this rank."""
         return {"rows": self.rows, "held": self.held}
+
+    def load_shares(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Takes over the states of another number of ranks, in their order."""
+        for name, rows in self.rows.items():
+            own = self.own(name)
+            rows.copy_(torch.cat([state["rows"][name] for state in states])[own])
+            if name in states[0]["held"]:
+                self.hold(name, torch.cat([state["held"][name][0] for state in states])[own], states[0]["held"][name][1])
+        self.publish_all()
 
     def load(self, state: Mapping[str, Any] | None) -> None:
         """Takes over the state of a checkpoint; or, where it was written without a master, what is stored."""

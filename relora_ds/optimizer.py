@@ -111,11 +111,12 @@ class ReLoRAOptimizer(ZeroProxy):
         last_reset: what a reset that came without a restart pruned (a share), since the owner last set it to None.
         repairs: what was found wrong and set right, in words, since the owner last emptied the list.
         last_lrs: the learning rates that the newest update really used, by group name.
+        saves_frozen: whether :meth:`state_dict` holds the sharded master; not while a checkpoint is saved whose base holds it.
     """
 
     OWN = ZeroProxy.OWN | {
         "model", "settings", "seed", "rewarm", "comm", "masters", "frozen_master",
-        "updates", "restarts", "last_restart", "last_reset", "last_lrs", "repairs",
+        "updates", "restarts", "last_restart", "last_reset", "last_lrs", "repairs", "saves_frozen",
     }  # fmt: skip
 
     def __init__(self, zero: Any, model: nn.Module, settings: ReLoRA, *, seed: int = 0, rewarm: bool = True) -> None:
@@ -136,6 +137,7 @@ class ReLoRAOptimizer(ZeroProxy):
         self.last_reset: float | None = None
         self.last_lrs: dict[str, float] = {}
         self.repairs: list[str] = []
+        self.saves_frozen = True
         if settings.init == "residual":
             for name, layer in relora_layers(model):
                 self._reinitialise(name, layer)
@@ -390,15 +392,20 @@ class ReLoRAOptimizer(ZeroProxy):
     def state_dict(self) -> dict[str, Any]:
         """ZeRO's state of this rank, plus how far the restarts have come; saved by ``engine.save_checkpoint``."""
         own: dict[str, Any] = {"updates": self.updates, "restarts": self.restarts}
-        if self.frozen_master is not None:
+        if self.frozen_master is not None and self.saves_frozen:
             own["frozen_master"] = self.frozen_master.state()
         return {**self.zero.state_dict(), STATE_KEY: own}
+
+    @staticmethod
+    def own_state(state: dict[str, Any]) -> dict[str, Any]:
+        """What :meth:`state_dict` added to ZeRO's state; empty for another optimizer's."""
+        return state.get(STATE_KEY) or {}
 
     def load_state_dict(self, state_dict_list: list[dict[str, Any]], *args: Any, **kwargs: Any) -> None:
         """The counterpart of :meth:`state_dict`; called by ``engine.load_checkpoint`` with the list of all ranks' states."""
         self.zero.load_state_dict(state_dict_list, *args, **kwargs)
-        own = state_dict_list[self.comm.rank].get(STATE_KEY) if state_dict_list else None
-        if own is not None:
+        own = self.own_state(state_dict_list[self.comm.rank]) if state_dict_list else None
+        if own:
             self.updates, self.restarts = own["updates"], own["restarts"]
             if self.frozen_master is not None:
                 self.frozen_master.load(own.get("frozen_master"))

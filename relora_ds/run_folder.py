@@ -15,7 +15,7 @@ from relora_ds.errors import ConfigError
 @dataclass(frozen=True)
 class RunFolder:
     """Paths of one run: config.yaml, deepspeed.json, model/ (Hugging Face configuration and tokenizer), metrics.jsonl,
-    restarts.jsonl, checkpoints/, plots/, report.md."""
+    restarts.jsonl, checkpoints/, base/ (frozen weights, once per restart), universal/ (conversions), plots/, report.md."""
 
     path: Path
 
@@ -42,6 +42,14 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def base(self) -> Path:
+        return self.path / "base"
+
+    @property
+    def universal(self) -> Path:
+        return self.path / "universal"
 
     @property
     def wandb_id(self) -> Path:

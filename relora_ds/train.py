@@ -7,6 +7,7 @@ import math
 import shutil
 import signal
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,20 @@ import torch
 import torch.distributed as dist
 
 from relora_ds import checkpoint as checkpoints
-from relora_ds import phases
+from relora_ds import elastic, phases
 from relora_ds.checks import Checked
 from relora_ds.config import dump
 from relora_ds.data import TokenDataset, rank_micro_batches
-from relora_ds.errors import EXIT_DONE, EXIT_STOPPED
+from relora_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from relora_ds.evaluate import evaluate
 from relora_ds.launch import Place
+from relora_ds.lock import RunLock
 from relora_ds.lora import LORA_GROUP
 from relora_ds.metrics import Metrics, say
 from relora_ds.model import describe
 from relora_ds.optimizer import ReLoRAOptimizer
 from relora_ds.run_folder import RunFolder, truncate_log, write_atomically
+from relora_ds.saver import Saver
 from relora_ds.schedule import lr_factor
 
 
@@ -48,12 +51,13 @@ def train(checked: Checked, place: Place, device: torch.device) -> int:
             if last or update == config.full_updates or (every.eval_every and update % every.eval_every == 0):
                 trainer.evaluate()
             if last or stopping or (every.checkpoint_every and update % every.checkpoint_every == 0):
-                trainer.save()
+                trainer.save(wait=last or stopping)
             if stopping and not last:
                 trainer.tell(f"stopped by a signal after update {update}; a checkpoint is written: run the same command to go on")
                 code = EXIT_STOPPED
                 break
     except BaseException:
+        trainer.saver.abandon()
         trainer.close(exit_code=1)
         raise
     trainer.close(exit_code=code)
@@ -86,14 +90,17 @@ class Trainer:
         self.config = config = checked.config
         self.folder = RunFolder(Path(config.run.dir))
         self.done = checkpoints.Progress()
-        resume_from = checkpoints.newest(self.folder)
-        if place.is_main:
-            self._write_run_folder()
-        dist.barrier()
+        self.metrics: Metrics | None = None
+        self.failed_saves = 0
+        self.lock = RunLock(self.folder.path)
+        resume_from = self._open_run_folder()
+        self.saver = Saver(
+            self.folder, place.rank, place.world_size, is_mine=self.lock.is_mine, self_contained=config.checkpoint.self_contained,
+            rotate=lambda: checkpoints.rotate(self.folder, keep=config.train.keep, keep_every=config.train.keep_every),
+        )  # fmt: skip
         data, length, seed = Path(config.data.path), config.data.sequence_length, config.run.seed
         self.train_data = TokenDataset(data, "train", length, seed=seed)
         self.held_out = TokenDataset(data, "validation", length, shuffle=False)
-        self.metrics: Metrics | None = None
         if place.is_main:
             say("building the model and its DeepSpeed engine")
         self._build(resume_from)
@@ -108,8 +115,14 @@ class Trainer:
         self.phase = checkpoints.read_manifest(resume_from).phase if resume_from else self.config.phase_of(1)
         model = phases.initial_model(self.checked, self.device, self.phase, is_resumed=resume_from is not None)
         self.engine = (phases.full_engine if self.phase == "full" else phases.lora_engine)(model, self.checked)
-        if resume_from is not None:
+        if resume_from is None:
+            return
+        content = checkpoints.read_manifest(resume_from)
+        if content.world_size == self.place.world_size:
             self.done = checkpoints.load(self.engine, resume_from)
+        else:
+            self.done = elastic.load(self.engine, self.folder, resume_from, self.say)
+        self.saver.base = content.base
 
     def enter_phase(self, update: int) -> None:
         """Changes to the LoRA phase when ``update`` is its first."""
@@ -135,8 +148,10 @@ class Trainer:
             self.engine.backward(micro_loss)
             self.engine.step()
             loss += micro_loss.detach()
-        mean_loss, stopping = self._agree(loss / len(micro_batches), stop_requested)
+        mean_loss, stopping, save_failed = self._agree(loss / len(micro_batches), stop_requested)
         self._account(update, mean_loss, time.perf_counter() - started)
+        if save_failed:
+            self._finish_save()
         return stopping
 
     def _set_learning_rates(self, update: int) -> None:
@@ -148,12 +163,13 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = settings.peak_lr(lora=group["name"] == LORA_GROUP) * factor
 
-    def _agree(self, loss: torch.Tensor, stop_requested: bool) -> tuple[float, bool]:
-        """The mean loss over the ranks, and whether any rank was asked to stop: one all-reduce of 16 bytes."""
-        pair = torch.stack([loss, torch.tensor(float(stop_requested), dtype=torch.float64, device=self.device)])
-        dist.all_reduce(pair)
-        total, asked = pair.tolist()
-        return total / self.place.world_size, asked > 0
+    def _agree(self, loss: torch.Tensor, stop_requested: bool) -> tuple[float, bool, bool]:
+        """The mean loss over the ranks, whether any was asked to stop, whether any failed to write: one all-reduce of 24 bytes."""
+        flags = torch.tensor([stop_requested, self.saver.has_failed], dtype=torch.float64, device=self.device)
+        shared = torch.cat([loss.view(1), flags])
+        dist.all_reduce(shared)
+        total, asked, failed = shared.tolist()
+        return total / self.place.world_size, asked > 0, failed > 0
 
     def _account(self, update: int, loss: float, seconds: float) -> None:
         """Brings the progress up to date, writes the metrics, and stops a run whose updates are skipped one after the other."""
@@ -215,22 +231,86 @@ class Trainer:
             }
             self.metrics.evaluation(record)
 
-    def save(self) -> None:
-        checkpoints.save(
-            self.engine, self.folder, self.done, phase=self.phase, restarts=self.restarts, keep=self.config.train.keep
-        )
+    def save(self, *, wait: bool) -> None:
+        """Begins to write a checkpoint, when the one before is complete; waits for it if asked, or if it is not asynchronous."""
+        self._finish_save()
+        manifest = checkpoints.describe(self.engine, self.folder, self.config, self.done, self.phase)
+        self.saver.start(self.engine, manifest, asdict(self.done))
+        if wait or not self.config.checkpoint.asynchronous:
+            self._finish_save()
+        if wait and self.failed_saves:
+            raise TrainingError(
+                f"the last checkpoint could not be written; the newest is {checkpoints.newest(self.folder) or 'none'}"
+            )
+
+    def _finish_save(self) -> None:
+        """Waits for the checkpoint on its way. One that could not be written is told of; too many in a row stop the run."""
+        if not self.saver.is_busy:
+            return
+        problem, limit = self.saver.finish(), self.config.checkpoint.max_failures
+        self.failed_saves = self.failed_saves + 1 if problem else 0
+        if problem:
+            newest = checkpoints.newest(self.folder)
+            self.tell(
+                f"a checkpoint could not be written ({self.failed_saves} in a row): {problem}; "
+                f"going on, the newest is {newest or 'none'}"
+            )
+        if self.failed_saves >= limit:
+            raise TrainingError(f"{limit} checkpoints in a row could not be written (checkpoint.max_failures={limit}): {problem}")
 
     def tell(self, text: str) -> None:
         if self.metrics is not None:
             self.metrics.note(text)
 
+    def say(self, text: str) -> None:
+        """Before the logs are open."""
+        if self.place.is_main:
+            say(text)
+
     def close(self, exit_code: int) -> None:
         if self.metrics is not None:
             self.metrics.close(exit_code)
+        self.lock.release()
+
+    def _open_run_folder(self) -> Path | None:
+        """Rank 0 locks the folder, looks for the checkpoint to go on from and writes the settings; all learn what it found.
+
+        Raises:
+            ConfigError: another job has the folder, it cannot be written, or none of its checkpoints is whole.
+        """
+        found: list[Any] = [None]
+        if self.place.is_main:
+            try:
+                found = [self._lock_and_choose()]
+            except ConfigError as error:
+                found = [error]
+            except OSError as error:
+                found = [
+                    ConfigError(
+                        "run.dir", str(self.folder.path), str(error.strerror or error), "name a folder that can be written"
+                    )
+                ]
+        dist.broadcast_object_list(found, src=0)
+        if isinstance(found[0], ConfigError):
+            self.lock.release()
+            raise found[0]
+        return found[0]
+
+    def _lock_and_choose(self) -> Path | None:
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        taken_over = self.lock.acquire()
+        if taken_over:
+            self.say(f"taking over {self.folder.path} from {taken_over}")
+        if self.folder.checkpoints.is_dir():
+            self.say("verifying checkpoints")
+        resume_from = checkpoints.choose(self.folder, self.say)
+        checkpoints.tidy(self.folder, resume_from)
+        self._write_run_folder()
+        return resume_from
 
     def _write_run_folder(self) -> None:
         """Everything that later commands need: the folder stands for itself, wherever data and recipe go."""
-        for path in (self.folder.checkpoints, self.folder.model):
+        for path in (self.folder.checkpoints, self.folder.base, self.folder.model):
             path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder.config, dump(self.config))
         write_atomically(self.folder.deepspeed, json.dumps(self.checked.deepspeed, indent=2))

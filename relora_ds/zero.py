@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -96,6 +97,31 @@ def data_parallel_group(zero: Any, device: torch.device) -> CountedGroup:
     return CountedGroup(zero.dp_process_group, device)
 
 
+def load_universal(zero: DeepSpeedZeroOptimizer, folder: Path, device: torch.device) -> None:
+    """Fills masters, module, moments and step counts of all parameters from DeepSpeed's universal checkpoint, on any number of ranks.
+
+    Args:
+        zero: DeepSpeed's optimizer.
+        folder: what ``ds_to_universal`` wrote: zero/<parameter>/{fp32,exp_avg,exp_avg_sq,step}.pt.
+        device: the model's.
+    """
+    params = {zero.param_names[param]: param for group in zero.bit16_groups for param in group}
+    state = ZeroState(zero, params, data_parallel_group(zero, device))
+    for name in params:
+        place = folder / "zero" / name
+        state.write(name, _universal(place / "fp32.pt").view(params[name].shape))
+        if (place / "step.pt").is_file():
+            state.start_adam_state(name, int(_universal(place / "step.pt")))
+        for key in state.moment_keys_of(name):
+            state.write_fragment(name, key, _universal(place / f"{key}.pt"))
+    zero._load_global_state(torch.load(folder / "zero" / "optimizer_state.pt", weights_only=False))
+
+
+def _universal(path: Path) -> Any:
+    content = torch.load(path, map_location="cpu", weights_only=False)
+    return content["param"] if isinstance(content, dict) else content
+
+
 @dataclass(frozen=True)
 class Slice:
     """A contiguous piece of a parameter: flat indices ``start`` to ``start + numel``."""
@@ -154,7 +180,11 @@ class ZeroState:
 
     def moment_keys(self) -> list[str]:
         """Names of the optimizer's per-entry state, the first moment first (Adam: exp_avg, exp_avg_sq); [] before the first step."""
-        flat = self._flat(next(iter(self.params)))
+        return self.moment_keys_of(next(iter(self.params)))
+
+    def moment_keys_of(self, name: str) -> list[str]:
+        """The same for the group of one parameter: groups begin to have state at different times."""
+        flat = self._flat(name)
         state = self.zero.optimizer.state.get(flat, {})
         keys = [key for key, value in state.items() if torch.is_tensor(value) and value.shape == flat.shape]
         return sorted(keys, key=lambda key: (key not in FIRST_MOMENTS, key))

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from relora_ds import checkpoint as checkpoints
 from relora_ds import launch, lora, phases
+from relora_ds import manifest as manifests
 from relora_ds.checks import check
 from relora_ds.config import parse
 from relora_ds.data import TokenDataset
@@ -148,7 +149,7 @@ def test_rotation_and_half_written_checkpoints(content: dict[str, Any], tmp_path
     run(2, train_here, settings, 13)
     assert [path.name for path in checkpoints.find_all(folder)] == ["update_0000008", "update_0000012"]
     assert not (folder.checkpoints / "update_0000004").exists()
-    (folder.checkpoints / "update_0000012" / checkpoints.MANIFEST).unlink()  # as if killed while it was written
+    (folder.checkpoints / "update_0000012" / manifests.NAME).unlink()  # as if killed while it was written
     newest = checkpoints.newest(folder)
     assert newest is not None and newest.name == "update_0000008"
     assert run(2, train_here, settings) == [EXIT_DONE, EXIT_DONE]
@@ -158,8 +159,6 @@ def test_rotation_and_half_written_checkpoints(content: dict[str, Any], tmp_path
 def test_resume_is_refused_for_another_run(content: dict[str, Any], tmp_path: Path) -> None:
     settings = at(content, tmp_path / "run")
     run(2, train_here, settings, 5)
-    with pytest.raises(ConfigError, match=r"--nproc=1: the checkpoint .* was written by 2 ranks; resume with 2 ranks"):
-        check(parse(settings), Path("recipe.yaml"), 1)
     changed = copy.deepcopy(settings)
     changed["relora"]["rank"] = 8
     with pytest.raises(ConfigError, match=r"relora\.rank=8: the run in .* has 4; name another run\.dir"):

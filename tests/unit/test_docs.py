@@ -20,7 +20,7 @@ def keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from keys(field.annotation, f"{prefix}{name}.")
         else:
-            yield prefix + name, field.default
+            yield prefix + (field.alias or name), field.default
 
 
 def test_every_key_with_its_default() -> None:
