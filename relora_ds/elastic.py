@@ -36,12 +36,12 @@ def load(engine: Any, run: RunFolder, checkpoint: Path, tell: Callable[[str], No
     """
     content = manifests.read(checkpoint)
     folder = _convert_on_rank_0(run, checkpoint, tell)
+    optimizer = engine.optimizer
+    zero.load_universal(getattr(optimizer, "zero", optimizer), folder, next(engine.module.parameters()).device)
     state = torch.load(checkpoint / checkpoints.MODEL_STATES, map_location="cpu", weights_only=False, mmap=True)
     engine.module.load_state_dict(state["module"])
     engine.global_steps, engine.skipped_steps = state["global_steps"], state["skipped_steps"]
     engine.global_samples = state["global_samples"]
-    optimizer = engine.optimizer
-    zero.load_universal(getattr(optimizer, "zero", optimizer), folder, next(engine.module.parameters()).device)
     _load_restarts(optimizer, checkpoint, content)
     return checkpoints.Progress(**content.progress)
 

@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 from relora_ds.config import Config
-from relora_ds.run_folder import RunFolder, append_line, write_atomically
+from relora_ds.run_folder import Log, RunFolder, write_atomically
 
 LINE_EVERY_S = 5.0
 """How often a progress line is printed where the output is not a terminal."""
@@ -60,26 +60,27 @@ class Progress:
 
 
 class Metrics:
-    """Writes what happened; a line is on disk before the next update begins."""
+    """Writes what happened; a line is on disk before the next update begins, unless the disk refuses it for a while."""
 
     def __init__(self, config: Config, folder: RunFolder) -> None:
         self.folder = folder
         self.progress = Progress(config.total_updates)
+        self.log, self.restarts = (Log(path, self.note) for path in (folder.metrics, folder.restarts))
         self.wandb = _start_wandb(config, folder)
 
     def update(self, record: dict[str, Any]) -> None:
-        append_line(self.folder.metrics, record)
+        self.log.append(record)
         self.progress.show(record)
         self._to_wandb("train", record)
 
     def evaluation(self, record: dict[str, Any]) -> None:
-        append_line(self.folder.metrics, record)
+        self.log.append(record)
         self.progress.break_line()
         say(f"update {record['update']}: held-out loss {record['eval_loss']:.4f}, perplexity {record['eval_perplexity']:.3f}")
         self._to_wandb("eval", record)
 
     def restart(self, record: dict[str, Any]) -> None:
-        append_line(self.folder.restarts, record)
+        self.restarts.append(record)
         self.progress.break_line()
         say(
             f"update {record['update']}: restart {record['restart']}, merged change {record['merged_change']:.2%} of W, "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,40 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
     """Appends one JSON object as a line, in one write."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
+
+
+class Log:
+    """A file of JSON lines that can be kept through times in which it cannot be written: the lines wait in memory.
+
+    Args:
+        path: of the file.
+        tell: is told when it cannot be written, once, and when it can again.
+    """
+
+    def __init__(self, path: Path, tell: Callable[[str], None]) -> None:
+        self.path, self.tell = path, tell
+        self.waiting: list[dict[str, Any]] = []
+        self.has_failed = False
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Appends one object as a line, and those that wait before it."""
+        self.waiting.append(record)
+        try:
+            size = self.path.stat().st_size if self.path.exists() else 0
+            while self.waiting:
+                append_line(self.path, self.waiting[0])
+                self.waiting.pop(0)
+                size = self.path.stat().st_size
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(self.path, size)  # part of a line may have found room
+            if not self.has_failed:
+                self.tell(f"{self.path} cannot be written ({error.strerror}); its lines wait in memory")
+            self.has_failed = True
+        else:
+            if self.has_failed:
+                self.tell(f"{self.path} can be written again")
+            self.has_failed = False
 
 
 def truncate_log(path: Path, last_update: int) -> None:

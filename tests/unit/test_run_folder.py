@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from relora_ds import config
+from relora_ds import config, run_folder
 from relora_ds.errors import ConfigError
-from relora_ds.run_folder import RunFolder, append_line, truncate_log, write_atomically
+from relora_ds.run_folder import Log, RunFolder, append_line, truncate_log, write_atomically
 
 
 def test_write_atomically_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -79,6 +80,27 @@ def test_truncate_log_drops_a_line_cut_off_by_a_kill(tmp_path: Path, cut_off: st
     assert read_updates(path) == [1, 2, 3]
     append_line(path, {"update": 4})
     assert read_updates(path) == [1, 2, 3, 4]
+
+
+def test_a_log_waits_for_a_disk_that_refuses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a line finds room: it is taken back, and the lines come in order once there is room again."""
+    told: list[str] = []
+    log = Log(tmp_path / "metrics.jsonl", told.append)
+    log.append({"update": 1})
+
+    def half_a_line(path: Path, record: dict[str, Any]) -> None:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record)[:5])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(run_folder, "append_line", half_a_line)
+        log.append({"update": 2})
+        log.append({"update": 3})
+    assert read_updates(log.path) == [1]
+    log.append({"update": 4})
+    assert read_updates(log.path) == [1, 2, 3, 4]
+    assert len(told) == 2 and "cannot be written (No space left on device)" in told[0] and "can be written again" in told[1]
 
 
 def test_truncate_log_of_a_run_without_a_log(tmp_path: Path) -> None:
