@@ -169,17 +169,24 @@ def in_the_change_of_phase(rng: random.Random) -> tuple[str, Aim]:
 AIMS = (at_random, after_update, in_a_save, in_a_base, in_a_rotation, around_a_merge, in_the_change_of_phase)
 
 
+def torture_once(path: Path, run: Path, aim: Aim) -> bool:
+    """Runs a recipe until the moment has come, and kills it; False when it ended before."""
+    process, started = start(path), time.monotonic()
+    while process.poll() is None and not aim(run, time.monotonic() - started):
+        time.sleep(POLL_S)
+    if process.poll() is not None:
+        return False
+    kill(process)
+    return True
+
+
 def torture(path: Path, run: Path, rng: random.Random, most_kills: int = 3) -> list[tuple[str, int]]:
     """Runs a recipe to its end over up to ``most_kills`` kills; returns how each was aimed and at which update it hit."""
     hits = []
     for _ in range(rng.randint(1, most_kills)):
         name, aim = rng.choice(AIMS)(rng)
-        process, started = start(path), time.monotonic()
-        while process.poll() is None and not aim(run, time.monotonic() - started):
-            time.sleep(POLL_S)
-        if process.poll() is not None:
+        if not torture_once(path, run, aim):
             break
-        kill(process)
         hits.append((name, updates_logged(run)))
     process = start(path)
     code = process.wait(timeout=300)

@@ -288,6 +288,19 @@ def is_deepspeed(place: str | Path) -> bool:
     return (folder / LATEST).is_file() or any(folder.glob("*model_states.pt"))
 
 
+def check_deepspeed(folder: Path, *, trust: bool) -> Path:
+    """The folder of the tag that would be read. Raises ConfigError where there is none, or the user does not trust its pickles."""
+    tag = _find_tag(folder)
+    if not trust:
+        raise ConfigError(
+            "model.weights",
+            str(folder),
+            "is a pickle that could run anything, and has no manifest to verify it by",
+            "pass --trust if you trust whoever wrote it",
+        )
+    return tag
+
+
 def deepspeed_weights(folder: Path, model: PreTrainedModel, *, trust: bool) -> Source:
     """The weights of a plain DeepSpeed checkpoint: of ZeRO 1 or 2, or of none; the whole is read at once, or mapped, on the CPU.
 
@@ -302,14 +315,7 @@ def deepspeed_weights(folder: Path, model: PreTrainedModel, *, trust: bool) -> S
     Raises:
         ConfigError: not trusted; split over model-parallel or ZeRO-3 ranks; unreadable; or not this model's weights.
     """
-    tag = _find_tag(folder)
-    if not trust:
-        raise ConfigError(
-            "model.weights",
-            str(folder),
-            "is a pickle that could run anything, and has no manifest to verify it by",
-            "pass --trust if you trust whoever wrote it",
-        )
+    tag = check_deepspeed(folder, trust=trust)
     try:
         content = torch.load(tag / MODEL_STATES, map_location="cpu", weights_only=False, mmap=True)
         # Both: ZeRO 1 saves no frozen parameters with its masters.

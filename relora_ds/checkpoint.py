@@ -22,7 +22,7 @@ import transformers
 from relora_ds import __version__, ds_config
 from relora_ds import base as bases
 from relora_ds import manifest as manifests
-from relora_ds.config import Config
+from relora_ds.config import Config, dump
 from relora_ds.errors import ConfigError
 from relora_ds.manifest import Manifest, ManifestError
 from relora_ds.optimizer import ReLoRAOptimizer
@@ -48,7 +48,7 @@ class Progress:
     skipped_in_a_row: int = 0
 
 
-def describe(engine: Any, run: RunFolder, config: Config, progress: Progress, phase: str) -> Manifest:
+def describe(engine: Any, config: Config, progress: Progress, phase: str) -> Manifest:
     """The manifest of the checkpoint that would be written now, without files and base."""
     optimizer = engine.optimizer
     is_relora = isinstance(optimizer, ReLoRAOptimizer)
@@ -62,7 +62,7 @@ def describe(engine: Any, run: RunFolder, config: Config, progress: Progress, ph
         world_size=dist.get_world_size(),
         zero_stage=engine.zero_optimization_stage(),
         precision=ds_config.precision(engine.config),
-        config_sha256=hashlib.sha256(run.config.read_bytes()).hexdigest(),
+        config_sha256=hashlib.sha256(dump(config).encode()).hexdigest(),
         data={"epoch_seed": config.run.seed, "sequences": progress.update * config.train.global_batch},
         rng={"seed": config.run.seed},
         progress=asdict(progress),
@@ -217,23 +217,21 @@ def load_base(optimizer: ReLoRAOptimizer, checkpoint: Path) -> None:
     raise ConfigError("CHECKPOINT", str(checkpoint), problem, "keep base/ beside checkpoints/")
 
 
-def read_model_state(checkpoint: Path, *, trust: bool = False) -> dict[str, torch.Tensor]:
+def read_model_state(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The module's weights in a checkpoint, on the CPU, in the dtype that the engine held them in; not the frozen ones of a base.
 
-    The file is a pickle, which can run anything: it is opened only when the manifest lists it with the checksum that it has, or when
-    the user says that it can be trusted.
+    The file is a pickle, which can run anything: it is opened only when the manifest lists it with the checksum that it has.
 
     Raises:
-        ConfigError: it cannot be trusted, or cannot be read.
+        ConfigError: there is no such manifest, or it lists another content.
     """
     path = checkpoint / MODEL_STATES
-    if not trust:
-        files = read_manifest(checkpoint).files
-        problem = next(manifests.faults(checkpoint, {MODEL_STATES: files[MODEL_STATES]} if MODEL_STATES in files else {}), None)
-        if MODEL_STATES not in files or problem:
-            raise ConfigError(
-                "CHECKPOINT", str(checkpoint), problem or f"its manifest does not list {MODEL_STATES}", "take another checkpoint"
-            )
+    files = read_manifest(checkpoint).files
+    problem = f"its manifest does not list {MODEL_STATES}"
+    if MODEL_STATES in files:
+        problem = next(manifests.faults(checkpoint, {MODEL_STATES: files[MODEL_STATES]}), "")
+    if problem:
+        raise ConfigError("CHECKPOINT", str(checkpoint), problem, "take another checkpoint")
     content = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
     return content["module"]
 

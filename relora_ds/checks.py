@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from relora_ds import adapters, ds_config, lora
 from relora_ds import checkpoint as checkpoints
-from relora_ds import ds_config, lora
 from relora_ds import model as models
 from relora_ds.config import Config
 from relora_ds.data import TokenDataset, TokenIndex, read_index
@@ -41,15 +41,17 @@ class Checked:
         deepspeed: DeepSpeed's configuration, fitted to the recipe and the number of ranks.
         architecture: the Hugging Face configuration of the model.
         index: of the token folder.
+        trust: whether the user trusts pickles that no manifest lists.
     """
 
     config: Config
     deepspeed: dict[str, Any]
     architecture: PretrainedConfig
     index: TokenIndex
+    trust: bool = False
 
 
-def check(config: Config, recipe: Path, world_size: int, allow_changed: Sequence[str] = ()) -> Checked:
+def check(config: Config, recipe: Path, world_size: int, allow_changed: Sequence[str] = (), trust: bool = False) -> Checked:
     """Raises ConfigError for the first thing that could not be trained, or not be trained right.
 
     Args:
@@ -57,6 +59,7 @@ def check(config: Config, recipe: Path, world_size: int, allow_changed: Sequence
         recipe: its file; DeepSpeed's JSON is also looked for beside it and one folder up.
         world_size: ranks of the job.
         allow_changed: settings, or sections, in which a resumed run may differ from what it was, because the user insists.
+        trust: whether pickles may be opened that no manifest lists.
     """
     resumed = _check_resume(config, world_size, allow_changed)
     if resumed is not None and resumed.world_size != world_size:
@@ -79,7 +82,9 @@ def check(config: Config, recipe: Path, world_size: int, allow_changed: Sequence
             architecture = models.control_config(architecture, lora.num_trainable(model, layers, config.relora.rank))
     if resumed is not None and resumed.precision != ds_config.precision(fitted):
         _refuse_changes([("deepspeed", resumed.precision, ds_config.precision(fitted))], config.run.dir, allow_changed)
-    return Checked(config, fitted, architecture, index)
+    if config.model.weights is not None and resumed is None:
+        adapters.check_deepspeed(Path(config.model.weights), trust=trust)
+    return Checked(config, fitted, architecture, index, trust)
 
 
 def _check_data(config: Config, index: TokenIndex, architecture: PretrainedConfig) -> None:

@@ -54,6 +54,7 @@ def build_parser() -> Parser:
         "--allow-changed", metavar="KEY", action="append", default=[],
         help="resume although this setting, or section, is not what it was; may be given several times",
     )  # fmt: skip
+    train.add_argument("--trust", action="store_true", help="open DeepSpeed's pickles of model.weights, which no manifest lists")
     train.set_defaults(run=run_train)
 
     evaluation = commands.add_parser("eval", help="held-out perplexity of a run or a checkpoint")
@@ -67,7 +68,13 @@ def build_parser() -> Parser:
     export.add_argument("place", metavar="RUN_DIR|CHECKPOINT", type=Path)
     export.add_argument("out", metavar="OUT", type=Path)
     export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: the one it was trained in")
+    export.add_argument("--adapter", action="store_true", help="as a PEFT adapter of the current factors, its base beside it")
     export.set_defaults(run=run_export)
+
+    listing = commands.add_parser("checkpoints", help="a run's checkpoints: size, what each needs, whether it is whole")
+    listing.add_argument("place", metavar="RUN_DIR", type=Path)
+    listing.add_argument("--verify", action="store_true", help="read every file and compare it with its checksum")
+    listing.set_defaults(run=run_checkpoints)
 
     report = commands.add_parser("report", help="tables and plots of one run, or of several overlaid")
     report.add_argument("places", metavar="RUN_DIR", type=Path, nargs="+")
@@ -129,7 +136,7 @@ def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
     overrides = list(options.overrides)
     for word in rest:  # overrides may stand behind options
         if word.startswith("-"):
-            refuse_rest([word], ["--nproc", "--allow-changed"])
+            refuse_rest([word], ["--nproc", "--allow-changed", "--trust"])
         overrides.append(word)
     quiet()
     place = launch.discover()
@@ -148,14 +155,14 @@ def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
     if place is None:
         refuse_busy(recipe)
-    checked = check(recipe, Path(options.recipe), num_processes, options.allow_changed)
+    checked = check(recipe, Path(options.recipe), num_processes, options.allow_changed, options.trust)
     if ds_config.precision(checked.deepspeed) == "bf16" and not cuda_here() and (done := launch.guard_bf16()) and is_main():
         print(f"[relora-ds] {done}", file=sys.stderr, flush=True)
     if place is None:
         launch.check_devices(num_processes)
     if place is None and num_processes > 1:
         print(f"[relora-ds] starting {num_processes} processes", file=sys.stderr, flush=True)
-        insisted = [word for key in options.allow_changed for word in ("--allow-changed", key)]
+        insisted = [word for key in options.allow_changed for word in ("--allow-changed", key)] + ["--trust"] * options.trust
         return launch.spawn(["train", options.recipe, *overrides, *insisted], num_processes)
 
     from relora_ds.elastic import ConversionError
@@ -208,10 +215,23 @@ def run_export(options: argparse.Namespace, rest: Sequence[str]) -> int:
     refuse_rest(rest)
     quiet()
     from relora_ds.ds_config import DTYPES
-    from relora_ds.export import export
+    from relora_ds.export import export, export_adapter
 
-    print(f"wrote {export(options.place, options.out, dtype=DTYPES[options.dtype] if options.dtype else None)}")
+    write = export_adapter if options.adapter else export
+    print(f"wrote {write(options.place, options.out, dtype=DTYPES[options.dtype] if options.dtype else None)}")
     return EXIT_DONE
+
+
+def run_checkpoints(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Prints the table; exit code 1 when something is damaged."""
+    refuse_rest(rest, ["--verify"])
+    quiet()
+    from relora_ds.listing import listing
+    from relora_ds.run_folder import RunFolder
+
+    lines, is_whole = listing(RunFolder(options.place), deep=options.verify)
+    print("\n".join(lines))
+    return EXIT_DONE if is_whole else EXIT_FAILED
 
 
 def run_report(options: argparse.Namespace, rest: Sequence[str]) -> int:

@@ -43,9 +43,11 @@ class Model(Section):
     preset: str | None = None
     """A row of the paper's table, e.g. ``llama_60m``; random weights."""
     path: str | None = None
-    """A Hugging Face folder or hub name, or an earlier run's folder: its weights are the start."""
+    """A Hugging Face folder or hub name, a PEFT LoRA adapter's folder, or an earlier run's: its weights are the start."""
     config: dict[str, Any] | str | None = None
     """A Hugging Face configuration (with ``model_type``), or the path or hub name of one; random weights."""
+    weights: str | None = None
+    """A plain DeepSpeed checkpoint's folder, whose weights are the start instead of random ones."""
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
     """auto: flash-attention 2 on CUDA in bf16 where it is installed, else SDPA."""
     gradient_checkpointing: bool = False
@@ -348,6 +350,9 @@ def _check_contradictions(config: Config) -> None:
         raise ConfigError(
             "model", {"preset": sources[0], "path": sources[1], "config": sources[2]}, "give exactly one of the three"
         )
+    if config.model.weights is not None and (config.model.path is not None or config.method == "control"):
+        problem = "are the start for preset or config, of a model of their size"
+        raise ConfigError("model.weights", config.model.weights, problem, "leave out this or model.path, or take another method")
     if train.global_batch % train.micro_batch:
         raise ConfigError("train.global_batch", train.global_batch, f"is not a multiple of train.micro_batch={train.micro_batch}")
     if config.optimizer.warmup >= total:

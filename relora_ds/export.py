@@ -11,9 +11,11 @@ from transformers import AutoTokenizer, PreTrainedModel
 from relora_ds import checkpoint as checkpoints
 from relora_ds import ds_config, lora
 from relora_ds import model as models
+from relora_ds.adapters import save_adapter
 from relora_ds.base import Base
 from relora_ds.errors import ConfigError
 from relora_ds.manifest import Manifest
+from relora_ds.run_folder import RunFolder
 from relora_ds.weights import Source
 
 
@@ -29,7 +31,7 @@ def load_merged(
         attention: as in the recipe's ``model.attention``.
     """
     folder, checkpoint = checkpoints.locate(place)
-    trained_in = ds_config.DTYPES[ds_config.precision(ds_config.read(str(folder.deepspeed)))]
+    trained_in = _trained_in(folder)
     architecture = models.read_hf_config(folder.model, "RUN_DIR")
     model = models.skeleton(architecture, attention=attention, dtype=dtype or trained_in, device=torch.device(device))
     source = merged_weights(checkpoint)
@@ -51,7 +53,7 @@ def merged_weights(place: Path) -> Source:
     return read
 
 
-def stored_model(place: Path, *, trust: bool = False) -> PreTrainedModel:
+def stored_model(place: Path) -> PreTrainedModel:
     """The model of a run, or of one of its checkpoints, as it was trained, wrapped in its LoRA phase, over files that stay on disk.
 
     Raises:
@@ -70,7 +72,7 @@ def stored_model(place: Path, *, trust: bool = False) -> PreTrainedModel:
             frozen=settings.frozen,
             trainable_scaling=settings.trainable_scaling,
         )
-    state = checkpoints.read_model_state(checkpoint, trust=trust)
+    state = checkpoints.read_model_state(checkpoint)
     if content.base is not None:
         state |= _base_tensors(checkpoint, content)
     try:
@@ -88,6 +90,55 @@ def _base_tensors(checkpoint: Path, content: Manifest) -> dict[str, torch.Tensor
     return Base(checkpoints.base_folder(checkpoint, content)).state()
 
 
+def export_adapter(place: Path, out: Path, *, dtype: torch.dtype | None = None) -> Path:
+    """Writes the current A and B as a PEFT adapter, and the model that they adapt, frozen weights not merged, as ``out/base``.
+
+    Args:
+        place: a run's folder or one of its checkpoints, in the LoRA phase.
+        out: a folder that is new or empty.
+        dtype: of the base; None for the one it was trained in, or fp32 where the frozen weights are stored in another.
+    """
+    _refuse_full(out)
+    run, checkpoint = checkpoints.locate(place)
+    settings = run.read_config().lora_settings
+    stored = stored_model(checkpoint)
+    layers = dict(lora.relora_layers(stored))
+    if not layers:
+        raise ConfigError("RUN_DIR", str(place), "has no LoRA factors yet", "export the model")
+    if dtype is None:
+        dtype = _trained_in(run) if settings.frozen.dtype == "auto" else torch.float32
+
+    def read(names: Sequence[str], _param: torch.Tensor) -> torch.Tensor:
+        layer = next((layers[name.removesuffix(".weight")] for name in names if name.removesuffix(".weight") in layers), None)
+        if layer is None or layer.weight is None:
+            return stored.get_parameter(names[0]).detach()
+        return layer.weight.read().t() if layer.is_conv1d else layer.weight.read()
+
+    save_adapter(
+        out, layers.items(), base_name=str((out / "base").resolve()), rank=settings.rank, alpha=settings.alpha
+    )  # first: it refuses what cannot be an adapter
+    skeleton = models.skeleton(stored.config, attention="auto", dtype=dtype, device=torch.device("cpu"))
+    _save(models.fill(skeleton, dtype=dtype, device=torch.device("cpu"), weights=read), out / "base", run)
+    return out
+
+
+def _trained_in(run: RunFolder) -> torch.dtype:
+    return ds_config.DTYPES[ds_config.precision(ds_config.read(str(run.deepspeed)))]
+
+
+def _refuse_full(out: Path) -> None:
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError("OUT", str(out), "is not empty", "name a new folder")
+
+
+def _save(model: PreTrainedModel, out: Path, run: RunFolder) -> None:
+    """As a Hugging Face folder, with the run's tokenizer."""
+    model.config.use_cache = True
+    model.save_pretrained(out)
+    if (run.model / "tokenizer.json").is_file():
+        AutoTokenizer.from_pretrained(run.model).save_pretrained(out)
+
+
 def export(place: Path, out: Path, *, dtype: torch.dtype | None = None) -> Path:
     """Writes a Hugging Face folder (config, safetensors, tokenizer) that ``AutoModelForCausalLM.from_pretrained`` loads.
 
@@ -96,12 +147,7 @@ def export(place: Path, out: Path, *, dtype: torch.dtype | None = None) -> Path:
         out: a folder that is new or empty.
         dtype: of the exported weights; None for the one they were trained in.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError("OUT", str(out), "is not empty", "name a new folder")
-    folder, _ = checkpoints.locate(place)
-    model = load_merged(place, dtype=dtype)
-    model.config.use_cache = True
-    model.save_pretrained(out)
-    if (folder.model / "tokenizer.json").is_file():
-        AutoTokenizer.from_pretrained(folder.model).save_pretrained(out)
+    _refuse_full(out)
+    run, checkpoint = checkpoints.locate(place)
+    _save(load_merged(checkpoint, dtype=dtype), out, run)
     return out

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Pretrain
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import is_flash_attn_2_available
 
+from relora_ds.adapters import is_peft, peft_base
 from relora_ds.config import Model
 from relora_ds.errors import ConfigError, nearest
 from relora_ds.run_folder import RunFolder
@@ -74,7 +75,9 @@ def hf_config(settings: Model, vocab_size: int) -> PretrainedConfig:
     key, source = ("model.path", settings.path) if settings.path is not None else ("model.config", settings.config)
     assert source is not None, "validated"
     run = RunFolder(Path(source))
-    return read_hf_config(run.model if run.exists() else source, key)
+    if run.exists():
+        return read_hf_config(run.model, key)
+    return read_hf_config(peft_base(Path(source)) if is_peft(source) else source, key)
 
 
 def read_hf_config(source: str | Path, key: str) -> PretrainedConfig:

@@ -10,16 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from relora_ds import ds_config, lora
 from relora_ds import model as models
+from relora_ds.adapters import deepspeed_weights, is_peft, peft_base, peft_weights
 from relora_ds.checks import Checked
 from relora_ds.config import Config
 from relora_ds.engine import adamw, initialize, wrapping
 from relora_ds.export import merged_weights
 from relora_ds.frozen import own_rows
 from relora_ds.run_folder import RunFolder
-from relora_ds.weights import Source, blank
+from relora_ds.weights import Source, blank, pretrained
 from relora_ds.zero import ZeroState, data_parallel_group
 
 
@@ -41,16 +43,26 @@ def initial_model(checked: Checked, device: torch.device, phase: str, *, is_resu
     config = checked.config
     dtype = ds_config.DTYPES[ds_config.precision(checked.deepspeed)]
     model = models.skeleton(checked.architecture, attention=config.model.attention, dtype=dtype, device=device).train()
-    start: str | Source | None = config.model.path
-    if is_resumed:
-        start = blank
-    elif config.model.path is not None and RunFolder(Path(config.model.path)).exists():
-        start = merged_weights(Path(config.model.path))
+    start = blank if is_resumed else _first_weights(checked, model)
     finish = _wrap_units(model, checked) if phase == "lora" else None
     models.fill(model, dtype=dtype, device=device, seed=config.run.seed, weights=start, finish=finish)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def _first_weights(checked: Checked, model: PreTrainedModel) -> str | Source | None:
+    """Where the weights of a new run come from; None for random ones."""
+    settings = checked.config.model
+    if settings.weights is not None:
+        return deepspeed_weights(Path(settings.weights), model, trust=checked.trust)
+    if settings.path is None or RunFolder(Path(settings.path)).exists():
+        return None if settings.path is None else merged_weights(Path(settings.path))
+    if not is_peft(settings.path):
+        return settings.path
+    base = peft_base(Path(settings.path))
+    with models.explained("model.path", settings.path, "its base cannot be loaded"):
+        return peft_weights(Path(settings.path), pretrained(base, model), model)
 
 
 def _wrap_units(model: nn.Module, checked: Checked) -> Callable[[str], None]:

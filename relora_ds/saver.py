@@ -206,11 +206,11 @@ class Saver:
         """This rank's files, and the small one that lists them."""
         own: dict[str, Any] = {"files": {}, "base_files": {}}
         if job.base is not None and job.base_content:
-            job.base.mkdir(parents=True, exist_ok=True)
+            job.base.mkdir(exist_ok=True)  # not its parents: where they are gone, the mount is
             path = job.base / bases.file_of(self.rank)
             save_file(job.base_tensors, path)
             own["base_files"][path.name] = manifests.flush_and_describe(path)
-        job.target.mkdir(parents=True, exist_ok=True)
+        job.target.mkdir(exist_ok=True)
         for path, state in job.states.items():
             torch.save(state, path)
             own["files"][path.name] = manifests.flush_and_describe(path)

@@ -234,7 +234,7 @@ class Trainer:
     def save(self, *, wait: bool) -> None:
         """Begins to write a checkpoint, when the one before is complete; waits for it if asked, or if it is not asynchronous."""
         self._finish_save()
-        manifest = checkpoints.describe(self.engine, self.folder, self.config, self.done, self.phase)
+        manifest = checkpoints.describe(self.engine, self.config, self.done, self.phase)
         self.saver.start(self.engine, manifest, asdict(self.done))
         if wait or not self.config.checkpoint.asynchronous:
             self._finish_save()

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT_S = 90.0
+TIMEOUT_S = 180.0
 _pools: dict[int, Pool] = {}
 
 

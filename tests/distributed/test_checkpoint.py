@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -415,17 +415,32 @@ def checkpoint_complete(trainer: Trainer) -> None:
         job.thread.join()
 
 
-def train_over_a_full_disk(content: dict[str, Any], disk: str, *, free_again: bool) -> str:
-    """The disk fills after update 7, and is freed after update 13 or never."""
+def mount(*arguments: str) -> None:
+    subprocess.run(["mount", *arguments], check=True)
+
+
+BREAK: dict[str, Callable[[str], None]] = {
+    "full": lambda disk: fill(Path(disk) / "ballast", leave=40_000),
+    "read-only": lambda disk: mount("-o", "remount,ro", disk),
+    "vanished": lambda disk: subprocess.run(["umount", "-l", disk], check=True) and None,
+}
+MEND: dict[str, Callable[[str], None]] = {
+    "full": lambda disk: (Path(disk) / "ballast").unlink(),
+    "read-only": lambda disk: mount("-o", "remount,rw", disk),
+}
+
+
+def train_over_a_broken_disk(content: dict[str, Any], disk: str, how: str, *, mended: bool) -> str:
+    """The disk fails before update 7, when the checkpoint after 6 is complete, and works again before update 14, or never."""
     original, place = Trainer.update, launch.discover()
     assert place is not None
 
     def update(self: Trainer, number: int, stop_requested: bool) -> bool:
         if place.is_main and number == 7:
             checkpoint_complete(self)
-            fill(Path(disk) / "ballast", leave=40_000)
-        if place.is_main and number == 14 and free_again:
-            (Path(disk) / "ballast").unlink()
+            BREAK[how](disk)
+        if place.is_main and number == 14 and mended:
+            MEND[how](disk)
         return original(self, number, stop_requested)
 
     Trainer.update = update  # type: ignore[method-assign]
@@ -435,15 +450,25 @@ def train_over_a_full_disk(content: dict[str, Any], disk: str, *, free_again: bo
         Trainer.update = original  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
-def test_a_full_disk_does_not_stop_the_run(content: dict[str, Any], small_disk: Path, tmp_path: Path, asynchronous: bool) -> None:
+def train_over_a_mended_disk(content: dict[str, Any], disk: str, how: str) -> str:
+    return train_over_a_broken_disk(content, disk, how, mended=True)
+
+
+def train_over_a_disk_that_stays_broken(content: dict[str, Any], disk: str, how: str) -> str:
+    return train_over_a_broken_disk(content, disk, how, mended=False)
+
+
+@pytest.mark.parametrize(("how", "asynchronous"), [("full", True), ("full", False), ("read-only", True)])
+def test_a_disk_that_fails_for_a_while_does_not_stop_the_run(
+    content: dict[str, Any], small_disk: Path, tmp_path: Path, how: str, asynchronous: bool
+) -> None:
     """Checkpoints after 9 and 12 cannot be written, that after 15 can: the run ends as if nothing had been."""
     content["checkpoint"] = {"async": asynchronous, "max_failures": 3}
     whole = at(content, tmp_path / "whole", keep=2)
     run(2, train_here, whole)
     settings = at(content, small_disk / "run", keep=2)
-    told, _ = run(2, train_over_a_full_disk_freed, settings, str(small_disk))
-    assert "Error:" not in told
+    told, _ = run(2, train_over_a_mended_disk, settings, str(small_disk), how)
+    assert "TrainingError" not in told
     assert "a checkpoint could not be written (1 in a row)" in told and "(2 in a row)" in told and "(3 in a row)" not in told
     assert read_log(small_disk / "run" / "metrics.jsonl") == read_log(tmp_path / "whole" / "metrics.jsonl")
     folder = RunFolder(small_disk / "run")
@@ -451,19 +476,14 @@ def test_a_full_disk_does_not_stop_the_run(content: dict[str, Any], small_disk: 
     assert not [problem for path in checkpoints.find_all(folder) for problem in checkpoints.faults(path)]
 
 
-def train_over_a_full_disk_freed(content: dict[str, Any], disk: str) -> str:
-    return train_over_a_full_disk(content, disk, free_again=True)
-
-
-def train_over_a_disk_that_stays_full(content: dict[str, Any], disk: str) -> str:
-    return train_over_a_full_disk(content, disk, free_again=False)
-
-
-def test_a_disk_that_stays_full_stops_the_run_after_a_limit(content: dict[str, Any], small_disk: Path) -> None:
+@pytest.mark.parametrize("how", ["full", "vanished"])
+def test_a_disk_that_stays_broken_stops_the_run_after_a_limit(content: dict[str, Any], small_disk: Path, how: str) -> None:
     content["checkpoint"] = {"max_failures": 2}
     settings = at(content, small_disk / "run")
-    for message in run(2, train_over_a_disk_that_stays_full, settings, str(small_disk)):
-        assert "TrainingError: 2 checkpoints in a row could not be written (checkpoint.max_failures=2)" in message
-    folder = RunFolder(small_disk / "run")
-    newest = checkpoints.find_all(folder)[-1]
-    assert newest.name == "update_0000006" and not list(checkpoints.faults(newest)), "the last good one is kept"
+    for told in run(2, train_over_a_disk_that_stays_broken, settings, str(small_disk), how):
+        assert "TrainingError: 2 checkpoints in a row could not be written (checkpoint.max_failures=2)" in told
+    if how == "full":
+        newest = checkpoints.find_all(RunFolder(small_disk / "run"))[-1]
+        assert newest.name == "update_0000006" and not list(checkpoints.faults(newest)), "the last good one is kept"
+    else:
+        assert not list(small_disk.iterdir()), "nothing is written beside the mount"
