@@ -135,8 +135,8 @@ _NEEDS: tuple[Rule, ...] = (
     (
         "checkpoint.load_universal",
         bool,
-        "universal checkpoints do not hold the restarts yet",
-        "resume with the same number of ranks",
+        "relora-ds train converts a checkpoint of another number of ranks by itself",
+        "leave it out",
     ),
     ("tensor_parallel.autotp_size", lambda v: (v or 1) > 1, "tensor parallelism is not supported", "leave it out"),
     ("sequence_parallel_size", lambda v: (v or 1) > 1, "sequence parallelism is not supported", "leave it out"),
