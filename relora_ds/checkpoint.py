@@ -148,16 +148,16 @@ def tidy(run: RunFolder, resumed: Path | None) -> None:
 
     What is set aside (``damaged_…``) did not verify; it is left to the user, since a file that is missing may come back.
     """
-    restarts = manifests.read(resumed).restarts if resumed is not None else -1
+    newest_base = bases.folder_of(run, manifests.read(resumed).restarts).name if resumed is not None else ""
     for folder in run.checkpoints.glob("update_*"):
         if not (folder / manifests.NAME).is_file():
             _remove(folder)
         elif resumed is not None and folder.name > resumed.name:
             _set_aside(folder)
     for folder in bases.entries(run):
-        if not (folder / manifests.NAME).is_file():
+        if resumed is None or not (folder / manifests.NAME).is_file():
             _remove(folder)
-        elif folder.name > bases.folder_of(run, restarts).name:
+        elif folder.name > newest_base:
             _set_aside(folder)
 
 

@@ -174,7 +174,16 @@ class Saver:
         self.base = base
         if fenced:
             raise FencedError(error)
-        return next((text for text in [*errors, error] if text), None)
+        problem = next((text for text in [*errors, error] if text), None)
+        if problem and self.rank == 0:
+            self._remove_pieces(job)
+        return problem
+
+    def _remove_pieces(self, job: _Job) -> None:
+        """Of a checkpoint that could not be written: on a full disk they take the room that the next one needs."""
+        _clear(job.target)
+        if job.base_content and (self.base is None or job.base is None or self.base["folder"] != self._relative(job.base)):
+            _clear(job.base)
 
     def abandon(self) -> None:
         """Waits a while for the checkpoint on its way, without the other ranks: the run ends by an error."""

@@ -485,5 +485,6 @@ def test_a_disk_that_stays_broken_stops_the_run_after_a_limit(content: dict[str,
     if how == "full":
         newest = checkpoints.find_all(RunFolder(small_disk / "run"))[-1]
         assert newest.name == "update_0000006" and not list(checkpoints.faults(newest)), "the last good one is kept"
+        assert sorted(path.name for path in (small_disk / "run" / "checkpoints").glob("update_*"))[-1] == newest.name, "no pieces"
     else:
         assert not list(small_disk.iterdir()), "nothing is written beside the mount"
