@@ -83,6 +83,9 @@ class RunLock:
     Args:
         folder: the run's folder, which exists before :meth:`acquire`.
         job: free text that other jobs are shown, e.g. a SLURM job id with its restart count.
+
+    Attributes:
+        is_lost: whether a heartbeat found the lock in another job's hands: this one must write no more.
     """
 
     def __init__(self, folder: Path, job: str = "") -> None:
@@ -91,6 +94,7 @@ class RunLock:
         self._token: str | None = None
         self._pid = 0
         self._stop = threading.Event()
+        self.is_lost = False
 
     def __enter__(self) -> RunLock:
         self.acquire()
@@ -180,6 +184,7 @@ class RunLock:
 
     def _hold(self, mine: _Record) -> None:
         self._token, self._pid, self._stop = mine.token, mine.pid, threading.Event()
+        self.is_lost = False
         threading.Thread(target=self._beat, args=(mine.token, self._stop), name="run-lock", daemon=True).start()
 
     def _forget(self) -> None:
@@ -195,6 +200,8 @@ class RunLock:
                 record, _ = _read(file)
                 if record is not None and record.token == token:
                     os.utime(file.fileno())
+                elif record is not None and not stop.is_set():
+                    self.is_lost = True
 
     def _read_token(self) -> str | None:
         """The token in the file; None when there is no file, or a cut-off one."""

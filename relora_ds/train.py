@@ -28,7 +28,7 @@ from relora_ds.metrics import Metrics, say
 from relora_ds.model import describe
 from relora_ds.optimizer import ReLoRAOptimizer
 from relora_ds.run_folder import RunFolder, truncate_log, write_atomically
-from relora_ds.saver import Saver
+from relora_ds.saver import FencedError, Saver
 from relora_ds.schedule import lr_factor
 
 
@@ -148,7 +148,9 @@ class Trainer:
             self.engine.backward(micro_loss)
             self.engine.step()
             loss += micro_loss.detach()
-        mean_loss, stopping, save_failed = self._agree(loss / len(micro_batches), stop_requested)
+        mean_loss, stopping, save_failed, is_lost = self._agree(loss / len(micro_batches), stop_requested)
+        if is_lost:
+            raise FencedError(f"another job has taken over {self.folder.path}; this one writes no more")
         self._account(update, mean_loss, time.perf_counter() - started)
         if save_failed:
             self._finish_save()
@@ -163,13 +165,13 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = settings.peak_lr(lora=group["name"] == LORA_GROUP) * factor
 
-    def _agree(self, loss: torch.Tensor, stop_requested: bool) -> tuple[float, bool, bool]:
-        """The mean loss over the ranks, whether any was asked to stop, whether any failed to write: one all-reduce of 24 bytes."""
-        flags = torch.tensor([stop_requested, self.saver.has_failed], dtype=torch.float64, device=self.device)
+    def _agree(self, loss: torch.Tensor, stop_requested: bool) -> tuple[float, bool, bool, bool]:
+        """The mean loss over the ranks; whether any was asked to stop, failed to write or lost the folder: an all-reduce of 32 bytes."""
+        flags = torch.tensor([stop_requested, self.saver.has_failed, self.lock.is_lost], dtype=torch.float64, device=self.device)
         shared = torch.cat([loss.view(1), flags])
         dist.all_reduce(shared)
-        total, asked, failed = shared.tolist()
-        return total / self.place.world_size, asked > 0, failed > 0
+        total, asked, failed, lost = shared.tolist()
+        return total / self.place.world_size, asked > 0, failed > 0, lost > 0
 
     def _account(self, update: int, loss: float, seconds: float) -> None:
         """Brings the progress up to date, writes the metrics, and stops a run whose updates are skipped one after the other."""

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +19,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 
 from relora_ds import base as bases
 from relora_ds import checkpoint as checkpoints
-from relora_ds import launch, metrics, train
+from relora_ds import launch, lock, metrics, train
 from relora_ds import manifest as manifests
 from relora_ds.checks import check
 from relora_ds.config import parse
@@ -26,6 +27,7 @@ from relora_ds.errors import EXIT_DONE, ConfigError
 from relora_ds.export import export, load_merged
 from relora_ds.lora import relora_layers
 from relora_ds.run_folder import RunFolder
+from relora_ds.saver import FencedError
 from relora_ds.train import Trainer, TrainingError
 from tests.distributed import common
 from tests.distributed.pool import run
@@ -488,3 +490,37 @@ def test_a_disk_that_stays_broken_stops_the_run_after_a_limit(content: dict[str,
         assert sorted(path.name for path in (small_disk / "run" / "checkpoints").glob("update_*"))[-1] == newest.name, "no pieces"
     else:
         assert not list(small_disk.iterdir()), "nothing is written beside the mount"
+
+
+# Another job
+
+
+def train_until_fenced(content: dict[str, Any]) -> str:
+    """After update 7 another job takes the folder over, as one does that has heard nothing from this one for long."""
+    original, beat, place = Trainer.update, lock.BEAT_S, launch.discover()
+    assert place is not None
+    lock.BEAT_S = 0.02
+
+    def update(self: Trainer, number: int, stop_requested: bool) -> bool:
+        if place.is_main and number == 8:
+            path = self.lock.path
+            path.write_text(json.dumps({**json.loads(path.read_text()), "token": "another"}))
+            while not self.lock.is_lost:
+                time.sleep(0.01)
+        return original(self, number, stop_requested)
+
+    Trainer.update = update  # type: ignore[method-assign]
+    try:
+        return resume(content)
+    except FencedError as error:
+        return f"FencedError: {error}"
+    finally:
+        Trainer.update, lock.BEAT_S = original, beat  # type: ignore[method-assign]
+
+
+def test_a_job_whose_folder_was_taken_over_writes_no_more(content: dict[str, Any], tmp_path: Path) -> None:
+    for told in run(2, train_until_fenced, at(content, tmp_path / "run", checkpoint_every=1)):
+        assert told.startswith("FencedError: another job has taken over")
+    assert max(losses(tmp_path / "run")) == 7
+    assert checkpoints.find_all(RunFolder(tmp_path / "run"))[-1].name <= "update_0000007"
+    assert json.loads((tmp_path / "run" / "lock.json").read_text())["token"] == "another", "its lock is left alone"
