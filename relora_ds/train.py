@@ -166,7 +166,7 @@ class Trainer:
             group["lr"] = settings.peak_lr(lora=group["name"] == LORA_GROUP) * factor
 
     def _agree(self, loss: torch.Tensor, stop_requested: bool) -> tuple[float, bool, bool, bool]:
-        """The mean loss over the ranks; whether any was asked to stop, failed to write or lost the folder: an all-reduce of 32 bytes."""
+        """The mean loss; whether any rank was asked to stop, failed to write or lost the folder: one all-reduce of 32 bytes."""
         flags = torch.tensor([stop_requested, self.saver.has_failed, self.lock.is_lost], dtype=torch.float64, device=self.device)
         shared = torch.cat([loss.view(1), flags])
         dist.all_reduce(shared)
