@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -355,10 +357,12 @@ def test_int8_under_gradient_checkpointing() -> None:
 
 
 def test_int8_under_compile_with_merges_between() -> None:
-    """The default compiler, forward and backward, one graph; a merge changes the buffers in place and needs no new one."""
+    """The default compiler (where there is no C++ compiler, all but its last stage), forward and backward, in one graph; a merge
+    changes the buffers in place and needs no new one."""
     torch.compiler.reset()
+    backend = "inductor" if shutil.which("g++") or shutil.which("clang++") else "aot_eager"
     store, x = FrozenWeight(normal(16, 130, std=0.3), "int8"), normal(4, 130, seed=1, std=1).requires_grad_()
-    counter = CompileCounterWithBackend("inductor")
+    counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(store, backend=counter, fullgraph=True)
     for _ in range(3):
         expected, result = store(x), compiled(x)
