@@ -441,6 +441,10 @@ def train_over_a_broken_disk(content: dict[str, Any], disk: str, how: str, *, me
         if place.is_main and number == 7:
             checkpoint_complete(self)
             BREAK[how](disk)
+        if place.is_main and number == 11:
+            checkpoint_complete(self)
+        if place.is_main and number == 12:
+            train.say(f"failures known before update 12: {self.failed_saves}")
         if place.is_main and number == 14 and mended:
             MEND[how](disk)
         return original(self, number, stop_requested)
@@ -471,6 +475,7 @@ def test_a_disk_that_fails_for_a_while_does_not_stop_the_run(
     settings = at(content, small_disk / "run", keep=2)
     told, _ = run(2, train_over_a_mended_disk, settings, str(small_disk), how)
     assert "TrainingError" not in told
+    assert "failures known before update 12: 1" in told, "told at once, not at the next checkpoint"
     assert "a checkpoint could not be written (1 in a row)" in told and "(2 in a row)" in told and "(3 in a row)" not in told
     assert read_log(small_disk / "run" / "metrics.jsonl") == read_log(tmp_path / "whole" / "metrics.jsonl")
     folder = RunFolder(small_disk / "run")
