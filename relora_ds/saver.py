@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import copy
 import json
+import secrets
 import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -122,8 +124,7 @@ class Saver:
         self.base: dict[str, str] | None = None
         """The newest complete base: its folder and the digest of its manifest."""
         self._job: _Job | None = None
-        token = torch.randint(2**31, (1,)).tolist() if rank == 0 else [0]
-        self._token = _from_rank_0(token)[0]
+        self._token = _from_rank_0(secrets.token_hex(4))
 
     @property
     def is_busy(self) -> bool:
@@ -181,7 +182,8 @@ class Saver:
 
     def _remove_pieces(self, job: _Job) -> None:
         """Of a checkpoint that could not be written: on a full disk they take the room that the next one needs."""
-        _clear(job.target)
+        if not (job.target / manifests.NAME).is_file():
+            _clear(job.target)
         if job.base_content and (self.base is None or job.base is None or self.base["folder"] != self._relative(job.base)):
             _clear(job.base)
 
@@ -251,10 +253,12 @@ class Saver:
             part.unlink()
         manifests.flush_folder(job.target)
         manifests.write(job.target, replace(job.manifest, files=files, base=self.base if job.base is not None else None))
-        write_atomically(self.run.checkpoints / "latest", job.target.name)  # the tag that DeepSpeed loads unasked
-        if job.base is None:  # whole in itself, as DeepSpeed's own are, so its script can read it
-            shutil.copy(Path(deepspeed.__file__).parent / "utils" / "zero_to_fp32.py", self.run.checkpoints)
-        self.rotate()
+        # The checkpoint exists. What follows is tried again with the next one, and must not take this one along.
+        with suppress(OSError, manifests.ManifestError):
+            write_atomically(self.run.checkpoints / "latest", job.target.name)  # the tag that DeepSpeed loads unasked
+            if job.base is None:  # whole in itself, as DeepSpeed's own are, so its script can read it
+                shutil.copy(Path(deepspeed.__file__).parent / "utils" / "zero_to_fp32.py", self.run.checkpoints)
+            self.rotate()
 
 
 def _clear(folder: Path | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import shutil
@@ -495,6 +496,26 @@ def test_a_disk_that_stays_broken_stops_the_run_after_a_limit(content: dict[str,
         assert sorted(path.name for path in (small_disk / "run" / "checkpoints").glob("update_*"))[-1] == newest.name, "no pieces"
     else:
         assert not list(small_disk.iterdir()), "nothing is written beside the mount"
+
+
+def train_with_a_rotation_that_fails(content: dict[str, Any]) -> str:
+    def rotate(*_args: Any, **_kwargs: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    original = checkpoints.rotate
+    checkpoints.rotate = rotate
+    try:
+        return resume(content)
+    finally:
+        checkpoints.rotate = original
+
+
+def test_a_rotation_that_fails_takes_no_checkpoint_along(content: dict[str, Any], tmp_path: Path) -> None:
+    for told in run(2, train_with_a_rotation_that_fails, at(content, tmp_path / "run", keep=1)):
+        assert "Error" not in told and "could not be written" not in told
+    folder = RunFolder(tmp_path / "run")
+    assert len(checkpoints.find_all(folder)) == 6
+    assert not [problem for path in checkpoints.find_all(folder) for problem in checkpoints.faults(path)]
 
 
 # Another job
