@@ -28,7 +28,7 @@ from relora_ds.errors import EXIT_DONE, ConfigError
 from relora_ds.export import export, load_merged
 from relora_ds.lora import relora_layers
 from relora_ds.run_folder import RunFolder
-from relora_ds.saver import FencedError
+from relora_ds.saver import FencedError, Saver
 from relora_ds.train import Trainer, TrainingError
 from tests.distributed import common
 from tests.distributed.pool import run
@@ -550,3 +550,29 @@ def test_a_job_whose_folder_was_taken_over_writes_no_more(content: dict[str, Any
     assert max(losses(tmp_path / "run")) == 7
     assert checkpoints.find_all(RunFolder(tmp_path / "run"))[-1].name <= "update_0000007"
     assert json.loads((tmp_path / "run" / "lock.json").read_text())["token"] == "another", "its lock is left alone"
+
+
+def save_after_a_take_over(content: dict[str, Any]) -> str:
+    """Another job takes the folder over between two heartbeats, right before a checkpoint is complete."""
+    original, place = Saver._complete, launch.discover()
+    assert place is not None
+
+    def complete(self: Saver, job: Any) -> None:
+        if job.manifest.update == 6:
+            path = self.run.path / "lock.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), "token": "another"}))
+        original(self, job)
+
+    Saver._complete = complete  # type: ignore[method-assign]
+    try:
+        return resume(content)
+    except FencedError as error:
+        return f"FencedError: {error}"
+    finally:
+        Saver._complete = original  # type: ignore[method-assign]
+
+
+def test_a_checkpoint_is_not_completed_in_a_folder_that_was_taken_over(content: dict[str, Any], tmp_path: Path) -> None:
+    for told in run(2, save_after_a_take_over, at(content, tmp_path / "run")):
+        assert told.startswith("FencedError: another job has taken over")
+    assert [path.name for path in checkpoints.find_all(RunFolder(tmp_path / "run"))] == ["update_0000003"]

@@ -82,6 +82,12 @@ def test_random_weights_do_not_depend_on_what_happens_in_between() -> None:
     assert all(torch.equal(param, other) for param, other in zip(plain.parameters(), disturbed.parameters(), strict=True))
 
 
+def test_a_tied_head_leaves_the_embedding_as_it_was_drawn() -> None:
+    exact = build("tied llama")
+    rounded = models.fill(skeleton(configuration("tied llama")), dtype=torch.bfloat16, device=CPU, seed=3)
+    assert torch.equal(rounded.get_output_embeddings().weight, exact.get_input_embeddings().weight.to(torch.bfloat16))
+
+
 def test_units_are_blocks_and_what_is_outside_them() -> None:
     names = [name for name, _ in materialise(skeleton(configuration("llama")), blank, device=CPU)]
     assert names == ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "lm_head"]
