@@ -282,12 +282,6 @@ def save_adapter(out: Path, layers: Iterable[tuple[str, ReLoRALinear]], *, base_
     write_atomically(out / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")  # last: it makes the folder an adapter
 
 
-def is_deepspeed(place: str | Path) -> bool:
-    """Whether ``place`` is a DeepSpeed checkpoint: the folder given to ``engine.save_checkpoint``, or the folder of a tag in it."""
-    folder = Path(place)
-    return (folder / LATEST).is_file() or any(folder.glob("*model_states.pt"))
-
-
 def check_deepspeed(folder: Path, *, trust: bool) -> Path:
     """The folder of the tag that would be read. Raises ConfigError where there is none, or the user does not trust its pickles."""
     tag = _find_tag(folder)
@@ -308,7 +302,7 @@ def deepspeed_weights(folder: Path, model: PreTrainedModel, *, trust: bool) -> S
     own dtype.
 
     Args:
-        folder: what :func:`is_deepspeed` accepts; of several tags the one that ``latest`` names.
+        folder: given to ``engine.save_checkpoint`` (of several tags the one that ``latest`` names), or a tag's folder in it.
         model: with or without weights: its parameters are what must be there.
         trust: whether the files, which are pickles, may be opened.
 

@@ -33,9 +33,13 @@ def load_merged(
     folder, checkpoint = checkpoints.locate(place)
     trained_in = _trained_in(folder)
     architecture = models.read_hf_config(folder.model, "RUN_DIR")
-    model = models.skeleton(architecture, attention=attention, dtype=dtype or trained_in, device=torch.device(device))
-    source = merged_weights(checkpoint)
-    return models.fill(model, dtype=dtype or trained_in, device=torch.device(device), weights=source).eval()
+    return models.build(
+        architecture,
+        attention=attention,
+        dtype=dtype or trained_in,
+        device=torch.device(device),
+        weights=merged_weights(checkpoint),
+    ).eval()
 
 
 def merged_weights(place: Path) -> Source:
@@ -117,8 +121,8 @@ def export_adapter(place: Path, out: Path, *, dtype: torch.dtype | None = None) 
     save_adapter(
         out, layers.items(), base_name=str((out / "base").resolve()), rank=settings.rank, alpha=settings.alpha
     )  # first: it refuses what cannot be an adapter
-    skeleton = models.skeleton(stored.config, attention="auto", dtype=dtype, device=torch.device("cpu"))
-    _save(models.fill(skeleton, dtype=dtype, device=torch.device("cpu"), weights=read), out / "base", run)
+    base = models.build(stored.config, attention="auto", dtype=dtype, device=torch.device("cpu"), weights=read)
+    _save(base, out / "base", run)
     return out
 
 

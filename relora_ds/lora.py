@@ -243,29 +243,6 @@ def relora_layers(model: nn.Module) -> Iterator[tuple[str, ReLoRALinear]]:
             yield name, module
 
 
-@torch.no_grad()
-def unwrap(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Turns the wrapped layers back into ordinary ones, in place, with W + s·B·A as their weights.
-
-    Args:
-        model: wrapped or not.
-        dtype: of the whole result; None for each parameter's, and the factors' for merged weights. The sum is rounded once.
-    """
-    merged: dict[int, nn.Module] = {}
-    for _, layer in relora_layers(model):
-        plain = (Conv1D if layer.is_conv1d else _bare_linear)(layer.out_features, layer.in_features)
-        weight = layer.merged().to(dtype or layer.lora_A.dtype)
-        plain.weight = nn.Parameter(weight.t().contiguous() if layer.is_conv1d else weight)
-        plain.bias = layer.bias
-        merged[id(layer)] = plain
-    _replace(model, merged)
-    return model if dtype is None else model.to(dtype)
-
-
-def _bare_linear(out_features: int, in_features: int) -> nn.Linear:
-    return nn.Linear(in_features, out_features, bias=False, device="meta")
-
-
 def param_groups(
     model: nn.Module, *, weight_decay: float | None = None, lr: float | None = None, lora_lr: float | None = None
 ) -> list[dict[str, Any]]:

@@ -351,8 +351,6 @@ def test_deepspeed_layouts(tmp_path: Path) -> None:
     model = build_meta(tiny("llama").config)
     folder = checkpoint(tmp_path / "run", tiny("llama").state_dict())
     tag = folder / "global_step3"
-    assert adapters.is_deepspeed(folder) and adapters.is_deepspeed(str(tag)) and not adapters.is_deepspeed(tmp_path)
-    assert not adapters.is_deepspeed("owner/name")
 
     def refused(problem: str, place: Path = folder, *, trust: bool = True) -> None:
         with pytest.raises(ConfigError, match=problem):

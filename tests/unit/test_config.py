@@ -192,6 +192,11 @@ CONTRADICTIONS = [
         "no frozen weight to merge into; leave relora.restart_every out",
     ),
     (
+        ["method=lora", "relora.frozen={dtype: none, master: sharded}"],
+        "relora.frozen.master='sharded'",
+        "no frozen weight to keep exactly; set it to none",
+    ),
+    (
         ["relora.init=residual"],
         "relora.init='residual'",
         "needs the exact weights beside the stored ones; set relora.frozen.master",

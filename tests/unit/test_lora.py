@@ -17,7 +17,7 @@ from relora_ds import lora
 from relora_ds import model as models
 from relora_ds.config import Frozen, Model
 from relora_ds.errors import ConfigError
-from relora_ds.lora import ReLoRALinear, find_targets, initial_A, param_groups, relora_layers, unwrap, wrap
+from relora_ds.lora import ReLoRALinear, find_targets, initial_A, param_groups, relora_layers, wrap
 from tests.conftest import TINY_LLAMA, VOCAB_SIZE
 
 RANK, ALPHA = 3, 6.0
@@ -326,11 +326,8 @@ def test_a_module_in_two_places_is_wrapped_once() -> None:
     assert model.first is model.second
     torch.testing.assert_close(model(x), before, rtol=0, atol=1e-6)
     fill_factors(model)
-    trained = model(x).detach()
-    unwrap(model)
-    assert model.first is model.second
-    assert type(model.first) is nn.Linear
-    torch.testing.assert_close(model(x), trained, rtol=1e-5, atol=1e-5)
+    merged = model.first.merged()
+    torch.testing.assert_close(model(x), F.linear(torch.tanh(F.linear(x, merged, model.first.bias)), merged, model.first.bias))
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["first"], ["second"]], ids=str)
@@ -363,40 +360,20 @@ def test_tied_head_cannot_be_a_target() -> None:
         find_targets(build("gpt2"), ["lm_head"])
 
 
-# Back to ordinary layers
+# The merged weight
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_unwrap_keeps_the_outputs_and_restores_the_classes(architecture: str) -> None:
-    original = build(architecture)
-    types = {name: type(module) for name, module in original.named_modules()}
+def test_merged_weights_in_an_ordinary_model_compute_the_same(architecture: str) -> None:
+    original, model = build(architecture), wrap(build(architecture), rank=RANK, alpha=ALPHA)
     untrained = logits(original)
-    model = wrap(build(architecture), rank=RANK, alpha=ALPHA)
     fill_factors(model)
-    trained = logits(model)
-    assert not torch.allclose(trained, untrained, atol=1e-2)
-    assert unwrap(model) is model
-    torch.testing.assert_close(logits(model), trained, rtol=0, atol=1e-5)
-    assert {name: type(module) for name, module in model.named_modules()} == types
-    assert model.state_dict().keys() == original.state_dict().keys()
-    assert {name: p.shape for name, p in model.named_parameters()} == {name: p.shape for name, p in original.named_parameters()}
-    assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_unwrap_to_another_dtype_rounds_the_fp32_sum_once() -> None:
-    model = wrap(build("llama"), rank=RANK, alpha=ALPHA)
-    fill_factors(model)
-    layer = dict(relora_layers(model))["model.layers.1.mlp.up_proj"]
-    exact = (layer.weight.values + layer.delta(layer.lora_A, layer.lora_B)).detach()
-    unwrap(model, torch.bfloat16)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert torch.equal(model.get_submodule("model.layers.1.mlp.up_proj").weight, exact.to(torch.bfloat16))
-
-
-def test_unwrap_of_an_ordinary_model_changes_nothing() -> None:
-    model = build("llama")
-    before = logits(model)
-    assert torch.equal(logits(unwrap(model)), before)
+    for name, layer in relora_layers(model):
+        merged = layer.merged()
+        assert merged.dtype == torch.float32
+        original.get_submodule(name).weight.data = merged.t() if layer.is_conv1d else merged
+    torch.testing.assert_close(logits(original), logits(model), rtol=0, atol=1e-5)
+    assert not torch.allclose(logits(original), untrained, atol=1e-2)
 
 
 # Parameter groups
