@@ -94,7 +94,7 @@ class Base:
             start, stop = max(rows.start, own.start), min(rows.stop, own.stop)
             if start < stop:
                 found.append(file.get_slice(f"{name}/{part}")[start - own.start : stop - own.start])
-        return torch.cat(found) if found else torch.empty(0, self.layers[name]["shape"][1])
+        return torch.cat(found) if found else self._open[0].get_slice(f"{name}/{part}")[0:0]
 
     def _stored(self, name: str, rows: slice) -> tuple[Tensor, Tensor | None]:
         """Rows as a replica stores them: values and scales."""

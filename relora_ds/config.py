@@ -377,6 +377,10 @@ def check_relora(relora: ReLoRA) -> None:
         raise ConfigError(
             "relora.frozen.dtype", "none", "there is no frozen weight to merge into", "leave relora.restart_every out"
         )
+    if relora.frozen.dtype == "none" and relora.frozen.master != "none":
+        raise ConfigError(
+            "relora.frozen.master", relora.frozen.master, "there is no frozen weight to keep exactly", "set it to none"
+        )
     if relora.init == "residual" and relora.frozen.master != "sharded":
         raise ConfigError(
             "relora.init", "residual", "needs the exact weights beside the stored ones", "set relora.frozen.master=sharded"
