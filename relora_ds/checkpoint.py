@@ -86,13 +86,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
 
 def newest(run: RunFolder) -> Path | None:
     """The newest checkpoint whose manifest can be read; contents are not looked at."""
-    for path in reversed(find_all(run)):
-        try:
-            manifests.read(path)
-        except ManifestError:
-            continue
-        return path
-    return None
+    found = manifests.newest(run.checkpoints)
+    return found[0] if found else None
 
 
 def faults(checkpoint: Path, *, deep: bool = True) -> Iterator[str]:

@@ -51,7 +51,14 @@ class Checked:
     trust: bool = False
 
 
-def check(config: Config, recipe: Path, world_size: int, allow_changed: Sequence[str] = (), trust: bool = False) -> Checked:
+def check(
+    config: Config,
+    recipe: Path,
+    world_size: int,
+    allow_changed: Sequence[str] = (),
+    trust: bool = False,
+    on_cuda: bool | None = None,
+) -> Checked:
     """Raises ConfigError for the first thing that could not be trained, or not be trained right.
 
     Args:
@@ -60,6 +67,7 @@ def check(config: Config, recipe: Path, world_size: int, allow_changed: Sequence
         world_size: ranks of the job.
         allow_changed: settings, or sections, in which a resumed run may differ from what it was, because the user insists.
         trust: whether pickles may be opened that no manifest lists.
+        on_cuda: whether the ranks have GPUs; None: as this machine, which will run them.
     """
     resumed = _check_resume(config, world_size, allow_changed)
     if resumed is not None and resumed.world_size != world_size:
@@ -71,7 +79,7 @@ def check(config: Config, recipe: Path, world_size: int, allow_changed: Sequence
     index = read_index(Path(config.data.path))
     architecture = models.hf_config(config.model, index.vocab_size)
     _check_data(config, index, architecture)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if (torch.cuda.is_available() if on_cuda is None else on_cuda) else "cpu")
     dtype = ds_config.DTYPES[ds_config.precision(fitted)]
     models.attention_implementation(config.model.attention, dtype=dtype, device=device)  # raises where it cannot run
     if config.method != "full":

@@ -7,11 +7,20 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from relora_ds import __version__, launch
+from relora_ds import __version__, cli_slurm, launch
+from relora_ds.config import Config, load
 from relora_ds.errors import EXIT_BAD_CONFIG, EXIT_DONE, EXIT_FAILED, ConfigError, RestartError, nearest
+from relora_ds.run_folder import RunFolder
+from relora_ds.slurm_client import SlurmError
+from relora_ds.slurm_events import write_outcome
+from relora_ds.stop import StopSignal
+
+if TYPE_CHECKING:  # it imports torch
+    from relora_ds.checks import Checked
 
 
 class Parser(argparse.ArgumentParser):
@@ -80,6 +89,8 @@ def build_parser() -> Parser:
     report.add_argument("places", metavar="RUN_DIR", type=Path, nargs="+")
     report.add_argument("--out", type=Path, help="folder to write to (default: the run's folder; report/ for several)")
     report.set_defaults(run=run_report)
+
+    cli_slurm.add_commands(commands, Parser)
     return parser
 
 
@@ -92,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if is_main():
             print(f"relora-ds: error: {error}", file=sys.stderr)
         return EXIT_BAD_CONFIG
-    except RestartError as error:
+    except (RestartError, SlurmError) as error:
         print(f"relora-ds: error: {error}", file=sys.stderr)
         return EXIT_FAILED
 
@@ -147,38 +158,73 @@ def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.nproc is not None and options.nproc < 1:
         raise ConfigError("--nproc", options.nproc, "must be at least 1")
 
-    from relora_ds import config, ds_config
-
-    recipe = config.load(options.recipe, overrides)
-    num_processes = place.world_size if place else options.nproc or launch.default_num_processes()
-    from relora_ds.checks import check, refuse_busy
-
+    recipe = load(options.recipe, overrides)
     if place is None:
-        refuse_busy(recipe)
+        return _train_here(options, recipe, overrides)
+    stop = StopSignal(recipe.train.stop_signal)  # before the slow imports: until then a signal ends the process
+    try:
+        checked = _check(options, recipe, place.world_size)
+    except ConfigError:
+        _tell_job(recipe, EXIT_BAD_CONFIG)
+        raise
+    return _train_rank(checked, place, stop)
+
+
+def _train_here(options: argparse.Namespace, recipe: Config, overrides: Sequence[str]) -> int:
+    """Without a launcher: one process, or as many as are asked for."""
+    from relora_ds.checks import refuse_busy
+
+    num_processes = options.nproc or launch.default_num_processes()
+    refuse_busy(recipe)
+    checked = _check(options, recipe, num_processes)
+    launch.check_devices(num_processes)
+    if num_processes == 1:
+        return _train_rank(checked, launch.single(), StopSignal(recipe.train.stop_signal))
+    print(f"[relora-ds] starting {num_processes} processes", file=sys.stderr, flush=True)
+    insisted = [word for key in options.allow_changed for word in ("--allow-changed", key)] + ["--trust"] * options.trust
+    return launch.spawn(["train", options.recipe, *overrides, *insisted], num_processes, stop_signal=recipe.train.stop_signal)
+
+
+def _check(options: argparse.Namespace, recipe: Config, num_processes: int) -> Checked:
+    """Judges the recipe, and makes bf16 safe on this CPU before any product is formed. Raises ConfigError."""
+    from relora_ds import ds_config
+    from relora_ds.checks import check
+
     checked = check(recipe, Path(options.recipe), num_processes, options.allow_changed, options.trust)
     if ds_config.precision(checked.deepspeed) == "bf16" and not cuda_here() and (done := launch.guard_bf16()) and is_main():
         print(f"[relora-ds] {done}", file=sys.stderr, flush=True)
-    if place is None:
-        launch.check_devices(num_processes)
-    if place is None and num_processes > 1:
-        print(f"[relora-ds] starting {num_processes} processes", file=sys.stderr, flush=True)
-        insisted = [word for key in options.allow_changed for word in ("--allow-changed", key)] + ["--trust"] * options.trust
-        return launch.spawn(["train", options.recipe, *overrides, *insisted], num_processes)
+    return checked
 
+
+def _train_rank(checked: Checked, place: launch.Place, stop: StopSignal) -> int:
+    """This process is a rank: join the others, train, and leave together."""
     from relora_ds.elastic import ConversionError
     from relora_ds.saver import FencedError
     from relora_ds.train import TrainingError, train
 
-    place = place or launch.single()
     device = launch.start_process_group(place)
+    message, is_ours = "", True
     try:
-        code = train(checked, place, device)
+        code = train(checked, place, device, stop)
     except (TrainingError, FencedError, ConversionError) as error:
+        message, code = str(error), EXIT_FAILED
+        is_ours = not isinstance(error, FencedError)
         if place.is_main:
             print(f"relora-ds: error: {error}", file=sys.stderr)
-        code = EXIT_FAILED
+    except ConfigError:
+        _tell_job(checked.config, EXIT_BAD_CONFIG)
+        raise
+    if place.is_main and is_ours:
+        _tell_job(checked.config, code, message)
     launch.leave_process_group()
     return code
+
+
+def _tell_job(recipe: Config, code: int, message: str = "") -> None:
+    """Inside a SLURM job: leaves the exit code where the batch script finds it, since launchers change it on the way."""
+    if launch.attempt():
+        with suppress(OSError):
+            write_outcome(RunFolder(Path(recipe.run.dir)), launch.attempt(), code, message)
 
 
 def cuda_here() -> bool:

@@ -171,6 +171,8 @@ class Train(Section):
     """Checkpoints after multiples of so many updates stay beside them."""
     max_skipped: Positive = 100
     """So many non-finite updates in a row stop the run."""
+    stop_signal: Literal["USR1", "USR2", "HUP"] = "USR2"
+    """Stops the run after its update, with a checkpoint, as TERM and INT do: what SLURM sends before a time limit."""
 
 
 class Checkpoint(Section):

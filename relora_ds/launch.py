@@ -243,12 +243,12 @@ def _cpu_has(flag: str) -> bool:
         return False
 
 
-def spawn(arguments: Sequence[str], num_processes: int) -> int:
+def spawn(arguments: Sequence[str], num_processes: int, stop_signal: str = "USR2") -> int:
     """Runs ``python -m relora_ds.cli ARGUMENTS`` in ``num_processes`` processes on this machine; returns the job's exit code.
 
-    SIGTERM and SIGINT are passed on, so that the run can write its checkpoint. When one process fails, the others are stopped.
+    SIGTERM, SIGINT and the stop signal are passed on, so that the run can write its checkpoint. When one process fails, the others are stopped.
     """
-    port, cores = free_port(), os.cpu_count() or 1
+    port, cores, more = free_port(), os.cpu_count() or 1, getattr(signal, f"SIG{stop_signal}")
     processes = []
     for rank in range(num_processes):
         environment = dict(os.environ)
@@ -264,7 +264,7 @@ def spawn(arguments: Sequence[str], num_processes: int) -> int:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
 
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, more)}
     try:
         return _wait(processes)
     finally:

@@ -77,15 +77,17 @@ class RunLock:
     """A lock on a run's folder, ``lock.json`` in it, held by one process: a child that it starts does not hold it.
 
     The holder refreshes the file's mtime every ``BEAT_S`` seconds from a thread. A lock is stale when its holder ran on this machine
-    and is gone; from elsewhere, when the last heartbeat is older than ``STALE_AFTER_S`` by the clock of the file system. A holder
+    and is gone; from elsewhere, when the last heartbeat is older than ``STALE_AFTER_S`` by the clock of the file system; at once
+    when its holder is an earlier start of the same SLURM job, which SLURM holds for dead, though a node that was cut off may live
+    on. A holder
     that was cut off from the folder for longer may find it taken over: ask :meth:`is_mine` before anything is published there.
 
     Args:
         folder: the run's folder, which exists before :meth:`acquire`.
-        job: free text that other jobs are shown, e.g. a SLURM job id with its restart count.
+        job: free text that other jobs are shown; ``<SLURM job id>.<restart count>`` is understood as well.
 
     Attributes:
-        is_lost: whether a heartbeat found the lock in another job's hands: this one must write no more.
+        is_lost: whether a heartbeat, or :meth:`check`, found the lock in another job's hands: this one must write no more.
     """
 
     def __init__(self, folder: Path, job: str = "") -> None:
@@ -160,6 +162,13 @@ class RunLock:
         """
         token = self._own_token()
         return token is not None and self._read_token() == token
+
+    def check(self) -> None:
+        """Brings :attr:`is_lost` up to date, by one small read; where the file cannot be read, nobody knows, and it stays."""
+        token = self._own_token()
+        if token is not None:
+            with suppress(OSError):
+                self.is_lost = self.is_lost or self._read_token() not in (token, None)
 
     def release(self) -> None:
         """Ends the heartbeat and removes the file if it is ours still.
@@ -236,6 +245,10 @@ class RunLock:
 
     def _why_stale(self, record: _Record | None, modified_s: float) -> str | None:
         """Why the lock is stale; None while it is live."""
+        if record is not None and supersedes(record.job, self._job):
+            return None  # this process is what is left of an earlier start
+        if record is not None and supersedes(self._job, record.job):
+            return "an earlier start of this job"
         running = _is_running(record) if record is not None else None
         if running is not None:
             return None if running else "its process is gone"
@@ -253,6 +266,12 @@ class RunLock:
 
     def _temporary(self, name: str) -> Path:
         return self.path.with_name(f".{LOCK_NAME}.{name}.tmp")
+
+
+def supersedes(mine: str, other: str) -> bool:
+    """Whether ``mine`` is a later start of the same SLURM job: ``17.2`` of ``17.1``."""
+    (job, _, restart), (its_job, _, its_restart) = mine.partition("."), other.partition(".")
+    return job == its_job and restart.isdecimal() and its_restart.isdecimal() and int(restart) > int(its_restart)
 
 
 def _create(path: Path, record: _Record) -> bool:

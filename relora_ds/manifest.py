@@ -68,6 +68,16 @@ def read(folder: Path) -> Manifest:
         raise ManifestError(f"{folder / NAME}: is not a manifest of format {FORMAT}: {error}") from None
 
 
+def newest(checkpoints: Path) -> tuple[Path, Manifest] | None:
+    """The newest checkpoint in a run's checkpoints folder whose manifest can be read, and what that says; contents are not looked at."""
+    for path in sorted(checkpoints.glob(f"update_*/{NAME}"), reverse=True):
+        try:
+            return path.parent, read(path.parent)
+        except ManifestError:
+            continue
+    return None
+
+
 def read_json(folder: Path) -> dict[str, Any]:
     """The content of any manifest. Raises ManifestError."""
     path = folder / NAME

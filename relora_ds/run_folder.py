@@ -17,7 +17,8 @@ from relora_ds.errors import ConfigError
 @dataclass(frozen=True)
 class RunFolder:
     """Paths of one run: config.yaml, deepspeed.json, model/ (Hugging Face configuration and tokenizer), metrics.jsonl,
-    restarts.jsonl, checkpoints/, base/ (frozen weights, once per restart), universal/ (conversions), plots/, report.md."""
+    restarts.jsonl, checkpoints/, base/ (frozen weights, once per restart), universal/ (conversions), slurm/ (what was
+    submitted, and what became of it), plots/, report.md."""
 
     path: Path
 
@@ -52,6 +53,10 @@ class RunFolder:
     @property
     def universal(self) -> Path:
         return self.path / "universal"
+
+    @property
+    def slurm(self) -> Path:
+        return self.path / "slurm"
 
     @property
     def wandb_id(self) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import signal
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +20,7 @@ from relora_ds.config import dump
 from relora_ds.data import TokenDataset, rank_micro_batches
 from relora_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from relora_ds.evaluate import evaluate
-from relora_ds.launch import Place
+from relora_ds.launch import Place, attempt
 from relora_ds.lock import RunLock
 from relora_ds.lora import LORA_GROUP
 from relora_ds.metrics import Metrics, say
@@ -30,16 +29,20 @@ from relora_ds.optimizer import ReLoRAOptimizer
 from relora_ds.run_folder import RunFolder, truncate_log, write_atomically
 from relora_ds.saver import FencedError, Saver
 from relora_ds.schedule import lr_factor
+from relora_ds.stop import StopSignal
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; what is written stays."""
 
 
-def train(checked: Checked, place: Place, device: torch.device) -> int:
-    """Trains to the last update, or until a signal; resumes by itself. Returns the exit code, the same on all ranks."""
+def train(checked: Checked, place: Place, device: torch.device, stop: StopSignal | None = None) -> int:
+    """Trains to the last update, or until a signal; resumes by itself. Returns the exit code, the same on all ranks.
+
+    A signal that comes while the model is built stops the run after its first update.
+    """
     config = checked.config
-    stop = StopSignal()  # first: a signal that comes while the model is built stops the run after its first update
+    stop = stop or StopSignal(config.train.stop_signal)
     trainer = Trainer(checked, place, device)
     total, every = config.total_updates, config.train
     code = EXIT_DONE
@@ -64,18 +67,6 @@ def train(checked: Checked, place: Place, device: torch.device) -> int:
     return code
 
 
-class StopSignal:
-    """Remembers that SIGTERM or SIGINT came, so that the update in progress can be finished."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._request)
-
-    def _request(self, _number: int, _frame: Any) -> None:
-        self.requested = True
-
-
 class Trainer:
     """One run on one rank: its engine, its data and how far it has come.
 
@@ -92,7 +83,7 @@ class Trainer:
         self.done = checkpoints.Progress()
         self.metrics: Metrics | None = None
         self.failed_saves = 0
-        self.lock = RunLock(self.folder.path)
+        self.lock = RunLock(self.folder.path, job=attempt())
         resume_from = self._open_run_folder()
         self.saver = Saver(
             self.folder, place.rank, place.world_size, is_mine=self.lock.is_mine, self_contained=config.checkpoint.self_contained,
@@ -167,6 +158,7 @@ class Trainer:
 
     def _agree(self, loss: torch.Tensor, stop_requested: bool) -> tuple[float, bool, bool, bool]:
         """The mean loss; whether any rank was asked to stop, failed to write or lost the folder: one all-reduce of 32 bytes."""
+        self.lock.check()
         flags = torch.tensor([stop_requested, self.saver.has_failed, self.lock.is_lost], dtype=torch.float64, device=self.device)
         shared = torch.cat([loss.view(1), flags])
         dist.all_reduce(shared)

@@ -1,0 +1,263 @@
+"""``relora-ds slurm …``: options, and which function serves them."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from relora_ds import launch
+from relora_ds.config import Config, load
+from relora_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
+from relora_ds.metrics import say
+from relora_ds.run_folder import RunFolder
+from relora_ds.slurm_script import SITE_FILE, RequeueBy, Settings, describe, option_name, read_site, settings
+
+HELP = {
+    "nodes": "a number, or a range: 2-4 goes on with fewer after a failure",
+    "gpus_per_node": "8, or with a type, a100:8; 0 without GPUs",
+    "tasks_per_node": "ranks on a node (default: one per GPU)",
+    "cpus_per_task": "cores of a rank",
+    "mem": "memory of a node: 512G, or 0 for all",
+    "time": "limit of one stretch: 24:00:00; the job requeues itself",
+    "partition": "", "account": "", "qos": "", "constraint": "", "exclude": "nodes not to use",
+    "job_name": "default: the recipe's name",
+    "launcher": "what starts the ranks",
+    "signal": "asks the ranks to stop before the limit",
+    "signal_before": "seconds before the limit",
+    "requeue_by": "scontrol requeue, a successor job, or not at all",
+    "max_stalled": "starts in a row without a newer checkpoint that end the job",
+    "setup": "a shell line before all else: module load …; may be given several times",
+    "environment_file": "NAME=VALUE lines for all processes",
+    "container": "words before the training command: apptainer exec --nv image.sif",
+    "python": "interpreter on the nodes (default: this one)",
+    "sbatch_args": "another option of sbatch, as --sbatch-args=--reservation=week; may be given several times",
+    "srun_args": "another option of srun or mpirun; may be given several times",
+}  # fmt: skip
+
+
+def add_commands(parent: Any, parser_class: type[argparse.ArgumentParser]) -> None:
+    """Adds ``slurm`` and its commands to the parser of ``relora-ds``."""
+    slurm = parent.add_parser("slurm", help="submit to a SLURM cluster, and look after the job")
+    commands = slurm.add_subparsers(dest="slurm_command", required=True, metavar="COMMAND", parser_class=parser_class)
+
+    submit = commands.add_parser("submit", help="check, write the batch script, submit; the job requeues itself until it is done")
+    submit.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    submit.add_argument("overrides", metavar="key.sub=value", nargs="*", help="replace single settings of the recipe")
+    submit.add_argument("--dry-run", action="store_true", help="print the batch script, write and submit nothing")
+    submit.add_argument(
+        "--site", type=Path, help="site file with defaults for the options below (default: ~/.config/relora-ds/slurm.yaml)"
+    )
+    for name, field in Settings.model_fields.items():
+        _add_setting(submit, name, field.annotation)
+    submit.set_defaults(run=run_submit)
+
+    for name, function, text in (
+        ("status", run_status, "the job's state and the run's progress"),
+        ("logs", run_logs, "the job's output"),
+        ("cancel", run_cancel, "let the ranks write a checkpoint, then end the job for good"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("place", metavar="RUN_DIR|RECIPE", type=Path)
+        command.set_defaults(run=function)
+        if name == "logs":
+            command.add_argument("--follow", "-f", action="store_true", help="go on with what comes until the job is over")
+            command.add_argument("--lines", "-n", type=int, default=40, help="default: %(default)s")
+        if name == "cancel":
+            command.add_argument(
+                "--wait", type=float, default=120.0, metavar="S", help="seconds for the checkpoint (default: %(default)s)"
+            )
+
+    hostfile = commands.add_parser("hostfile", help="the nodes of an allocation in the form that the deepspeed launcher reads")
+    hostfile.add_argument("--slots", type=int, required=True, help="processes on a node")
+    hostfile.add_argument("--job", type=int, help="a job's id (default: the allocation this runs in)")
+    hostfile.set_defaults(run=run_hostfile)
+
+    inside = "used by the batch scripts"
+    before = commands.add_parser("before", help=f"{inside}: check, and print how many nodes to use")
+    after = commands.add_parser("after", help=f"{inside}: requeue, or not")
+    torchrun = commands.add_parser("torchrun", help=f"{inside}: start torchrun's agent for this node")
+    for command, run in ((before, run_before), (after, run_after), (torchrun, run_torchrun)):
+        command.add_argument("recipe", metavar="RECIPE")
+        command.set_defaults(run=run)
+    for command in (before, torchrun):
+        command.add_argument("--tasks-per-node", type=int, required=True)
+    after.add_argument("--code", type=int, required=True, help="of what started the ranks")
+    for command in (before, after):
+        command.add_argument("--requeue-by", choices=typing.get_args(RequeueBy), default="requeue")
+    after.add_argument("--max-stalled", type=int, default=3)
+
+
+def _add_setting(parser: argparse.ArgumentParser, name: str, annotation: Any) -> None:
+    """One option for one field of :class:`Settings`, which judges the value."""
+    text = str(annotation)
+    kind: dict[str, Any] = {"action": "append"} if "list" in text else {"type": int} if "int" in text else {}
+    if "Literal" in text:
+        kind["choices"] = typing.get_args(annotation)
+    parser.add_argument(
+        option_name(name), default=argparse.SUPPRESS, help=HELP[name] or None, metavar=None if "choices" in kind else "X", **kind
+    )
+
+
+def _refuse_rest(rest: Sequence[str]) -> None:
+    from relora_ds.cli import refuse_rest
+
+    refuse_rest(rest)
+
+
+def read_place(place: Path) -> Config:
+    """The recipe of a run's folder, or of a file. Raises ConfigError."""
+    if not place.is_dir():
+        return load(place, [])
+    run = RunFolder(place)
+    submitted = run.slurm / "recipe.yaml"
+    config = load(submitted, []) if submitted.is_file() and not run.config.is_file() else run.read_config()
+    return config.model_copy(update={"run": config.run.model_copy(update={"dir": str(place)})})
+
+
+def run_submit(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    overrides = list(options.overrides)
+    for word in rest:  # overrides may stand behind options
+        if word.startswith("-"):
+            from relora_ds.cli import refuse_rest
+
+            refuse_rest([word], [option_name(name) for name in Settings.model_fields])
+        overrides.append(word)
+    site = options.site or Path.home() / SITE_FILE
+    if options.site is not None and not site.is_file():
+        raise ConfigError("--site", str(site), "no such file")
+    given = {name: value for name, value in vars(options).items() if name in Settings.model_fields}
+    found = settings(read_site(site), given, site)
+    config = load(options.recipe, overrides)
+    if found.signal not in ("TERM", "INT"):
+        config = config.model_copy(update={"train": config.train.model_copy(update={"stop_signal": found.signal})})
+    workdir = Path.cwd()
+    from relora_ds import slurm
+
+    name = Path(options.recipe).stem
+    if not options.dry_run:
+        from relora_ds import slurm_client
+
+        slurm_client.need("sbatch")
+    deepspeed = check_sizes(config, Path(options.recipe), found)
+    if options.dry_run:
+        print(slurm.script(config, found, recipe_name=name, workdir=workdir), end="")
+        return EXIT_DONE
+    job, output = slurm.submit(config, found, deepspeed, recipe_name=name, workdir=workdir)
+    print(f"submitted job {job}: {describe(found)}, into {config.run.dir}")
+    print(f"  relora-ds slurm status {config.run.dir}     state, update, speed, time left")
+    print(f"  relora-ds slurm logs -f {config.run.dir}    its output ({output})")
+    print(f"  relora-ds slurm cancel {config.run.dir}     a checkpoint, then the end; submit again to go on")
+    return EXIT_DONE
+
+
+def check_sizes(config: Config, recipe: Path, found: Settings) -> dict[str, Any]:
+    """Judges the recipe for the most nodes of the range; returns DeepSpeed's JSON as the recipe names it. Raises ConfigError."""
+    from relora_ds.checks import check
+    from relora_ds.ds_config import read
+
+    quiet()
+    check(config, recipe, found.node_range[1] * found.ranks_per_node, on_cuda=found.num_gpus > 0)
+    near = (recipe.resolve().parent, recipe.resolve().parent.parent)
+    return dict(read(config.deepspeed, *near))
+
+
+def quiet() -> None:
+    from relora_ds.cli import quiet
+
+    quiet()
+
+
+def run_status(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    _refuse_rest(rest)
+    from relora_ds import slurm
+
+    for line in slurm.status(read_place(options.place)):
+        print(line)
+    return EXIT_DONE
+
+
+def run_logs(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    _refuse_rest(rest)
+    from relora_ds import slurm, slurm_client
+
+    config = read_place(options.place)
+    path = slurm.log_file(config)
+
+    def is_over() -> bool:
+        job = slurm_client.job(slurm.known_job(RunFolder(Path(config.run.dir)))[1])
+        return job is None or job.is_over
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    slurm.tail(path, options.lines, write, is_over if options.follow else None)
+    return EXIT_DONE
+
+
+def run_cancel(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    _refuse_rest(rest)
+    from relora_ds import slurm
+
+    config = read_place(options.place)
+    slurm.cancel(config, wait_s=options.wait, stop_signal=config.train.stop_signal, say=say)
+    return EXIT_DONE
+
+
+def run_hostfile(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    _refuse_rest(rest)
+    raise NotImplementedError
+
+
+def run_before(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Prints the number of nodes for the step; all else goes to the standard error."""
+    _refuse_rest(rest)
+    quiet()
+    from relora_ds import slurm_job
+    from relora_ds.checks import check
+
+    config = load(options.recipe, [])
+
+    def fits(nodes: int) -> None:
+        check(config, Path(options.recipe), nodes * options.tasks_per_node)
+
+    try:
+        nodes = slurm_job.before(config, this_attempt(), fits, requeue_by=options.requeue_by, say=say)
+    except slurm_job.ExcludedError as error:
+        say(str(error))
+        return EXIT_STOPPED
+    print(nodes)
+    return EXIT_DONE
+
+
+def run_after(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM ends this script as soon as the job is requeued
+    _refuse_rest(rest)
+    from relora_ds import slurm_job
+
+    return slurm_job.after(
+        load(options.recipe, []), this_attempt(), options.code, requeue_by=options.requeue_by, max_stalled=options.max_stalled,
+        say=say,
+    )  # fmt: skip
+
+
+def this_attempt() -> Any:
+    """Raises ConfigError outside a job."""
+    from relora_ds.slurm_client import host_names
+    from relora_ds.slurm_job import Attempt
+
+    job, _, restart = launch.attempt().partition(".")
+    if not job:
+        raise ConfigError("SLURM_JOB_ID", None, "this is not inside a SLURM job", "it is called by the batch scripts of slurm/")
+    return Attempt(int(job), int(restart), tuple(host_names(launch.allocation() or "")))
+
+
+def run_torchrun(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Becomes torchrun's agent of this node."""
+    _refuse_rest(rest)
+    raise NotImplementedError

@@ -1,0 +1,266 @@
+"""``relora-ds slurm``: submit a recipe, see how it goes, read its output, end it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from relora_ds import __version__, slurm_script
+from relora_ds import slurm_client as client
+from relora_ds.config import Config, dump
+from relora_ds.errors import ConfigError
+from relora_ds.lock import WAY_OUT, RunLock
+from relora_ds.run_folder import RunFolder, write_atomically
+from relora_ds.slurm_client import Job, SlurmError
+from relora_ds.slurm_events import Events, newest_update
+from relora_ds.slurm_script import Settings
+
+OUTPUT = "job.out"
+SCRIPT = "job.sbatch"
+RECIPE = "recipe.yaml"
+DEEPSPEED = "deepspeed.json"
+COMMIT = "commit.json"
+KEYS = (
+    ("partition", "--partition"), ("account", "--account"), ("qos", "--qos"), ("time", "--time"), ("gres", "--gpus-per-node"),
+    ("generic resource", "--gpus-per-node"), ("feature", "--constraint"), ("node name", "--exclude"), ("node", "--nodes"),
+)  # fmt: skip
+"""Words of sbatch's complaints, and the option that each is most likely about."""
+POLL_S = 0.5
+
+
+# Submit
+
+
+def submit(config: Config, found: Settings, deepspeed: dict[str, Any], *, recipe_name: str, workdir: Path) -> tuple[int, Path]:
+    """Submits a recipe that was checked; returns the job's id and the file that its output goes to.
+
+    Everything that the job needs of this moment is written into run.dir/slurm first: the resolved recipe, DeepSpeed's JSON, the
+    commit and the script.
+
+    Raises:
+        ConfigError: SLURM is not here or refuses the job, the folder cannot be written, or another job works in it.
+    """
+    run = RunFolder(Path(config.run.dir))
+    refuse_second(run)
+    text = script(config, found, recipe_name=recipe_name, workdir=workdir)
+    check_script(text)
+    snapshot(run, config, deepspeed, text, workdir)
+    with refused_by_sbatch():
+        job = client.submit(absolute(run, workdir) / SCRIPT)
+    Events(run).add("submitted", job=job, settings=found.model_dump(exclude_unset=True))
+    return job, absolute(run, workdir) / OUTPUT
+
+
+def script(config: Config, found: Settings, *, recipe_name: str, workdir: Path) -> str:
+    """The batch script that :func:`submit` submits."""
+    folder = absolute(RunFolder(Path(config.run.dir)), workdir)
+    if found.python is None:
+        found = found.model_copy(update={"python": sys.executable})
+    output = str(folder / OUTPUT).replace("%", "%%")
+    return slurm_script.render(found, recipe=str(folder / RECIPE), output=output, workdir=str(workdir), name=recipe_name)
+
+
+def absolute(run: RunFolder, workdir: Path) -> Path:
+    return workdir / run.slurm
+
+
+def refuse_second(run: RunFolder) -> None:
+    """Raises ConfigError when a job works, or waits to work, in the run's folder."""
+    newest = Events(run).newest_job()
+    job = client.job(newest) if newest is not None else None
+    if job is not None and not job.is_over:
+        problem = f"job {job.id} ({job.state}) is there for it"
+        raise ConfigError("run.dir", str(run.path), problem, f"relora-ds slurm cancel {run.path}, or name another run.dir")
+    other = RunLock(run.path).holder() if run.path.is_dir() else None
+    if other is not None:
+        raise ConfigError("run.dir", str(run.path), f"in use by {other}", WAY_OUT)
+
+
+def check_script(text: str) -> None:
+    """Raises ConfigError with the complaint of bash, about the set-up lines, or of sbatch."""
+    syntax = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
+    if syntax.returncode:
+        raise ConfigError("--setup", None, client.in_one_line(syntax.stderr), "these lines are shell: see --dry-run")
+    with refused_by_sbatch():
+        client.test(text)
+
+
+class refused_by_sbatch:  # noqa: N801 - reads as a word of its with statement
+    """Turns SLURM's own complaint into a ConfigError about the option that it most likely means."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        if isinstance(error, SlurmError):
+            key = next((key for word, key in KEYS if word in str(error).lower()), "sbatch")
+            raise ConfigError(key, None, f"SLURM refuses the job: {error}") from None
+
+
+def snapshot(run: RunFolder, config: Config, deepspeed: dict[str, Any], text: str, workdir: Path) -> None:
+    """Writes what the job will run into run.dir/slurm. Raises ConfigError where that cannot be."""
+    try:
+        run.slurm.mkdir(parents=True, exist_ok=True)
+        kept = config.model_copy(update={"deepspeed": str(absolute(run, workdir) / DEEPSPEED)})
+        write_atomically(run.slurm / RECIPE, dump(kept))
+        write_atomically(run.slurm / DEEPSPEED, json.dumps(deepspeed, indent=2) + "\n")
+        write_atomically(run.slurm / COMMIT, json.dumps(commit(workdir), indent=2) + "\n")
+        write_atomically(run.slurm / SCRIPT, text)
+    except OSError as error:
+        raise ConfigError(
+            "run.dir", str(run.path), error.strerror or str(error), "name a folder that can be written, from all nodes"
+        ) from None
+
+
+def commit(workdir: Path) -> dict[str, Any]:
+    """Which code a job was submitted with: this package's version and commit, and the commit of the working directory."""
+    described = {"package": Path(__file__).resolve().parent, "workdir": workdir}
+    commits = {name: _git(folder, "describe", "--always", "--dirty", "--abbrev=40") for name, folder in described.items()}
+    return {"relora_ds": __version__, **commits, "submitted": datetime.now().astimezone().isoformat(timespec="seconds")}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git says in a folder; None where it is no repository, or git is not here."""
+    try:
+        result = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None if result.returncode == 0 else None
+
+
+# Status
+
+
+def status(config: Config) -> Iterator[str]:
+    """The lines of ``relora-ds slurm status``. Raises ConfigError where no job of this run is known, SlurmError where SLURM is silent."""
+    run = RunFolder(Path(config.run.dir))
+    events, job = known_job(run)
+    yield from job_lines(job, client.job(job), events)
+    yield from run_lines(run, config)
+
+
+def known_job(run: RunFolder) -> tuple[Events, int]:
+    """The newest job of a run. Raises ConfigError where there was none."""
+    events = Events(run)
+    job = events.newest_job()
+    if job is None:
+        raise ConfigError("run.dir", str(run.path), "no SLURM job is known of it", "relora-ds slurm submit RECIPE starts one")
+    return events, job
+
+
+def job_lines(number: int, job: Job | None, events: Events) -> Iterator[str]:
+    """A job's state, nodes and time, and its starts so far."""
+    if job is None:
+        yield f"job {number}: SLURM does not know it any more"
+    else:
+        parts = [f"job {number} ({job.name}): {job.state}"]
+        if job.nodes:
+            parts[0] += f" on {job.nodes}"
+        if job.reason and job.state in ("PENDING", "FAILED", "COMPLETING"):
+            parts.append(f"reason: {job.reason}")
+        if job.seconds_used is not None:
+            parts.append(f"running for {_time(job.seconds_used)}")
+        if job.seconds_left is not None:
+            parts.append(f"{_time(job.seconds_left)} left of its time limit")
+        yield ", ".join(parts)
+    starts, ends = events.of("started", events.chain(number)), events.of("ended", events.chain(number))
+    if starts:
+        yield f"starts: {len(starts)}, requeues: {len(starts) - 1}"
+    for event in ends[-3:]:
+        named = f", first failed: {', '.join(event['suspects'])}" if event["suspects"] else ""
+        code = "without a word" if event["code"] is None else f"with code {event['code']}"
+        yield f"  {event['time']}  {event['attempt']} ended {code} at update {event['update']} ({event['decision']}){named}"
+
+
+def run_lines(run: RunFolder, config: Config) -> Iterator[str]:
+    """How far the run is, by its metrics."""
+    from relora_ds.report import read_jsonl
+
+    total = config.total_updates
+    updates = [record for record in read_jsonl(run.metrics) if "loss" in record] if run.metrics.is_file() else []
+    if not updates:
+        yield f"{run.path}: no update yet"
+        return
+    last, recent = updates[-1], [record["tokens_per_s"] for record in updates[-50:]]
+    speed = sorted(recent)[len(recent) // 2]
+    left = (total - last["update"]) * config.train.global_batch * config.data.sequence_length / speed
+    loss = "skipped" if last["loss"] is None else f"loss {last['loss']:.4f}"
+    yield (
+        f"{run.path}: update {last['update']:,} of {total:,} ({last['update'] / total:.1%}), phase {last['phase']}, {loss}, "
+        f"{speed:,.0f} tokens/s, ReLoRA restarts {last['restarts']}, about {_time(left)} of training left"
+    )
+    yield f"newest checkpoint: update {newest_update(run):,}"
+
+
+def _time(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+# Logs
+
+
+def log_file(config: Config) -> Path:
+    """The file that the newest job of a run writes to. Raises ConfigError where there is none yet."""
+    run = RunFolder(Path(config.run.dir))
+    events, job = known_job(run)
+    started = [event["log"] for event in events.of("started", events.chain(job)) if event["log"]]
+    path = Path(started[-1]) if started else run.slurm / OUTPUT
+    if not path.is_file():
+        raise ConfigError("run.dir", str(run.path), f"job {job} has written nothing yet", f"relora-ds slurm status {run.path}")
+    return path
+
+
+def tail(path: Path, num_lines: int, write: Callable[[str], object], is_over: Callable[[], bool] | None = None) -> None:
+    """Writes the last lines of a file; with ``is_over``, goes on with what comes until that says so and nothing new is there."""
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 400 * num_lines))
+        write("".join(file.read().decode("utf-8", errors="replace").splitlines(keepends=True)[-num_lines:]))
+        asked = time.monotonic()
+        over = False
+        while is_over is not None:
+            new = file.read()
+            if new:
+                write(new.decode("utf-8", errors="replace"))
+            elif over:
+                return
+            elif time.monotonic() - asked > 10 * POLL_S:
+                over, asked = is_over(), time.monotonic()
+            else:
+                time.sleep(POLL_S)
+
+
+# Cancel
+
+
+def cancel(config: Config, *, wait_s: float, stop_signal: str, say: Callable[[str], None]) -> None:
+    """Ends the newest job of a run for good: first asks its ranks to write a checkpoint, then cancels what is left.
+
+    Args:
+        config: the recipe.
+        wait_s: seconds that the ranks get; 0 to cancel at once.
+        stop_signal: that they stop upon.
+        say: tells the user.
+    """
+    run = RunFolder(Path(config.run.dir))
+    events, number = known_job(run)
+    job = client.job(number)
+    if job is None or job.is_over:
+        say(f"job {number} is over already{f' ({job.state})' if job else ''}")
+        return
+    events.add("cancelled", job=number)
+    if wait_s and job.state == "RUNNING":
+        client.call("scancel", f"--signal={stop_signal}", number)
+        say(f"asked the ranks of job {number} to write a checkpoint and end; waiting up to {wait_s:.0f} s")
+        deadline = time.monotonic() + wait_s
+        while time.monotonic() < deadline and (job := client.shown(number)) is not None and job.state == "RUNNING":
+            time.sleep(POLL_S)
+    if job is not None and not job.is_over:
+        client.call("scancel", number)
+    say(f"cancelled job {number}; the newest checkpoint is of update {newest_update(run):,}")

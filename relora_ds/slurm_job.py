@@ -1,0 +1,273 @@
+"""Inside a SLURM job: what is done before the ranks start and after they ended, so that the job takes care of itself."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from relora_ds import faults
+from relora_ds import slurm_client as client
+from relora_ds.config import Config
+from relora_ds.errors import EXIT_BAD_CONFIG, EXIT_DONE, EXIT_STOPPED, ConfigError
+from relora_ds.lock import STALE_AFTER_S, WAY_OUT, RunLock
+from relora_ds.run_folder import RunFolder
+from relora_ds.slurm_client import Job, SlurmError
+from relora_ds.slurm_events import Events, newest_update, read_outcome
+
+Say = Callable[[str], None]
+FAULT_LINE = re.compile(r"^srun: error: (?P<node>[\w.-]+): tasks? [\d,-]+: (?!Terminated)(?P<what>.+)$", re.MULTILINE)
+"""srun on a rank that died: ``srun: error: node2: task 1: Killed``. Those that it terminated itself did not die first."""
+LOCK_PAUSE_S = 2.0
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a job. ``nodes``: all that it was given."""
+
+    job: int
+    restart: int
+    nodes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.job}.{self.restart}"
+
+
+# Before the ranks
+
+
+def before(config: Config, attempt: Attempt, fits: Callable[[int], None], *, requeue_by: str, say: Say) -> int:
+    """Gets an attempt ready; returns the number of nodes to use.
+
+    Args:
+        config: the recipe.
+        attempt: this one.
+        fits: raises ConfigError if the recipe cannot run on so many nodes.
+        requeue_by: as in the job's settings.
+        say: tells the user.
+
+    Raises:
+        ConfigError: the recipe cannot run on any number of these nodes, or another job has the run's folder.
+        Excluded: a node of this attempt failed twice running; the job was requeued without it.
+    """
+    run = RunFolder(Path(config.run.dir))
+    events = Events(run)
+    close_vanished(events, run, attempt, say)
+    bad = [node for node in suspects(events, attempt.job) if node in attempt.nodes]
+    shown = client.shown(attempt.job)
+    log = Path(shown.log) if shown and shown.log else None
+    events.add(
+        "started", job=attempt.job, attempt=str(attempt), update=newest_update(run), nodes=list(attempt.nodes),
+        log=str(log or ""), offset=log.stat().st_size if log and log.is_file() else 0,
+    )  # fmt: skip
+    if bad and requeue_by == "requeue" and shown is not None:
+        requeue(shown, bad, say)
+        raise ExcludedError(f"{', '.join(bad)} failed twice running: the job starts again without")
+    wait_for_lock(run, attempt, events, say)
+    return most_nodes(len(attempt.nodes), fits, say)
+
+
+class ExcludedError(RuntimeError):
+    """A node failed twice running and the job was requeued without it: this attempt is over."""
+
+
+def most_nodes(available: int, fits: Callable[[int], None], say: Say) -> int:
+    """The largest number of nodes that the recipe can run on. Raises the ConfigError for all of them where there is none."""
+    first: ConfigError | None = None
+    for nodes in range(available, 0, -1):
+        try:
+            fits(nodes)
+        except ConfigError as error:
+            first = first or error
+            continue
+        if first is not None:
+            say(f"using {nodes} of {available} nodes: {first}")
+        return nodes
+    assert first is not None, "a job has a node"
+    raise first
+
+
+def close_vanished(events: Events, run: RunFolder, attempt: Attempt, say: Say) -> None:
+    """Notes the end of earlier attempts that could not do so themselves, with the nodes of them that SLURM cannot use now."""
+    for event in events.of("started", events.chain(attempt.job)):
+        if events.ended(event["attempt"]) is None:
+            gone = client.unusable(event["nodes"])
+            say(f"attempt {event['attempt']} ended without a word{f'; not usable now: {chr(44).join(gone)}' if gone else ''}")
+            events.add(
+                "ended", attempt=event["attempt"], job=event["job"], code=None, update=newest_update(run), suspects=gone,
+                decision="vanished",
+            )  # fmt: skip
+
+
+def wait_for_lock(run: RunFolder, attempt: Attempt, events: Events, say: Say) -> None:
+    """Until the run's folder is free of the attempts before this one. Raises ConfigError where another job has it."""
+    lock, forerunners = RunLock(run.path, str(attempt)), {str(job) for job in events.chain(attempt.job)}
+    deadline, told = time.monotonic() + STALE_AFTER_S + 30, False
+    while run.path.is_dir() and (other := lock.holder()) is not None:
+        if other.job.partition(".")[0] not in forerunners or time.monotonic() > deadline:
+            raise ConfigError("run.dir", str(run.path), f"in use by {other}", WAY_OUT)
+        if not told:
+            say(f"waiting up to {STALE_AFTER_S:.0f} s for {run.path}: in use by {other}")
+            told = True
+        time.sleep(LOCK_PAUSE_S)
+
+
+# After the ranks
+
+
+def after(config: Config, attempt: Attempt, code: int, *, requeue_by: str, max_stalled: int, say: Say) -> int:
+    """Starts the job again, or not; returns its exit code.
+
+    Args:
+        config: the recipe.
+        attempt: the one that ends.
+        code: of what started the ranks, or of what ran before them.
+        requeue_by, max_stalled: as in the job's settings.
+        say: tells the user.
+    """
+    run = RunFolder(Path(config.run.dir))
+    events, update, outcome = Events(run), newest_update(run), read_outcome(run, str(attempt))
+    named = failed_nodes(run, events, attempt) if outcome is None and code not in (EXIT_DONE, EXIT_BAD_CONFIG) else []
+    final = code if outcome is None else outcome
+    shown = client.shown(attempt.job)
+
+    def end(decision: str) -> None:
+        events.add("ended", attempt=str(attempt), job=attempt.job, code=final, update=update, suspects=named, decision=decision)
+
+    if not may_go_on(shown, attempt):
+        end("slurm")
+        say(
+            f"attempt {attempt} is over at update {update}; SLURM has the job as {shown.state if shown else 'gone'}: left to SLURM"
+        )
+        return final
+    assert shown is not None
+    decision = decide(
+        outcome, code, stalled=stalled_attempts(events, attempt.job, update), max_stalled=max_stalled,
+        is_cancelled=bool(events.of("cancelled", [attempt.job])),
+    )  # fmt: skip
+    go_on = decision.go_on and requeue_by != "none"
+    end(requeue_by if go_on else "stop")
+    where = f"; first failed: {', '.join(named)}" if named else ""
+    say(f"attempt {attempt} is over at update {update} (newest checkpoint): {decision.text}{where}")
+    if go_on:
+        twice = suspects(events, attempt.job)
+        try:
+            (requeue if requeue_by == "requeue" else succeed)(shown, twice, say, events)
+        except SlurmError as error:
+            say(
+                f"the job could not be started again: {error}; sbatch {shown.command or 'the script'} goes on from the checkpoint"
+            )
+    elif decision.go_on:
+        say(f"to go on from there: sbatch {shown.command or 'the same script'}")
+    return final
+
+
+def may_go_on(shown: Job | None, attempt: Attempt) -> bool:
+    """Whether what becomes of the job is this attempt's to say: SLURM has neither cancelled nor requeued it meanwhile."""
+    if shown is None or shown.restarts != attempt.restart:
+        return False
+    return shown.state == "RUNNING" or (shown.state == "COMPLETING" and shown.reason == "TimeLimit")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """``go_on``: whether the job is to be started again. ``text``: why, for the user."""
+
+    go_on: bool
+    text: str
+
+
+def decide(outcome: int | None, code: int, *, stalled: int, max_stalled: int, is_cancelled: bool = False) -> Decision:
+    """What becomes of a job after its step has ended. PURE.
+
+    Args:
+        outcome: the exit code that the ranks agreed on; None where they did not come to an orderly end.
+        code: of the launcher, or of what ran before it.
+        stalled: attempts in a row, this one included, that began at the newest checkpoint there is now.
+        max_stalled: so many of them end the job.
+        is_cancelled: whether the user wants it to end.
+    """
+    final = code if outcome is None else outcome
+    if final == EXIT_DONE:
+        return Decision(False, "the run is done")
+    if final == EXIT_BAD_CONFIG:
+        return Decision(False, "a setting is wrong (above): another start would find the same")
+    if is_cancelled:
+        return Decision(False, "cancelled")
+    if outcome is not None and outcome != EXIT_STOPPED:
+        return Decision(False, "the run itself gave up (above): look into it before the next start")
+    why = "stopped by a signal, with a checkpoint written" if outcome == EXIT_STOPPED else f"a rank failed (code {code})"
+    if stalled >= max_stalled:
+        return Decision(False, f"{why}; {stalled} attempts in a row wrote no newer checkpoint: not started again")
+    return Decision(True, why)
+
+
+def stalled_attempts(events: Events, job: int, update: int) -> int:
+    """How many attempts of a job and its forerunners began at ``update``, where the run still is."""
+    return sum(event["update"] >= update for event in events.of("started", events.chain(job)))
+
+
+def suspects(events: Events, job: int) -> list[str]:
+    """The nodes that were named in the two newest attempts of a job and its forerunners."""
+    attempts = [event["attempt"] for event in events.of("started", events.chain(job))]
+    newest = [event for attempt in attempts[-2:] if (event := events.ended(attempt)) is not None]
+    if len(newest) < 2:
+        return []
+    return [node for node in newest[1]["suspects"] if node in newest[0]["suspects"]]
+
+
+def first_failed_node(log: str) -> list[str]:
+    """The node of the rank that died first, as srun tells it in a job's output; [] where it tells of none."""
+    found = FAULT_LINE.search(log)
+    return [found["node"]] if found else []
+
+
+def log_since(path: str, offset: int) -> str:
+    """What a job's output file has got since ``offset`` bytes; empty where it cannot be read."""
+    try:
+        with Path(path).open("rb") as file:
+            file.seek(offset)
+            return file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def failed_nodes(run: RunFolder, events: Events, attempt: Attempt) -> list[str]:
+    """The node whose rank failed first, by the ranks' own word or else by srun's; [] where nobody names one."""
+    told = faults.read(run.path, str(attempt))
+    if told:
+        return [str(told[0]["host"])]
+    started = [event for event in events.of("started") if event["attempt"] == str(attempt)]
+    return first_failed_node(log_since(started[-1]["log"], started[-1]["offset"])) if started else []
+
+
+def requeue(shown: Job, bad: Sequence[str], say: Say, events: Events | None = None) -> None:
+    """Puts the running job back into the queue, kept off the nodes ``bad``; where that is not allowed, submits a successor.
+
+    Raises:
+        SlurmError: neither could be done.
+    """
+    try:
+        client.insist("scontrol", "requeue", shown.id)
+    except SlurmError as error:
+        if events is None:
+            raise
+        say(f"SLURM does not requeue the job ({error}); submitting a successor")
+        succeed(shown, bad, say, events)
+        return
+    say(f"requeued job {shown.id}")
+    if bad:
+        say(f"{', '.join(bad)} failed twice running: excluded from now on")
+        client.insist("scontrol", "update", f"JobId={shown.id}", f"ExcNodeList={','.join([*shown.excluded, *bad])}")
+
+
+def succeed(shown: Job, bad: Sequence[str], say: Say, events: Events) -> None:
+    """Submits the same script once more, to start when this job has ended. Raises SlurmError."""
+    if not shown.command:
+        raise SlurmError("SLURM does not say which script this job runs")
+    options = [f"--dependency=afterany:{shown.id}", *([f"--exclude={','.join([*shown.excluded, *bad])}"] if bad else [])]
+    successor = client.submit(Path(shown.command), *options)
+    events.add("successor", job=successor, of=shown.id)
+    say(f"submitted job {successor}, which starts when job {shown.id} has ended{f', without {chr(44).join(bad)}' if bad else ''}")

@@ -1,0 +1,256 @@
+"""PURE: what a SLURM job is asked for, and the batch script that follows from it.
+
+The script trains one recipe to its last update over as many requeues as it takes. What happens before and after the training step is
+decided in :mod:`relora_ds.slurm_job`; the script itself only starts things and waits.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from relora_ds.config import Count, Positive, Section, explain, read_yaml
+from relora_ds.errors import ConfigError
+
+SITE_FILE = Path(".config/relora-ds/slurm.yaml")
+"""Under the home directory: the settings that are the same for all jobs of a user on a cluster."""
+
+Launcher = Literal["srun", "torchrun", "mpi"]
+RequeueBy = Literal["requeue", "dependency", "none"]
+Lines = list[str]
+
+
+class Settings(Section):
+    """What ``relora-ds slurm submit`` takes as options, with ``-`` for ``_``, and the site file as keys."""
+
+    nodes: Annotated[str, Field(pattern=r"^[1-9]\d*(-[1-9]\d*)?$")] = "1"
+    """A number, or a range such as 2-4: after a node failure the job goes on with fewer nodes rather than wait."""
+    gpus_per_node: Annotated[str, Field(pattern=r"^([\w.-]+:)?\d+$")] | None = None
+    """8, or with a type, a100:8; 0 on a cluster without GPUs."""
+    tasks_per_node: Positive | None = None
+    """Ranks on a node; left out: one per GPU."""
+    cpus_per_task: Positive | None = None
+    mem: str | None = None
+    """Memory of a node, as sbatch takes it: 512G, or 0 for all."""
+    time: str | None = None
+    """Limit of one attempt of the run, as sbatch takes it: 24:00:00, 2-00:00. Left out: the partition's."""
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    """Nodes not to use."""
+    job_name: str | None = None
+    """Left out: the name of the recipe's file."""
+    launcher: Launcher = "srun"
+    """srun starts one process per GPU; torchrun one agent per node, which starts them; mpi: mpirun."""
+    signal: Annotated[str, Field(pattern=r"^(USR1|USR2|TERM|INT|HUP)$")] = "USR2"
+    """Sent to all ranks before the time limit: they finish the update, write a checkpoint and end."""
+    signal_before: Annotated[int, Field(ge=30, le=65535)] = 300
+    """So many seconds before the limit. More than one update, one evaluation and one checkpoint take, and SLURM looks only twice a minute."""
+    requeue_by: RequeueBy = "requeue"
+    """requeue: scontrol requeue. dependency: submit a successor, where users may not requeue. none: leave it to the user."""
+    max_stalled: Positive = 3
+    """So many attempts in a row without a newer checkpoint end the job."""
+    setup: Lines = []
+    """Shell lines before anything else runs: module load …, source …/activate."""
+    environment_file: str | None = None
+    """A file of NAME=VALUE lines that all processes get."""
+    container: str | None = None
+    """Words before the training command, e.g. apptainer exec --nv image.sif. What runs before and after training runs outside."""
+    python: str | None = None
+    """The interpreter on the nodes; left out: the one that submits."""
+    sbatch_args: Lines = []
+    """More options of sbatch, one each: --reservation=week."""
+    srun_args: Lines = []
+    """More options of srun (or of mpirun, with launcher: mpi), one each."""
+
+    @property
+    def node_range(self) -> tuple[int, int]:
+        """The fewest and the most nodes."""
+        fewest, _, most = self.nodes.partition("-")
+        return int(fewest), int(most or fewest)
+
+    @property
+    def num_gpus(self) -> int:
+        """On a node."""
+        return int((self.gpus_per_node or "0").rpartition(":")[2])
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.tasks_per_node or self.num_gpus
+
+
+def read_site(path: Path) -> dict[str, Any]:
+    """The keys of a site file; none where there is no file. Raises ConfigError for what is not a mapping."""
+    if not path.is_file():
+        return {}
+    content = read_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+    if not isinstance(content, dict):
+        raise ConfigError("slurm.yaml", str(path), "must hold keys and values", "partition: gpu, for example")
+    return content
+
+
+def settings(site: dict[str, Any], options: dict[str, Any], site_path: Path = SITE_FILE) -> Settings:
+    """The site's settings with the command line's over them.
+
+    Raises:
+        ConfigError: an unknown key, a value that cannot be used, or no word on how many ranks a node gets.
+    """
+    site = {key: str(value) if key in ("nodes", "gpus_per_node", "time", "mem") else value for key, value in site.items()}
+    try:
+        Settings.model_validate(site)
+    except ValidationError as error:
+        raise explain(error, Settings, site, prefix=(str(site_path),)) from None
+    try:
+        found = Settings.model_validate({**site, **options})
+    except ValidationError as error:
+        complaint = explain(error, Settings, options)
+        raise ConfigError(option_name(complaint.key), complaint.value, str(error.errors()[0]["msg"]).lower()) from None
+    _check(found)
+    return found
+
+
+def option_name(key: str) -> str:
+    return "--" + key.replace("_", "-")
+
+
+def _check(found: Settings) -> None:
+    fewest, most = found.node_range
+    if fewest > most:
+        raise ConfigError("--nodes", found.nodes, "the range is the wrong way round", f"--nodes {most}-{fewest}")
+    if found.gpus_per_node is None and found.tasks_per_node is None:
+        raise ConfigError("--gpus-per-node", None, "is required", "give it, or --tasks-per-node on a cluster without GPUs")
+    if not found.ranks_per_node:
+        raise ConfigError("--tasks-per-node", None, "is required where there are no GPUs")
+    if found.num_gpus and found.ranks_per_node > found.num_gpus:
+        raise ConfigError("--tasks-per-node", found.tasks_per_node, f"more than the {found.num_gpus} GPU(s) of a node")
+    for key, value in found.model_dump().items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and ("\n" in text or "\0" in text):
+                raise ConfigError(option_name(key), text, "must be one line")
+    for text in found.sbatch_args:
+        if not text.startswith("-"):
+            raise ConfigError("--sbatch-args", text, "is no option of sbatch", "write it with its dashes: --reservation=week")
+
+
+def render(found: Settings, *, recipe: str, output: str, workdir: str | None = None, name: str = "") -> str:
+    """The batch script.
+
+    Args:
+        found: what to ask for.
+        recipe: path of the recipe on the nodes, absolute or under the working directory.
+        output: file that the job's output is appended to; sbatch's patterns such as %j are kept.
+        workdir: where the job runs; None: where sbatch is called.
+        name: of the job, where the settings name none.
+    """
+    directives = [f"#SBATCH {option}" for option in _options(found, output, workdir, found.job_name or name)]
+    python = found.python or "python"
+    parts = [
+        "\n".join(["#!/bin/bash", *directives]),
+        _ABOUT.format(signal=found.signal, before=found.signal_before, how=_HOW[found.requeue_by]),
+        "\n".join([f"recipe={shlex.quote(recipe)}", f"python={shlex.quote(python)}", f"tasks_per_node={found.ranks_per_node}"]),
+        "\n".join(_surroundings(found)),
+        f'{_BEFORE}if nodes=$({_relora("slurm before")} --tasks-per-node "$tasks_per_node"); then\n{_step(found)}\nelse\n    code=$?\nfi',
+        _AFTER + f'{_relora("slurm after")} --code "$code" --requeue-by {found.requeue_by} --max-stalled {found.max_stalled}',
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _relora(command: str) -> str:
+    return f'"$python" -m relora_ds.cli {command} "$recipe"'
+
+
+def _options(found: Settings, output: str, workdir: str | None, name: str) -> list[str]:
+    """sbatch's options, each a word. To SLURM a task is a rank, or torchrun's agent for all ranks of a node."""
+    ranks, is_torchrun = found.ranks_per_node, found.launcher == "torchrun"
+    given = {
+        "job-name": name or None,
+        "nodes": found.nodes,
+        "ntasks-per-node": 1 if is_torchrun else ranks,
+        "gpus-per-node": found.gpus_per_node if found.num_gpus else None,
+        "cpus-per-task": (found.cpus_per_task or 1) * ranks if is_torchrun else found.cpus_per_task,
+        "mem": found.mem,
+        "time": found.time,
+        "partition": found.partition,
+        "account": found.account,
+        "qos": found.qos,
+        "constraint": found.constraint,
+        "exclude": found.exclude,
+        "chdir": workdir,
+        "output": output,
+        "open-mode": "append",
+        # B: goes to this script, which hands it to mpirun, which hands it to the ranks; else SLURM signals the ranks
+        "signal": f"{'B:' if found.launcher == 'mpi' else ''}{found.signal}@{found.signal_before}",
+    }
+    words = [f"--{key}={_word(value)}" for key, value in given.items() if value is not None]
+    return [*words, "--requeue" if found.requeue_by == "requeue" else "--no-requeue", *found.sbatch_args]
+
+
+def _word(value: object) -> str:
+    text = str(value)
+    return text if re.fullmatch(r"[\w@%+=:,./\[\]-]*", text) else '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+
+
+_ABOUT = """\
+# Trains one recipe to its last update, over as many starts as that takes. {before} seconds before the time limit SLURM sends
+# {signal} to the ranks: they finish the update, write a checkpoint and end with code 75. Then, as after a fault, the job
+# {how}, until the run is done or makes no more progress."""
+_HOW = {
+    "requeue": "requeues itself",
+    "dependency": "submits its successor",
+    "none": "says how to go on",
+}
+_BEFORE = """\
+# SLURM's TERM (preemption, an operator's requeue) reaches the ranks, too: this shell waits for them and then decides.
+trap : TERM
+
+# Checks the recipe for these nodes, and says over how many of them the global batch divides.
+"""
+_AFTER = """\
+# Requeues, or not. Must come to its end although SLURM ends this script as soon as the job is requeued.
+trap '' TERM
+"""
+
+
+def _surroundings(found: Settings) -> list[str]:
+    lines = list(found.setup)
+    if found.environment_file:
+        lines += ["set -a", f"source {shlex.quote(found.environment_file)}", "set +a"]
+    cores = "$((SLURM_CPUS_PER_TASK / tasks_per_node))" if found.launcher == "torchrun" else "${SLURM_CPUS_PER_TASK:-1}"
+    return [*lines, f'export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-{cores}}}"']
+
+
+def _step(found: Settings) -> str:
+    """The lines that start the ranks and wait for their end; bash's ``wait`` ends early when a signal comes, hence the loop."""
+    train = " ".join(filter(None, [found.container, _relora("train")]))
+    more = "".join(f" {shlex.quote(word)}" for word in found.srun_args)
+    srun = 'srun --nodes="$nodes" {tasks} --kill-on-bad-exit=1 \\\n        ${{SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"}}'
+    forward = ""
+    if found.launcher == "srun":
+        tasks = '--ntasks="$((nodes * tasks_per_node))" --ntasks-per-node="$tasks_per_node"'
+        start = f"{srun.format(tasks=tasks)}{more} \\\n        {train} &"
+    elif found.launcher == "torchrun":
+        agent = " ".join(filter(None, [found.container, _relora("slurm torchrun")]))
+        start = f'{srun.format(tasks='--ntasks="$nodes" --ntasks-per-node=1')}{more} \\\n        {agent} --tasks-per-node "$tasks_per_node" &'
+    else:
+        start = f'mpirun -np "$((nodes * tasks_per_node))" --map-by "ppr:$tasks_per_node:node" --bind-to none{more} \\\n        {train} &'
+        forward = f"\n    trap 'kill -s {found.signal} \"$step\"' {found.signal}"
+    return f"""\
+    {start}
+    step=$!{forward}
+    while true; do
+        wait "$step"
+        code=$?
+        kill -0 "$step" 2>/dev/null || break
+    done"""
+
+
+def describe(found: Settings) -> str:
+    """What is asked for, in words: 2-4 nodes × 8 ranks, by srun."""
+    nodes, ranks = ("" if number == "1" else "s" for number in (found.nodes, str(found.ranks_per_node)))
+    return f"{found.nodes} node{nodes} × {found.ranks_per_node} rank{ranks}, by {found.launcher}"
