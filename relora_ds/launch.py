@@ -212,8 +212,8 @@ def start_process_group(place: Place, timeout_s: float = 1800.0) -> Any:
     import torch
 
     place = _find_master(place)
-    _export(place)
     _choose_interface(place)
+    _export(place)
     on_cuda = torch.cuda.is_available()
     if on_cuda:
         check_devices(place.local_rank + 1)
@@ -257,12 +257,17 @@ def _choose_interface(place: Place) -> None:
     if place.is_one_node:
         interface = next((name for _, name in socket.if_nameindex() if name == "lo"), None)
     else:
-        # On rank 0's node its name may mean loopback: there another node shows the way.
-        nodes = islice(slurm_nodes.hosts(_step_nodes(os.environ)), 2) if place.launcher == "srun" else ()
-        address = network.address_towards([place.master_addr, *nodes, network.ANYWHERE])
+        address = network.address_towards([*_neighbours(place, os.environ), place.master_addr, network.ANYWHERE])
         interface = network.interface_of(address) if address else None
     if interface:
         os.environ["GLOO_SOCKET_IFNAME"] = interface
+
+
+def _neighbours(place: Place, env: Mapping[str, str]) -> list[str]:
+    """Another node of a step of srun: rank 0's own name may mean anything on its own node. None where the user named a master."""
+    if place.launcher != "srun" or "MASTER_ADDR" in env:
+        return []
+    return list(islice((node for node in slurm_nodes.hosts(_step_nodes(env)) if node != env.get("SLURMD_NODENAME")), 1))
 
 
 def skip_shared_memory_build() -> None:
