@@ -5,27 +5,35 @@ The environment is read, and set, in this file only.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import islice
 from typing import Any
 
+from relora_ds import network, slurm_nodes
 from relora_ds.errors import ConfigError
 
 TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 DEFAULT_PORT = 29500
+LAST_STEP_ID = 0xFFFFFFF0
+"""SLURM's job steps are numbered up to here; above are its own, such as the interactive shell of salloc."""
 GRACE_S = 20.0
 """How long the other processes of a node may take to end after one of them failed, before they are killed."""
 ORDERLY = (2, 75)
 """Exit codes with which all ranks end by themselves, together: a bad setting, a signal."""
+MEETING_S = 60.0
+"""How long a rank that has finished waits for the others."""
 SAFE_ISA = "AVX512_CORE_FP16"
 """The newest instruction set of oneDNN without AMX."""
 
@@ -37,7 +45,7 @@ class Place:
     Attributes:
         rank, world_size: in the whole job.
         local_rank, local_world_size: on this node.
-        master_addr, master_port: of rank 0.
+        master_addr, master_port: of rank 0. Under mpirun over several nodes the address may be empty: not known before the start.
         launcher: torchrun (and all that set the same variables), srun, mpirun, or single.
     """
 
@@ -52,6 +60,10 @@ class Place:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def is_one_node(self) -> bool:
+        return self.world_size == self.local_world_size
 
 
 def discover(environment: Mapping[str, str] | None = None) -> Place | None:
@@ -69,7 +81,7 @@ def discover(environment: Mapping[str, str] | None = None) -> Place | None:
         address = env.get("MASTER_ADDR", "127.0.0.1")
         port = int(env.get("MASTER_PORT", DEFAULT_PORT))
         return Place(int(env["RANK"]), size, local, _local_size(env, size), address, port, "torchrun")
-    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
+    if _is_srun(env):
         return _from_slurm(env)
     if "OMPI_COMM_WORLD_RANK" in env or "PMI_RANK" in env or "PMIX_RANK" in env:
         return _from_mpi(env)
@@ -81,59 +93,80 @@ def _local_size(env: Mapping[str, str], world_size: int) -> int:
     return int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world_size)
 
 
+def _is_srun(env: Mapping[str, str]) -> bool:
+    """Whether srun started this process as a task of a job step, not as, or inside, a user's interactive shell.
+
+    An srun inside such a shell inherits SLURM_PTY_PORT, so that alone says nothing about a step of several tasks; a single task
+    is alone either way.
+    """
+    if "SLURM_STEP_ID" not in env or "SLURM_PROCID" not in env or int(env["SLURM_STEP_ID"]) > LAST_STEP_ID:
+        return False
+    return not ("SLURM_PTY_PORT" in env and env.get("SLURM_STEP_NUM_TASKS") == "1")
+
+
 def _from_slurm(env: Mapping[str, str]) -> Place:
-    """srun: one task per GPU. The master is the first node of the step; the port follows from the job id, the same on all nodes."""
+    """srun: one task per GPU. The master is the first node of the step, its port the same on all nodes."""
     size = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
     nodes = int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1")))
-    per_node = env.get("SLURM_STEP_TASKS_PER_NODE", str(size)).split("(")[0].split(",")[0]
-    address = env.get("MASTER_ADDR") or (
-        "127.0.0.1" if nodes == 1 else first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "")))
-    )
-    port = int(env.get("MASTER_PORT", DEFAULT_PORT + int(env.get("SLURM_JOB_ID", "0")) % 10000))
-    return Place(int(env["SLURM_PROCID"]), size, int(env.get("SLURM_LOCALID", "0")), int(per_node), address, port, "srun")
+    tasks = slurm_nodes.tasks_of_nodes(env.get("SLURM_STEP_TASKS_PER_NODE", f"{size // nodes}(x{nodes})"))
+    local_size = tasks[int(env.get("SLURM_NODEID", "0"))]
+    address = env.get("MASTER_ADDR") or ("127.0.0.1" if nodes == 1 else slurm_nodes.first_host(_step_nodes(env)))
+    reserved = env.get("SLURM_STEP_RESV_PORTS", "").replace(",", "-").partition("-")[0]  # of srun --resv-ports: 12345-12346
+    port = env.get("MASTER_PORT") or reserved or slurm_nodes.port_of(int(env.get("SLURM_JOB_ID", "0")), int(env["SLURM_STEP_ID"]))
+    return Place(int(env["SLURM_PROCID"]), size, int(env.get("SLURM_LOCALID", "0")), local_size, address, int(port), "srun")
 
 
-def first_host(nodelist: str) -> str:
-    """The first host of a SLURM node list: ``node[03-05,9],login`` -> ``node03``."""
-    # ``[03-05,9]`` -> ``03``: after that a comma can only part hosts
-    host = re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", nodelist).split(",")[0]
-    if not host:
-        raise ConfigError("SLURM_STEP_NODELIST", nodelist, "names no node", "set MASTER_ADDR")
-    return host
+def _step_nodes(env: Mapping[str, str]) -> str:
+    return env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", ""))
+
+
+def allocation() -> str | None:
+    """The nodes of the SLURM job that this process is in, as SLURM writes them; None outside of jobs."""
+    return os.environ.get("SLURM_JOB_NODELIST")
 
 
 def _from_mpi(env: Mapping[str, str]) -> Place:
-    """mpirun, or srun --mpi=pmix: on one node the variables say all; over nodes rank 0's address is asked of it through mpi4py."""
+    """mpirun. Over several nodes rank 0's address is left open unless the user named it: it is asked of rank 0 at the start."""
     rank = int(env.get("OMPI_COMM_WORLD_RANK") or env.get("PMI_RANK") or env.get("PMIX_RANK") or 0)
     size = int(env.get("OMPI_COMM_WORLD_SIZE") or env.get("PMI_SIZE") or 0)
     local = int(env.get("OMPI_COMM_WORLD_LOCAL_RANK") or env.get("MPI_LOCALRANKID") or 0)
     local_size = int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE") or env.get("MPI_LOCALNRANKS") or 0)
-    address, port = env.get("MASTER_ADDR"), int(env.get("MASTER_PORT", DEFAULT_PORT))
-    if size and local_size and (address or local_size == size):
-        return Place(rank, size, local, local_size, address or "127.0.0.1", port, "mpirun")
-    try:
-        from mpi4py import MPI
-    except ImportError:
-        raise ConfigError(
-            "MASTER_ADDR", None, "MPI over several nodes needs rank 0's address", "set it, or install relora_ds[mpi]"
-        ) from None
+    address = env.get("MASTER_ADDR") or ("127.0.0.1" if local_size and local_size == size else "")
+    if not (size and local_size and address) and importlib.util.find_spec("mpi4py") is None:
+        problem = "MPI over several nodes needs rank 0's address"
+        raise ConfigError("MASTER_ADDR", None, problem, "set it, or install relora_ds[mpi]")
+    if not (size and local_size):  # an MPI that tells the processes less
+        rank, size, local, local_size = _mpi_place()
+    return Place(rank, size, local, local_size, address, int(env.get("MASTER_PORT", DEFAULT_PORT)), "mpirun")
+
+
+@functools.cache
+def _mpi_place() -> tuple[int, int, int, int]:
+    """Rank and size, in the job and on this node, asked of MPI. All ranks must meet here: asked once, then remembered."""
+    from mpi4py import MPI
+
     comm = MPI.COMM_WORLD
-    hosts = comm.allgather(socket.gethostname())
-    address = comm.bcast(address or socket.gethostbyname(socket.gethostname()), root=0)
-    same = [other for other, host in enumerate(hosts) if host == hosts[comm.Get_rank()]]
-    return Place(comm.Get_rank(), comm.Get_size(), same.index(comm.Get_rank()), len(same), address, port, "mpirun")
+    here = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    return comm.Get_rank(), comm.Get_size(), here.Get_rank(), here.Get_size()
 
 
-def free_port() -> int:
-    """A TCP port that is free on this machine now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _ask_rank_0(port: int | None) -> tuple[str, int]:
+    """Rank 0's address and a port that is free there, or ``port``, over MPI. All ranks must call this."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    names = comm.allgather(socket.gethostname())
+    found = None
+    if comm.Get_rank() == 0:
+        # An address, because the others may not know the name; not the one that the name has here, which may be 127.0.1.1.
+        others = [name for name in names if name != names[0]]
+        found = network.address_towards([*others, names[0], network.ANYWHERE]) or names[0], port or network.free_port()
+    return comm.bcast(found, root=0)
 
 
 def single() -> Place:
     """One process that stands alone."""
-    return Place(0, 1, 0, 1, "127.0.0.1", free_port(), "single")
+    return Place(0, 1, 0, 1, "127.0.0.1", network.free_port(), "single")
 
 
 def default_num_processes() -> int:
@@ -171,9 +204,15 @@ def check_devices(num_processes: int) -> None:
 
 
 def start_process_group(place: Place, timeout_s: float = 1800.0) -> Any:
-    """Joins the job: NCCL on CUDA, gloo on CPU, under torch.distributed and DeepSpeed alike. Returns this process's torch device."""
+    """Joins the job: NCCL on CUDA, gloo on CPU, under torch.distributed and DeepSpeed alike. Returns this process's torch device.
+
+    Raises:
+        ConfigError: rank 0's node has no address that is known here, or this machine has too few GPUs.
+    """
     import torch
 
+    place = find_master(place)
+    _choose_interface(place)
     _export(place)
     on_cuda = torch.cuda.is_available()
     if on_cuda:
@@ -194,8 +233,41 @@ def _export(place: Place) -> None:
     for name, value in zip(TORCH_VARIABLES, values, strict=True):
         os.environ[name] = str(value)
     os.environ.setdefault("LOCAL_WORLD_SIZE", str(place.local_world_size))
-    if place.world_size == place.local_world_size and any(name == "lo" for _, name in socket.if_nameindex()):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name that does not resolve must not stop a one-node run
+
+
+def find_master(place: Place) -> Place:
+    """The place with an address of rank 0 that can be connected to. Not part of `discover`, which any rank may call at any time."""
+    if place.is_one_node or place.launcher not in ("srun", "mpirun"):
+        return place
+    if not place.master_addr:
+        chosen = os.environ.get("MASTER_PORT")
+        address, port = _ask_rank_0(int(chosen) if chosen else None)
+        place = replace(place, master_addr=address, master_port=port)
+    return replace(place, master_addr=slurm_nodes.reachable(place.master_addr))
+
+
+def _choose_interface(place: Place) -> None:
+    """Tells gloo, unless the user did, through which interface the ranks meet.
+
+    Left alone it takes the address that the own host name resolves to: often 127.0.1.1, or one of a network for administrators.
+    NCCL is told nothing: it looks through all interfaces and takes InfiniBand first, and NCCL_SOCKET_IFNAME is the user's word on it.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    if place.is_one_node:
+        interface = next((name for _, name in socket.if_nameindex() if name == "lo"), None)
+    else:
+        address = network.address_towards([*_neighbours(place, os.environ), place.master_addr, network.ANYWHERE])
+        interface = network.interface_of(address) if address else None
+    if interface:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+
+
+def _neighbours(place: Place, env: Mapping[str, str]) -> list[str]:
+    """Another node of a step of srun: rank 0's own name may mean anything on its own node. None where the user named a master."""
+    if place.launcher != "srun" or "MASTER_ADDR" in env:
+        return []
+    return list(islice((node for node in slurm_nodes.hosts(_step_nodes(env)) if node != env.get("SLURMD_NODENAME")), 1))
 
 
 def skip_shared_memory_build() -> None:
@@ -212,11 +284,31 @@ def skip_shared_memory_build() -> None:
 
 
 def leave_process_group() -> None:
-    """Ends torch.distributed, so that a process can exit without a warning."""
+    """Ends torch.distributed on all ranks together: where the first exit ends the job, as under srun --kill-on-bad-exit, none is
+    killed over files that it is still closing. Only for ends that all ranks come to; one that does not is waited for in vain.
+    """
     import torch.distributed as dist
 
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if not dist.is_initialized():
+        return
+    if dist.get_world_size() == 1 or _all_are_here():
+        dist.destroy_process_group()  # so that the process exits without a warning
+
+
+def _all_are_here() -> bool:
+    """Whether all ranks came here within MEETING_S; raises nothing."""
+    import torch
+    import torch.distributed as dist
+
+    with suppress(Exception):  # of many kinds; and a run that is over must not fail by the way it ends
+        if dist.get_backend() == "gloo":
+            dist.monitored_barrier(timeout=timedelta(seconds=MEETING_S))
+            return True
+        meeting, deadline = dist.barrier(async_op=True, device_ids=[torch.cuda.current_device()]), time.monotonic() + MEETING_S
+        while not meeting.is_completed() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return meeting.is_completed()
+    return False
 
 
 def guard_bf16() -> str | None:
@@ -246,9 +338,10 @@ def _cpu_has(flag: str) -> bool:
 def spawn(arguments: Sequence[str], num_processes: int, stop_signal: str = "USR2") -> int:
     """Runs ``python -m relora_ds.cli ARGUMENTS`` in ``num_processes`` processes on this machine; returns the job's exit code.
 
-    SIGTERM, SIGINT and the stop signal are passed on, so that the run can write its checkpoint. When one process fails, the others are stopped.
+    SIGTERM, SIGINT and the stop signal are passed on, so that the run can write its checkpoint. When one process fails, the others
+    are stopped.
     """
-    port, cores, more = free_port(), os.cpu_count() or 1, getattr(signal, f"SIG{stop_signal}")
+    port, cores, more = network.free_port(), os.cpu_count() or 1, getattr(signal, f"SIG{stop_signal}")
     processes = []
     for rank in range(num_processes):
         environment = dict(os.environ)

@@ -54,7 +54,7 @@ PROBE = "mount -t proc proc /proc; mount -t sysfs sysfs /sys; ip link add br0 ty
 
 # cgroup/v1: inside a network namespace SLURM cannot find out the version. config_overrides: take `CPUs` on trust.
 # cred_expire: a requeued job waits for its old credential to expire, two minutes by default. TmpFS by node: PMIx keeps its
-# sockets there, and the nodes share a file system.
+# sockets there, and the nodes share a file system. NodeAddr: SLURM itself needs no names, so a test may take them away.
 CGROUP_CONF = "CgroupPlugin=cgroup/v1\n"
 SLURM_CONF = """\
 ClusterName=test
@@ -86,7 +86,7 @@ MessageTimeout=10
 SlurmdTimeout=10
 ReturnToService=2
 JobRequeue=1
-NodeName=node[1-{num_nodes}] CPUs={cpus} RealMemory=4000 State=UNKNOWN
+NodeName=node[1-{num_nodes}] NodeAddr=10.77.0.[1-{num_nodes}] CPUs={cpus} RealMemory=4000 State=UNKNOWN
 """
 PARTITIONS = "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP"
 
