@@ -171,6 +171,8 @@ class Train(Section):
     """Checkpoints after multiples of so many updates stay beside them."""
     max_skipped: Positive = 100
     """So many non-finite updates in a row stop the run."""
+    hang_timeout: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = 1800.0
+    """So many seconds without progress: every rank's stacks are written and the job is ended."""
 
 
 class Checkpoint(Section):
