@@ -168,9 +168,10 @@ def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from relora_ds.elastic import ConversionError
     from relora_ds.saver import FencedError
     from relora_ds.train import TrainingError, train
+    from relora_ds.watchdog import collective_timeout_s
 
     place = place or launch.single()
-    device = launch.start_process_group(place)
+    device = launch.start_process_group(place, timeout_s=collective_timeout_s(recipe.train.hang_timeout))
     try:
         code = train(checked, place, device)
     except (TrainingError, FencedError, ConversionError) as error:

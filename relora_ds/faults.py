@@ -1,7 +1,7 @@
 """faults.jsonl: what ended a run out of order, one line a fault.
 
-Whoever decides whether to start a job again, and where, reads it. When one rank fails, others follow with errors of their connections:
-the earliest line of an attempt is the cause.
+Whoever decides whether to start a job again, and where, reads it. When one rank fails, others follow with errors of their
+connections: the earliest line of an attempt is the cause.
 """
 
 from __future__ import annotations
