@@ -201,8 +201,9 @@ def _train_rank(checked: Checked, place: launch.Place, stop: StopSignal) -> int:
     from relora_ds.elastic import ConversionError
     from relora_ds.saver import FencedError
     from relora_ds.train import TrainingError, train
+    from relora_ds.watchdog import collective_timeout_s
 
-    device = launch.start_process_group(place)
+    device = launch.start_process_group(place, timeout_s=collective_timeout_s(checked.config.train.hang_timeout))
     message, is_ours = "", True
     try:
         code = train(checked, place, device, stop)

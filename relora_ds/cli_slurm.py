@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import typing
@@ -210,8 +211,16 @@ def run_cancel(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def run_hostfile(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Prints it; redirect it into the file that ``deepspeed --hostfile`` gets."""
     _refuse_rest(rest)
-    raise NotImplementedError
+    from relora_ds.slurm_nodes import hostfile, hosts, nodes_of_job
+
+    here = launch.allocation()
+    if options.job is None and here is None:
+        raise ConfigError("--job", None, "this is not inside an allocation", "name a job that runs")
+    nodes = nodes_of_job(options.job) if options.job is not None else list(hosts(here or ""))
+    print(hostfile(nodes, options.slots), end="")
+    return EXIT_DONE
 
 
 def run_before(options: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -248,16 +257,29 @@ def run_after(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def this_attempt() -> Any:
     """Raises ConfigError outside a job."""
-    from relora_ds.slurm_client import host_names
     from relora_ds.slurm_job import Attempt
+    from relora_ds.slurm_nodes import hosts
 
     job, _, restart = launch.attempt().partition(".")
     if not job:
         raise ConfigError("SLURM_JOB_ID", None, "this is not inside a SLURM job", "it is called by the batch scripts of slurm/")
-    return Attempt(int(job), int(restart), tuple(host_names(launch.allocation() or "")))
+    return Attempt(int(job), int(restart), tuple(hosts(launch.allocation() or "")))
 
 
 def run_torchrun(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Becomes torchrun's agent of this node."""
+    """Becomes torchrun's agent of this node, of as many as srun started."""
     _refuse_rest(rest)
-    raise NotImplementedError
+    node = launch.discover()
+    if node is None:
+        raise ConfigError(
+            "SLURM_STEP_ID", None, "this is not inside a step of srun", "it is called by the batch scripts of slurm/"
+        )
+    node = launch.find_master(node)
+    stop = load(options.recipe, []).train.stop_signal
+    signal.signal(getattr(signal, f"SIG{stop}"), signal.SIG_IGN)  # it is meant for the ranks, and would end the agent
+    words = [
+        sys.executable, "-m", "torch.distributed.run", f"--nnodes={node.world_size}", f"--node-rank={node.rank}",
+        f"--nproc-per-node={options.tasks_per_node}", f"--master-addr={node.master_addr}", f"--master-port={node.master_port}",
+        "--module", "relora_ds.cli", "train", options.recipe,
+    ]  # fmt: skip
+    os.execv(sys.executable, words)

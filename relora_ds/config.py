@@ -173,6 +173,8 @@ class Train(Section):
     """So many non-finite updates in a row stop the run."""
     stop_signal: Literal["USR1", "USR2", "HUP"] = "USR2"
     """Stops the run after its update, with a checkpoint, as TERM and INT do: what SLURM sends before a time limit."""
+    hang_timeout: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = 1800.0
+    """So many seconds without progress: every rank's stacks are written and the job is ended."""
 
 
 class Checkpoint(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,7 @@ def evaluate(
     max_tokens: int | None = None,
     rank: int = 0,
     world_size: int = 1,
+    beat: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """The mean loss of ``model`` over the first samples of ``dataset``.
 
@@ -43,6 +45,7 @@ def evaluate(
         batch_size: sequences of one forward pass.
         device: of the model.
         max_tokens: stop after so many tokens; None for all.
+        beat: called as often on every rank, after each of its batches and in place of those that it has less than others.
     """
     num_samples = len(dataset)
     if max_tokens is not None:
@@ -51,11 +54,13 @@ def evaluate(
     sums = torch.zeros(2, dtype=torch.float64)
     was_training = model.training
     model.eval()
-    for start in range(0, len(mine), batch_size):
-        ids = dataset.batch(mine[start : start + batch_size]).to(device)
-        predicted = ids.shape[0] * (ids.shape[1] - 1)
-        loss = model(input_ids=ids, labels=ids).loss
-        sums += torch.tensor([float(loss) * predicted, predicted], dtype=torch.float64)
+    for start in range(0, math.ceil(num_samples / world_size), batch_size):
+        if samples := mine[start : start + batch_size]:
+            ids = dataset.batch(samples).to(device)
+            predicted = ids.shape[0] * (ids.shape[1] - 1)
+            loss = model(input_ids=ids, labels=ids).loss
+            sums += torch.tensor([float(loss) * predicted, predicted], dtype=torch.float64)
+        beat()
     model.train(was_training)
     if world_size > 1:
         sums = sums.to(device)

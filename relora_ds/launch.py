@@ -88,6 +88,13 @@ def discover(environment: Mapping[str, str] | None = None) -> Place | None:
     return None
 
 
+def attempt(environment: Mapping[str, str] | None = None) -> str:
+    """This start of the SLURM job, ``JOB_ID.RESTART_COUNT``; empty outside of one."""
+    env = os.environ if environment is None else environment
+    job = env.get("SLURM_JOB_ID", "")
+    return f"{job}.{env.get('SLURM_RESTART_COUNT') or 0}" if job else ""
+
+
 def _local_size(env: Mapping[str, str], world_size: int) -> int:
     """Processes on this node: torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE."""
     return int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world_size)

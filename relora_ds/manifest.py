@@ -69,7 +69,7 @@ def read(folder: Path) -> Manifest:
 
 
 def newest(checkpoints: Path) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint in a run's checkpoints folder whose manifest can be read, and what that says; contents are not looked at."""
+    """The newest checkpoint in a run's checkpoints/ whose manifest can be read, and what that says; contents are not looked at."""
     for path in sorted(checkpoints.glob(f"update_*/{NAME}"), reverse=True):
         try:
             return path.parent, read(path.parent)

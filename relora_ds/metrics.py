@@ -1,4 +1,4 @@
-"""What a run tells while it trains, on rank 0 only: metrics.jsonl and restarts.jsonl, wandb, and progress on the screen."""
+"""What a run tells while it trains, on rank 0 only: metrics.jsonl, restarts.jsonl, ranks.jsonl, wandb, progress on the screen."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Metrics:
     def __init__(self, config: Config, folder: RunFolder) -> None:
         self.folder = folder
         self.progress = Progress(config.total_updates)
-        self.log, self.restarts = (Log(path, self.note) for path in (folder.metrics, folder.restarts))
+        self.log, self.restarts, self.ranks = (Log(path, self.note) for path in (folder.metrics, folder.restarts, folder.ranks))
         self.wandb = _start_wandb(config, folder)
 
     def update(self, record: dict[str, Any]) -> None:

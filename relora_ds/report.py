@@ -29,6 +29,7 @@ REACH = 100  # how far behind a restart its "after" window may end: the re-warme
 LOG_RATIO = 10  # perplexities that differ by more than this factor are drawn on a log axis
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito: for any colour vision
 UNITS = {"loss": f"nats per token (line: mean of {WINDOW})", "lr": "lr (full-rank weights)", "lora_lr": "lora_lr (LoRA factors)"}
+LAGS = 0.1  # a rank whose own work takes longer than the median rank's by this share is said to lag
 PICTURES = {"loss": "Training loss", "learning_rate": "Learning rate", "perplexity": "Held-out perplexity"}
 # The columns of the two tables, with the format of their cells.
 RUN_COLUMNS = {"run": "", "method": "", "updates": ",d", "tokens": ",.0f", "restarts": "d", "final loss": ".4f"}
@@ -54,6 +55,7 @@ class Run:
     updates: list[Record]
     evals: list[Record]
     restarts: list[Record]
+    ranks: list[Record]
 
     @property
     def phase_changes(self) -> list[int]:
@@ -148,6 +150,25 @@ def verdict(rows: Sequence[RestartRow]) -> str:
     return " ".join(sentences)
 
 
+def slowest_rank(ranks: Sequence[Record]) -> str:
+    """Says which rank's own work (batches and forward passes) takes longest; empty where no two ranks were timed.
+
+    Every record is compared with its own median, and a rank on another node (after a resume) counts as another one.
+    """
+    slower: dict[tuple[int, str], list[float]] = {}
+    for record in ranks:
+        median = statistics.median_low(record["forward_s"])  # a rank's own: of two ranks, the faster one
+        for rank, (host, seconds) in enumerate(zip(record["hosts"], record["forward_s"], strict=True)):
+            slower.setdefault((rank, host), []).append(seconds / median - 1)
+    if not slower or max(slower)[0] == 0:
+        return ""
+    rank, host = max(slower, key=lambda who: mean(slower[who]))
+    share = mean(slower[rank, host])
+    if share < LAGS:
+        return f"No rank lags: the slowest, rank {rank} on {host}, takes {share:.0%} longer than the median rank."
+    return f"Rank {rank} on {host} **lags**: its batches and forward passes take {share:.0%} longer than the median rank's."
+
+
 def read_jsonl(path: Path) -> list[Record]:
     """The records of a file with one JSON object a line; a last line that a kill cut off is left out."""
     lines = path.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
@@ -177,7 +198,7 @@ def without_redone(records: Iterable[Record], last: float = math.inf) -> list[Re
 
 def read_run(folder: Path, label: str | None = None) -> Run:
     """Reads one run folder; raises :class:`ConfigError` where it holds no update or a file of it is damaged."""
-    metrics, restarts, config = (folder / name for name in ("metrics.jsonl", "restarts.jsonl", "config.yaml"))
+    metrics, config = folder / "metrics.jsonl", folder / "config.yaml"
     if not metrics.is_file():
         raise ConfigError("RUN_DIR", str(folder), "the folder has no metrics.jsonl", "name the folder that a training run wrote")
     records = read_jsonl(metrics)
@@ -186,9 +207,10 @@ def read_run(folder: Path, label: str | None = None) -> Run:
         raise ConfigError("RUN_DIR", str(folder), "metrics.jsonl holds no update", "wait for the run's first update")
     last = updates[-1]["update"]
     evals = without_redone((record for record in records if "eval_loss" in record), last)
-    made = without_redone(read_jsonl(restarts), last) if restarts.is_file() else []
+    logs = (folder / name for name in ("restarts.jsonl", "ranks.jsonl"))
+    restarts, ranks = (without_redone(read_jsonl(log), last) if log.is_file() else [] for log in logs)
     settings = (yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else None) or {}
-    return Run(label or folder.resolve().name, str(settings.get("method", "–")), updates, evals, made)
+    return Run(label or folder.resolve().name, str(settings.get("method", "–")), updates, evals, restarts, ranks)
 
 
 def unique_labels(folders: Sequence[Path]) -> list[str]:
@@ -278,6 +300,8 @@ def _markdown(runs: Sequence[Run]) -> str:
         lines += ["", f"## Restarts of {run.label}", "", verdict(rows)]
         cells = ([getattr(row, name) for name in RESTART_COLUMNS] for row in rows)
         lines += ["", *_table(RESTART_COLUMNS, cells)] if rows else []
+        if sentence := slowest_rank(run.ranks):
+            lines += ["", f"## Ranks of {run.label}", "", sentence]
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""What lies in a run's folder, and the two line-by-line logs in it."""
+"""What lies in a run's folder, and how the line-by-line logs in it are written."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from relora_ds.errors import ConfigError
 @dataclass(frozen=True)
 class RunFolder:
     """Paths of one run: config.yaml, deepspeed.json, model/ (Hugging Face configuration and tokenizer), metrics.jsonl,
-    restarts.jsonl, checkpoints/, base/ (frozen weights, once per restart), universal/ (conversions), slurm/ (what was
-    submitted, and what became of it), plots/, report.md."""
+    restarts.jsonl, ranks.jsonl, faults.jsonl, stacks/ (where every rank hung), checkpoints/, base/ (frozen weights, once per
+    restart), universal/ (conversions), slurm/ (what was submitted, and what became of it), plots/, report.md."""
 
     path: Path
 
@@ -41,6 +41,18 @@ class RunFolder:
     @property
     def restarts(self) -> Path:
         return self.path / "restarts.jsonl"
+
+    @property
+    def ranks(self) -> Path:
+        return self.path / "ranks.jsonl"
+
+    @property
+    def faults(self) -> Path:
+        return self.path / "faults.jsonl"
+
+    @property
+    def stacks(self) -> Path:
+        return self.path / "stacks"
 
     @property
     def checkpoints(self) -> Path:

@@ -139,7 +139,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def status(config: Config) -> Iterator[str]:
-    """The lines of ``relora-ds slurm status``. Raises ConfigError where no job of this run is known, SlurmError where SLURM is silent."""
+    """The lines of ``relora-ds slurm status``. Raises ConfigError where no job of this run is known."""
     run = RunFolder(Path(config.run.dir))
     events, job = known_job(run)
     yield from job_lines(job, client.job(job), events)

@@ -14,7 +14,18 @@ from typing import Any
 
 from relora_ds.errors import ConfigError
 
-ENDED = frozenset("BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED TIMEOUT".split())
+ENDED = (
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "REVOKED",
+    "TIMEOUT",
+)
 UNUSABLE = ("down", "drain", "drng", "fail", "unk", "boot", "error", "no_respond", "perfctrs")
 """Beginnings of the states of a node that runs nothing; one that does not answer has a ``*`` behind its state."""
 TIMEOUT_S = 60.0
@@ -236,8 +247,3 @@ def bad_nodes(text: str) -> list[str]:
     """The nodes in a bad state, from lines of ``sinfo --Node --format='%N %T'``, which has one for each partition of a node."""
     states = dict(line.split(None, 1) for line in text.splitlines() if " " in line)
     return [name for name, state in states.items() if state.strip().endswith("*") or state.lower().startswith(UNUSABLE)]
-
-
-def host_names(nodelist: str) -> list[str]:
-    """The nodes of SLURM's list, one by one: node[1-3] -> node1, node2, node3."""
-    return call("scontrol", "show", "hostnames", nodelist).split() if nodelist else []

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from relora_ds.config import Count, Positive, Section, explain, read_yaml
+from relora_ds.config import Positive, Section, explain, read_yaml
 from relora_ds.errors import ConfigError
 
 SITE_FILE = Path(".config/relora-ds/slurm.yaml")
@@ -21,7 +21,7 @@ SITE_FILE = Path(".config/relora-ds/slurm.yaml")
 
 Launcher = Literal["srun", "torchrun", "mpi"]
 RequeueBy = Literal["requeue", "dependency", "none"]
-Lines = list[str]
+Lines = Annotated[list[str], Field(default_factory=list)]
 
 
 class Settings(Section):
@@ -51,12 +51,12 @@ class Settings(Section):
     signal: Annotated[str, Field(pattern=r"^(USR1|USR2|TERM|INT|HUP)$")] = "USR2"
     """Sent to all ranks before the time limit: they finish the update, write a checkpoint and end."""
     signal_before: Annotated[int, Field(ge=30, le=65535)] = 300
-    """So many seconds before the limit. More than one update, one evaluation and one checkpoint take, and SLURM looks only twice a minute."""
+    """So many seconds before the limit: more than an update, an evaluation and a checkpoint take. SLURM looks only twice a minute."""
     requeue_by: RequeueBy = "requeue"
     """requeue: scontrol requeue. dependency: submit a successor, where users may not requeue. none: leave it to the user."""
     max_stalled: Positive = 3
     """So many attempts in a row without a newer checkpoint end the job."""
-    setup: Lines = []
+    setup: Lines
     """Shell lines before anything else runs: module load …, source …/activate."""
     environment_file: str | None = None
     """A file of NAME=VALUE lines that all processes get."""
@@ -64,9 +64,9 @@ class Settings(Section):
     """Words before the training command, e.g. apptainer exec --nv image.sif. What runs before and after training runs outside."""
     python: str | None = None
     """The interpreter on the nodes; left out: the one that submits."""
-    sbatch_args: Lines = []
+    sbatch_args: Lines
     """More options of sbatch, one each: --reservation=week."""
-    srun_args: Lines = []
+    srun_args: Lines
     """More options of srun (or of mpirun, with launcher: mpi), one each."""
 
     @property
@@ -149,14 +149,14 @@ def render(found: Settings, *, recipe: str, output: str, workdir: str | None = N
         name: of the job, where the settings name none.
     """
     directives = [f"#SBATCH {option}" for option in _options(found, output, workdir, found.job_name or name)]
-    python = found.python or "python"
+    python, requeue = found.python or "python", f"--requeue-by {found.requeue_by}"
     parts = [
         "\n".join(["#!/bin/bash", *directives]),
         _ABOUT.format(signal=found.signal, before=found.signal_before, how=_HOW[found.requeue_by]),
         "\n".join([f"recipe={shlex.quote(recipe)}", f"python={shlex.quote(python)}", f"tasks_per_node={found.ranks_per_node}"]),
         "\n".join(_surroundings(found)),
-        f'{_BEFORE}if nodes=$({_relora("slurm before")} --tasks-per-node "$tasks_per_node"); then\n{_step(found)}\nelse\n    code=$?\nfi',
-        _AFTER + f'{_relora("slurm after")} --code "$code" --requeue-by {found.requeue_by} --max-stalled {found.max_stalled}',
+        _BEFORE.format(before=f'{_relora("slurm before")} --tasks-per-node "$tasks_per_node" {requeue}', step=_step(found)),
+        _AFTER.format(after=f'{_relora("slurm after")} --code "$code" {requeue} --max-stalled {found.max_stalled}'),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -210,11 +210,15 @@ _BEFORE = """\
 trap : TERM
 
 # Checks the recipe for these nodes, and says over how many of them the global batch divides.
-"""
+if nodes=$({before}); then
+{step}
+else
+    code=$?
+fi"""
 _AFTER = """\
 # Requeues, or not. Must come to its end although SLURM ends this script as soon as the job is requeued.
 trap '' TERM
-"""
+{after}"""
 
 
 def _surroundings(found: Settings) -> list[str]:
@@ -228,17 +232,17 @@ def _surroundings(found: Settings) -> list[str]:
 def _step(found: Settings) -> str:
     """The lines that start the ranks and wait for their end; bash's ``wait`` ends early when a signal comes, hence the loop."""
     train = " ".join(filter(None, [found.container, _relora("train")]))
-    more = "".join(f" {shlex.quote(word)}" for word in found.srun_args)
-    srun = 'srun --nodes="$nodes" {tasks} --kill-on-bad-exit=1 \\\n        ${{SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"}}'
-    forward = ""
+    agent = " ".join(filter(None, [found.container, _relora("slurm torchrun"), '--tasks-per-node "$tasks_per_node"']))
+    more, forward = "".join(f" {shlex.quote(word)}" for word in found.srun_args), ""
+    cpus = '${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"}'  # srun does not take it over from sbatch
     if found.launcher == "srun":
-        tasks = '--ntasks="$((nodes * tasks_per_node))" --ntasks-per-node="$tasks_per_node"'
-        start = f"{srun.format(tasks=tasks)}{more} \\\n        {train} &"
-    elif found.launcher == "torchrun":
-        agent = " ".join(filter(None, [found.container, _relora("slurm torchrun")]))
-        start = f'{srun.format(tasks='--ntasks="$nodes" --ntasks-per-node=1')}{more} \\\n        {agent} --tasks-per-node "$tasks_per_node" &'
+        tasks, what = '--ntasks="$((nodes * tasks_per_node))" --ntasks-per-node="$tasks_per_node"', train
     else:
-        start = f'mpirun -np "$((nodes * tasks_per_node))" --map-by "ppr:$tasks_per_node:node" --bind-to none{more} \\\n        {train} &'
+        tasks, what = '--ntasks="$nodes" --ntasks-per-node=1', agent
+    start = f'srun --nodes="$nodes" {tasks} --kill-on-bad-exit=1 \\\n        {cpus}{more} \\\n        {what} &'
+    if found.launcher == "mpi":
+        place = '-np "$((nodes * tasks_per_node))" --map-by "ppr:$tasks_per_node:node" --bind-to none'
+        start = f"mpirun {place}{more} \\\n        {train} &"
         forward = f"\n    trap 'kill -s {found.signal} \"$step\"' {found.signal}"
     return f"""\
     {start}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import socket
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,13 @@ import torch
 import torch.distributed as dist
 
 from relora_ds import checkpoint as checkpoints
-from relora_ds import elastic, phases
+from relora_ds import elastic, faults, launch, phases
 from relora_ds.checks import Checked
 from relora_ds.config import dump
 from relora_ds.data import TokenDataset, rank_micro_batches
-from relora_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
+from relora_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, RestartError
 from relora_ds.evaluate import evaluate
-from relora_ds.launch import Place, attempt
+from relora_ds.launch import Place
 from relora_ds.lock import RunLock
 from relora_ds.lora import LORA_GROUP
 from relora_ds.metrics import Metrics, say
@@ -30,10 +32,16 @@ from relora_ds.run_folder import RunFolder, truncate_log, write_atomically
 from relora_ds.saver import FencedError, Saver
 from relora_ds.schedule import lr_factor
 from relora_ds.stop import StopSignal
+from relora_ds.stragglers import OwnTime
+from relora_ds.watchdog import SAVE_S, Watchdog, stacks_folder
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; what is written stays."""
+
+
+EXPECTED = (TrainingError, FencedError, elastic.ConversionError, ConfigError, RestartError)
+"""Errors that end a run in order, on all ranks, with a line to the user: no faults of a rank."""
 
 
 def train(checked: Checked, place: Place, device: torch.device, stop: StopSignal | None = None) -> int:
@@ -43,10 +51,15 @@ def train(checked: Checked, place: Place, device: torch.device, stop: StopSignal
     """
     config = checked.config
     stop = stop or StopSignal(config.train.stop_signal)
-    trainer = Trainer(checked, place, device)
+    try:
+        trainer = Trainer(checked, place, device)
+    except BaseException as error:
+        record_fault(error, checked, place, update=0)
+        raise
     total, every = config.total_updates, config.train
     code = EXIT_DONE
     try:
+        trainer.watchdog.start()
         for update in range(trainer.done.update + 1, total + 1):
             trainer.enter_phase(update)
             stopping = trainer.update(update, stop.requested)
@@ -59,12 +72,23 @@ def train(checked: Checked, place: Place, device: torch.device, stop: StopSignal
                 trainer.tell(f"stopped by a signal after update {update}; a checkpoint is written: run the same command to go on")
                 code = EXIT_STOPPED
                 break
-    except BaseException:
+    except BaseException as error:
+        trainer.watchdog.stop()
+        record_fault(error, checked, place, trainer.watchdog.update)  # at once: the other ranks' errors follow
         trainer.saver.abandon()
         trainer.close(exit_code=1)
         raise
     trainer.close(exit_code=code)
     return code
+
+
+def record_fault(error: BaseException, checked: Checked, place: Place, update: int) -> None:
+    """Notes an error that nobody foresaw in faults.jsonl."""
+    if isinstance(error, Exception) and not isinstance(error, EXPECTED):
+        faults.record(
+            Path(checked.config.run.dir), kind="error", attempt=launch.attempt(), rank=place.rank, host=socket.gethostname(),
+            update=update, detail=faults.describe(error),
+        )  # fmt: skip
 
 
 class Trainer:
@@ -83,8 +107,10 @@ class Trainer:
         self.done = checkpoints.Progress()
         self.metrics: Metrics | None = None
         self.failed_saves = 0
-        self.lock = RunLock(self.folder.path, job=attempt())
+        self.lock = RunLock(self.folder.path, job=launch.attempt())
         resume_from = self._open_run_folder()
+        self.watchdog = self._make_watchdog()
+        self.own_time = OwnTime(place.rank, place.world_size, device)
         self.saver = Saver(
             self.folder, place.rank, place.world_size, is_mine=self.lock.is_mine, self_contained=config.checkpoint.self_contained,
             rotate=lambda: checkpoints.rotate(self.folder, keep=config.train.keep, keep_every=config.train.keep_every),
@@ -96,7 +122,7 @@ class Trainer:
             say("building the model and its DeepSpeed engine")
         self._build(resume_from)
         if place.is_main:
-            for log in (self.folder.metrics, self.folder.restarts):
+            for log in (self.folder.metrics, self.folder.restarts, self.folder.ranks):
                 truncate_log(log, self.done.update)
             self.metrics = Metrics(config, self.folder)
             self._introduce(resume_from)
@@ -119,12 +145,15 @@ class Trainer:
         """Changes to the LoRA phase when ``update`` is its first."""
         if self.phase == "full" and self.config.phase_of(update) == "lora":
             self.tell(f"the full-rank phase is over after update {update - 1}: adding LoRA factors")
+            self.watchdog.beat("the full-rank phase")
             self.engine = phases.change_phase(self.engine, self.checked, self.device)
             self.phase = "lora"
+            self.watchdog.beat("the change of phase")
 
     def update(self, update: int, stop_requested: bool) -> bool:
         """One optimizer update, with the restart that may follow it. Returns whether some rank was asked to stop."""
         started, train = time.perf_counter(), self.config.train
+        self.watchdog.update = update
         self._set_learning_rates(update)
         # Dropout is a function of (seed, update, rank): a resumed run draws the same without any saved generator state.
         torch.manual_seed((self.config.run.seed * 1_000_003 + update) * 65_537 + self.place.rank)
@@ -134,15 +163,20 @@ class Trainer:
         )  # fmt: skip
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for samples in micro_batches:
-            ids = self.train_data.batch(samples).to(self.device)
-            micro_loss = self.engine(input_ids=ids, labels=ids).loss
+            with self.own_time.batch():
+                ids = self.train_data.batch(samples)
+            ids = ids.to(self.device)
+            with self.own_time.forward():
+                micro_loss = self.engine(input_ids=ids, labels=ids).loss
             self.engine.backward(micro_loss)
             self.engine.step()
             loss += micro_loss.detach()
+            self.watchdog.beat("a micro batch")
         mean_loss, stopping, save_failed, is_lost = self._agree(loss / len(micro_batches), stop_requested)
         if is_lost:
             raise FencedError(f"another job has taken over {self.folder.path}; this one writes no more")
         self._account(update, mean_loss, time.perf_counter() - started)
+        self.watchdog.beat("an update")
         if save_failed:
             self._finish_save()
         return stopping
@@ -157,12 +191,19 @@ class Trainer:
             group["lr"] = settings.peak_lr(lora=group["name"] == LORA_GROUP) * factor
 
     def _agree(self, loss: torch.Tensor, stop_requested: bool) -> tuple[float, bool, bool, bool]:
-        """The mean loss; whether any rank was asked to stop, failed to write or lost the folder: one all-reduce of 32 bytes."""
+        """The mean loss; whether any rank was asked to stop, failed to write or lost the folder: one all-reduce of 32 bytes.
+
+        Now and then the ranks' own times go along, 8 bytes a rank.
+        """
         self.lock.check()
         flags = torch.tensor([stop_requested, self.saver.has_failed, self.lock.is_lost], dtype=torch.float64, device=self.device)
-        shared = torch.cat([loss.view(1), flags])
+        update = self.done.update + 1
+        shared = torch.cat([loss.view(1), flags, self.own_time.slots(update, self.config.total_updates)])
         dist.all_reduce(shared)
-        total, asked, failed, lost = shared.tolist()
+        total, asked, failed, lost, *seconds = shared.tolist()
+        self.own_time.end_update()
+        if seconds and self.metrics is not None:
+            self.metrics.ranks.append({"update": update, "hosts": self.watchdog.hosts, "forward_s": seconds})
         return total / self.place.world_size, asked > 0, failed > 0, lost > 0
 
     def _account(self, update: int, loss: float, seconds: float) -> None:
@@ -215,6 +256,7 @@ class Trainer:
         result = evaluate(
             self.engine.module, self.held_out, batch_size=self.config.train.micro_batch, device=self.device,
             max_tokens=self.config.train.eval_tokens, rank=self.place.rank, world_size=self.place.world_size,
+            beat=partial(self.watchdog.beat, "a batch of the evaluation"),
         )  # fmt: skip
         if self.metrics is not None:
             record = {
@@ -241,7 +283,9 @@ class Trainer:
         """Waits for the checkpoint on its way. One that could not be written is told of; too many in a row stop the run."""
         if not self.saver.is_busy:
             return
+        self.watchdog.beat("all but the end of a checkpoint", allow_s=SAVE_S)  # a slow disk is no hang
         problem, limit = self.saver.finish(), self.config.checkpoint.max_failures
+        self.watchdog.beat("a checkpoint")
         self.failed_saves = self.failed_saves + 1 if problem else 0
         if problem:
             newest = checkpoints.newest(self.folder)
@@ -262,9 +306,21 @@ class Trainer:
             say(text)
 
     def close(self, exit_code: int) -> None:
+        self.watchdog.stop()
         if self.metrics is not None:
             self.metrics.close(exit_code)
         self.lock.release()
+
+    def _make_watchdog(self) -> Watchdog:
+        """The ranks learn each other's hosts, and rank 0's folder for the stacks."""
+        attempt = launch.attempt()
+        stacks = stacks_folder(self.folder.stacks, attempt) if self.place.is_main else None
+        known: list[Any] = [None] * self.place.world_size
+        dist.all_gather_object(known, (socket.gethostname(), stacks))
+        return Watchdog(
+            self.folder.path, known[0][1], timeout_s=self.config.train.hang_timeout, rank=self.place.rank,
+            hosts=[host for host, _ in known], attempt=attempt,
+        )  # fmt: skip
 
     def _open_run_folder(self) -> Path | None:
         """Rank 0 locks the folder, looks for the checkpoint to go on from and writes the settings; all learn what it found.

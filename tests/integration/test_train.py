@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from relora_ds import faults
 from tests.integration.conftest import command, read_log, relora, start, wait_for_update, write_recipe
 
 Recipe = Callable[..., Path]
@@ -89,6 +91,33 @@ def test_a_dead_rank_takes_the_job_down(recipe: Recipe, tmp_path: Path) -> None:
     assert process.returncode == 1
     assert time.monotonic() - began < 40
     assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
+
+
+def test_a_stopped_rank_ends_the_job_and_is_named(recipe: Recipe, tmp_path: Path, whole: Path) -> None:
+    """A process that is stopped hangs the job: it ends by itself, says where, leaves no process and goes on when run again."""
+    path, run_dir = recipe("hung", train={"hang_timeout": 4.0}), tmp_path / "hung"
+    process = start("train", path, "--nproc", 2)
+    wait_for_update(run_dir, 12, process)
+    ranks = {psutil.Process(child.pid).environ()["RANK"]: child for child in psutil.Process(process.pid).children()}
+    ranks["1"].suspend()
+    began = time.monotonic()
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert time.monotonic() - began < 4 + 5 + 20 + 10, "the limit, the wait for the other's stacks, the launcher's, and some"
+    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks.values())
+    (line,) = [line for line in told.splitlines() if "nothing moved" in line]
+    assert f"rank 1 on {socket.gethostname()} wrote no stacks" in line
+    (folder,) = (run_dir / "stacks").iterdir()
+    assert line.endswith(f"stacks: {folder}")
+    (written,) = folder.iterdir()
+    assert written.name == "rank_00000.txt" and "train.py" in written.read_text()
+    (fault,) = faults.read(run_dir)
+    assert (fault["kind"], fault["rank"], fault["host"]) == ("hang", 1, socket.gethostname())
+    assert fault["update"] >= 12
+    relora("train", path, "--nproc", 2)
+    assert metrics(run_dir) == metrics(whole)
+    assert [record["update"] for record in read_log(run_dir / "ranks.jsonl")] == [20, 30]
+    assert faults.read(run_dir) == [fault], "a run that ends in order has no fault"
 
 
 def test_bf16_goes_on_where_its_matmul_traps(recipe: Recipe, tmp_path: Path) -> None:

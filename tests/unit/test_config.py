@@ -152,6 +152,9 @@ OUT_OF_RANGE = [
     (["optimizer.min_lr_ratio=.nan"], "optimizer.min_lr_ratio=nan", "less than or equal to 1"),
     (["train.micro_batch=0"], "train.micro_batch=0", "greater than 0"),
     (["train.keep=0"], "train.keep=0", "greater than 0"),
+    (["train.hang_timeout=0"], "train.hang_timeout=0", "greater than 0"),
+    (["train.hang_timeout=.inf"], "train.hang_timeout=inf", "finite"),
+    (["train.hang_timeout=true"], "train.hang_timeout=True", "valid number"),
     (["data.sequence_length=1"], "data.sequence_length=1", "greater than or equal to 2"),
     (["run.seed=-1"], "run.seed=-1", "greater than or equal to 0"),
 ]

@@ -53,3 +53,15 @@ def test_limit_in_tokens(max_tokens: int, samples: int) -> None:
     )
     assert result.tokens == samples * 4
     assert result.loss == pytest.approx(sum(range(samples)) / samples)
+
+
+def test_ranks_with_fewer_samples_beat_as_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven samples over four ranks: the last has one, the others two."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda _sums: None)
+    beats = []
+    for rank in range(4):
+        evaluate(
+            LossIsTheMeanIndex(), Held(), batch_size=1, device=torch.device("cpu"), rank=rank, world_size=4,  # type: ignore[arg-type]
+            beat=lambda rank=rank: beats.append(rank),
+        )  # fmt: skip
+    assert beats == [0, 0, 1, 1, 2, 2, 3, 3]

@@ -17,7 +17,7 @@ import pytest
 
 from relora_ds import launch
 from relora_ds.errors import ConfigError
-from relora_ds.launch import Place, discover, first_host
+from relora_ds.launch import Place, attempt, discover, first_host
 
 SRUN = {
     "SLURM_JOB_ID": "1234567",
@@ -382,3 +382,11 @@ def test_one_process_drives_one_gpu(monkeypatch: pytest.MonkeyPatch, gpus: int, 
     else:
         with pytest.raises(ConfigError, match=r"--nproc=3: this machine has 2 GPU\(s\)"):
             launch.check_devices(processes)
+
+
+@pytest.mark.parametrize(
+    ("environment", "name"),
+    [({}, ""), ({"SLURM_JOB_ID": "12"}, "12.0"), ({"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "3"}, "12.3")],
+)
+def test_attempt(environment: dict[str, str], name: str) -> None:
+    assert attempt(environment) == name

@@ -19,6 +19,7 @@ from relora_ds.report import (
     report,
     restart_table,
     running_mean,
+    slowest_rank,
     unique_labels,
     verdict,
     without_redone,
@@ -248,3 +249,33 @@ def test_folders_without_a_run_are_refused(tmp_path: Path) -> None:
         report([write_run(tmp_path / "empty", [evaluation])])
     with pytest.raises(ConfigError, match="no run folder"):
         report([])
+
+
+def times(update: int, seconds: Sequence[float], hosts: Sequence[str] = ("n1", "n1", "n2", "n2")) -> Record:
+    return {"update": update, "hosts": list(hosts[: len(seconds)]), "forward_s": list(seconds)}
+
+
+def test_the_slowest_rank_and_its_node(run_dir: Path) -> None:
+    records = [times(20, [1.0, 1.0, 1.0, 1.1]), times(40, [2.0, 2.0, 2.0, 3.0]), times(60, [1.0, 1.0, 1.2, 1.6])]
+    (run_dir / "ranks.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    text = report([run_dir]).read_text(encoding="utf-8")
+    # 10 %, 50 % and 60 % above the median of its own record
+    assert "## Ranks of relora\n\nRank 3 on n2 **lags**: its batches and forward passes take 40% longer" in text
+
+
+def test_no_rank_lags() -> None:
+    assert (
+        slowest_rank([times(20, [1.0, 1.09])]) == "No rank lags: the slowest, rank 1 on n1, takes 9% longer than the median rank."
+    )
+    assert "**lags**" in slowest_rank([times(20, [1.0, 1.11])]), "of two ranks, the faster one is the measure"
+
+
+def test_a_rank_on_another_node_is_another_one() -> None:
+    """After a resume rank 0 is on a slow node: it is named with that node, and the earlier rank 0 does not count for it."""
+    records = [times(20, [1.0, 1.0, 1.0]), times(40, [1.5, 1.0, 1.0], ["n9", "n1", "n2"])]
+    assert slowest_rank(records).startswith("Rank 0 on n9 **lags**: its batches and forward passes take 50%")
+
+
+def test_one_rank_has_nothing_to_lag_behind(run_dir: Path) -> None:
+    assert slowest_rank([]) == slowest_rank([times(20, [1.0])]) == ""
+    assert "## Ranks" not in report([run_dir]).read_text(encoding="utf-8")
