@@ -224,7 +224,12 @@ trap '' TERM
 def _surroundings(found: Settings) -> list[str]:
     lines = list(found.setup)
     if found.environment_file:
-        lines += ["set -a", f"source {shlex.quote(found.environment_file)}", "set +a"]
+        path = Path(found.environment_file)
+        lines += [
+            "set -a",
+            f"source {shlex.quote(str(path) if path.is_absolute() else f'./{path}')}",
+            "set +a",
+        ]  # not on the PATH
     cores = "$((SLURM_CPUS_PER_TASK / tasks_per_node))" if found.launcher == "torchrun" else "${SLURM_CPUS_PER_TASK:-1}"
     return [*lines, f'export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-{cores}}}"']
 
@@ -252,6 +257,27 @@ def _step(found: Settings) -> str:
         code=$?
         kill -0 "$step" 2>/dev/null || break
     done"""
+
+
+TEMPLATES: dict[str, dict[str, Any]] = {
+    "single_node": {"nodes": "1", "launcher": "srun"},
+    "multi_node_srun": {"nodes": "2-4", "launcher": "srun"},
+    "multi_node_torchrun": {"nodes": "2-4", "launcher": "torchrun"},
+    "mpi": {"nodes": "2-4", "launcher": "mpi"},
+}
+"""The files in slurm/: settings of each, beside those that all have."""
+
+
+def template(name: str) -> str:
+    """The text of ``slurm/<name>.sbatch``, to be edited and submitted by hand."""
+    common = {
+        "gpus_per_node": "8",
+        "cpus_per_task": 8,
+        "time": "24:00:00",
+        "setup": ["# module load cuda; source venv/bin/activate"],
+    }
+    found = settings({}, {**common, **TEMPLATES[name]})
+    return render(found, recipe="recipes/llama_130m.yaml", output="relora-%j.out", name="llama_130m")
 
 
 def describe(found: Settings) -> str:

@@ -1,4 +1,4 @@
-"""Jobs that take care of themselves, on a real SLURM: submitted by ``relora-ds slurm submit``, stopped, requeued, hit, and finished."""
+"""Jobs that take care of themselves, on a real SLURM: submitted, stopped, requeued, hit, and finished."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.integration.cluster import Cluster, missing
-from tests.integration.conftest import ROOT, environment, read_log, relora, write_recipe
+from tests.integration.conftest import ROOT, environment, read_log, relora
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 Recipe = Callable[..., Path]
@@ -91,3 +90,76 @@ def test_four_nodes_train_as_four_processes_on_one_machine(cluster: Cluster, rec
     said = slurm(cluster, "status", tmp_path / "nodes").stdout
     assert f"job {job} (nodes): COMPLETED" in said and "update 30 of 30 (100.0%)" in said and "requeues: 0" in said
     assert "the run is done" in slurm(cluster, "logs", tmp_path / "nodes", "-n", 3).stdout
+
+
+def test_a_run_survives_its_time_limits(cluster: Cluster, recipe: Recipe, tmp_path: Path) -> None:
+    """Its limit is shorter than its training: it requeues itself, and ends with the metrics of a run that was never stopped."""
+    relora("train", recipe("whole", train={**LONG, "updates": 600}), "--nproc", 2)
+    path = recipe("nodes", train={**LONG, "updates": 600})
+    job = submit(cluster, path, "--nodes", 2, "--time", 1, "--signal-before", 30)
+    ended = finish(cluster, job, tmp_path / "nodes", timeout=500)
+    assert ended["restarts"] >= 2
+    assert [event["code"] for event in events(tmp_path / "nodes", "ended")] == [75] * ended["restarts"] + [0]
+    for log in ("metrics.jsonl", "restarts.jsonl"):
+        assert read_log(tmp_path / "nodes" / log) == read_log(tmp_path / "whole" / log)
+
+
+def test_a_run_survives_signals_operators_and_preemption(cluster: Cluster, recipe: Recipe, tmp_path: Path) -> None:
+    relora("train", recipe("whole", train=LONG), "--nproc", 2)
+    folder = tmp_path / "nodes"
+    job = submit(cluster, recipe("nodes", train=LONG), "--nodes", 2, "--time", 30)
+    wait_for_update(cluster, job, folder, 30)
+    cluster.run("ctl", "scancel", "--signal=USR2", job)
+    wait_for_update(cluster, job, folder, 90)
+    cluster.run("ctl", "scontrol", "requeue", job)
+    wait_for_update(cluster, job, folder, 150)
+    urgent = tmp_path / "urgent.sbatch"
+    urgent.write_text("#!/bin/bash\nsleep 3\n")
+    cluster.wait(cluster.sbatch(urgent, "--partition=urgent", "--nodes=4", "--exclusive"), "COMPLETED")
+    ended = finish(cluster, job, folder)
+    assert ended["restarts"] == 3
+    assert [event["decision"] for event in events(folder, "ended")] == ["requeue", "slurm", "requeue", "stop"]
+    assert [event["code"] for event in events(folder, "ended")] == [75, 75, 75, 0], "every stop had its checkpoint"
+    for log in ("metrics.jsonl", "restarts.jsonl"):
+        assert read_log(folder / log) == read_log(tmp_path / "whole" / log)
+
+
+def assert_same_losses(folder: Path, whole: Path) -> None:
+    """Every update is there once; the order of sums over another number of ranks is all that may differ."""
+    mine, theirs = ([record for record in read_log(path / "metrics.jsonl") if "loss" in record] for path in (folder, whole))
+    assert [record["update"] for record in mine] == [record["update"] for record in theirs]
+    assert [record["loss"] for record in mine] == pytest.approx([record["loss"] for record in theirs], rel=1e-3)
+
+
+def test_a_run_goes_on_with_fewer_nodes_after_one_died(cluster: Cluster, recipe: Recipe, tmp_path: Path) -> None:
+    """SIGKILL to all that runs on the node."""
+    relora("train", recipe("whole", train=LONG), "--nproc", 2)
+    folder = tmp_path / "nodes"
+    job = submit(cluster, recipe("nodes", train=LONG), "--nodes", "2-4", "--time", 30)
+    wait_for_update(cluster, job, folder, 70)
+    cluster.kill_node("node2")
+    ended = finish(cluster, job, folder)
+    cluster.start_node("node2")
+    print(output(folder))
+    print(*events(folder, "ended"), sep="\n")
+    assert len(ended["nodes"]) == 3, ended
+    assert_same_losses(folder, tmp_path / "whole")
+    cluster.wait_idle()
+
+
+def test_a_node_that_was_cut_off_does_no_damage(cluster: Cluster, recipe: Recipe, tmp_path: Path) -> None:
+    """Rank 0's node, for a minute: the job goes on elsewhere while the old ranks live."""
+    relora("train", recipe("whole", train=LONG), "--nproc", 2)
+    folder = tmp_path / "nodes"
+    job = submit(cluster, recipe("nodes", train=LONG), "--nodes", "2-4", "--time", 30)
+    wait_for_update(cluster, job, folder, 70)
+    cluster.cut("node1")
+    time.sleep(60)
+    cluster.join("node1")
+    ended = finish(cluster, job, folder)
+    print(output(folder))
+    print(*events(folder, "ended"), sep="\n")
+    assert "node1" not in ended["nodes"]
+    assert_same_losses(folder, tmp_path / "whole")
+    cluster.wait_idle()
+    assert 0

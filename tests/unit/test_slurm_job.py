@@ -1,0 +1,348 @@
+"""What a job does for itself before and after its ranks; SLURM is a record of what it was asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from relora_ds import faults, slurm_client, slurm_job
+from relora_ds.config import Config, parse
+from relora_ds.errors import ConfigError
+from relora_ds.lock import RunLock
+from relora_ds.run_folder import RunFolder
+from relora_ds.slurm_client import Job, SlurmError
+from relora_ds.slurm_events import Events, newest_update, read_outcome, write_outcome
+from relora_ds.slurm_job import Attempt, decide, first_failed_node, most_nodes
+
+RUNNING = Job(17, "a", "RUNNING", "node[1-2]", 0, 1.0, 2.0, "", "", "/runs/job.sbatch", ())
+FIRST = Attempt(17, 0, ("node1", "node2"))
+
+
+class Cluster:
+    """Stands where SLURM is: answers, and notes what it was asked to do."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.job: Job | None = RUNNING
+        self.bad: list[str] = []
+        self.calls: list[str] = []
+        self.refuses = False
+        monkeypatch.setattr(slurm_client, "shown", lambda _: self.job)
+        monkeypatch.setattr(slurm_client, "unusable", lambda nodes: [node for node in nodes if node in self.bad])
+        monkeypatch.setattr(slurm_client, "insist", self.insist)
+        monkeypatch.setattr(slurm_client, "submit", self.submit)
+
+    def insist(self, *words: object) -> str:
+        if self.refuses:
+            raise SlurmError("Access/permission denied")
+        self.calls.append(" ".join(map(str, words)))
+        return ""
+
+    def submit(self, script: Path, *options: object) -> int:
+        self.calls.append(" ".join(["sbatch", *map(str, options), str(script)]))
+        return 18
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    return Cluster(monkeypatch)
+
+
+@pytest.fixture
+def config(settings: dict[str, Any]) -> Config:
+    return parse(settings)
+
+
+@pytest.fixture
+def run(config: Config) -> RunFolder:
+    return RunFolder(Path(config.run.dir))
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def before(config: Config, said: list[str]) -> Callable[..., int]:
+    def call(attempt: Attempt = FIRST, fits: Callable[[int], None] = lambda _: None, requeue_by: str = "requeue") -> int:
+        return slurm_job.before(config, attempt, fits, requeue_by=requeue_by, say=said.append)
+
+    return call
+
+
+@pytest.fixture
+def after(config: Config, said: list[str]) -> Callable[..., int]:
+    def call(code: int, attempt: Attempt = FIRST, requeue_by: str = "requeue", max_stalled: int = 3) -> int:
+        return slurm_job.after(config, attempt, code, requeue_by=requeue_by, max_stalled=max_stalled, say=said.append)
+
+    return call
+
+
+def checkpoint(run: RunFolder, update: int) -> None:
+    """A folder that says it is a checkpoint of ``update``."""
+    folder = run.checkpoints / f"update_{update:07}"
+    folder.mkdir(parents=True)
+    names = (
+        "phase",
+        "restarts",
+        "lora_updates",
+        "world_size",
+        "zero_stage",
+        "precision",
+        "config_sha256",
+        "data",
+        "rng",
+        "progress",
+    )
+    content = {**dict.fromkeys(names), "update": update, "base": None, "versions": {}, "format": 1}
+    (folder / "manifest.json").write_text(json.dumps(content))
+
+
+# The decision
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "stalled", "go_on", "text"),
+    [
+        (0, 0, 1, False, "the run is done"),
+        (0, 143, 1, False, "the run is done"),  # srun killed those who left last
+        (75, 1, 1, True, "stopped by a signal"),  # torchrun
+        (75, 75, 2, True, "stopped by a signal"),
+        (75, 75, 3, False, "3 attempts in a row wrote no newer checkpoint"),
+        (2, 143, 1, False, "a setting is wrong"),
+        (None, 2, 1, False, "a setting is wrong"),  # before any rank
+        (1, 1, 1, False, "the run itself gave up"),
+        (None, 137, 1, True, "a rank failed"),
+        (None, 1, 3, False, "a rank failed (code 1); 3 attempts"),
+        (None, 0, 1, False, "the run is done"),
+    ],
+)
+def test_decisions(outcome: int | None, code: int, stalled: int, go_on: bool, text: str) -> None:
+    decision = decide(outcome, code, stalled=stalled, max_stalled=3)
+    assert decision.go_on is go_on and text in decision.text
+
+
+def test_a_cancelled_job_does_not_go_on() -> None:
+    assert not decide(75, 75, stalled=1, max_stalled=3, is_cancelled=True).go_on
+
+
+# Before
+
+
+def test_the_first_start(cluster: Cluster, before: Callable[..., int], run: RunFolder) -> None:
+    assert before() == 2
+    (event,) = Events(run).of("started")
+    assert (event["attempt"], event["update"], event["nodes"]) == ("17.0", 0, ["node1", "node2"])
+
+
+def test_as_many_nodes_as_the_batch_divides_over(said: list[str]) -> None:
+    def fits(nodes: int) -> None:
+        if 8 % nodes:
+            raise ConfigError("train.global_batch", 8, f"does not divide over {nodes}")
+
+    assert [most_nodes(n, fits, said.append) for n in (1, 2, 3, 4, 7)] == [1, 2, 2, 4, 4]
+    assert said[0] == "using 2 of 3 nodes: train.global_batch=8: does not divide over 3"
+
+
+def test_a_recipe_that_fits_nowhere_is_refused_with_the_first_reason(before: Callable[..., int], cluster: Cluster) -> None:
+    def fits(nodes: int) -> None:
+        raise ConfigError("relora.rank", nodes, "too large")
+
+    with pytest.raises(ConfigError, match="relora.rank=2: too large"):
+        before(fits=fits)
+
+
+def test_another_jobs_folder_is_refused(before: Callable[..., int], cluster: Cluster, run: RunFolder) -> None:
+    run.path.mkdir(parents=True)
+    with RunLock(run.path, job="99.0"), pytest.raises(ConfigError, match=r"in use by process .*\(job 99.0\)"):
+        before()
+
+
+def test_what_is_left_of_an_earlier_start_is_not_waited_for(before: Callable[..., int], cluster: Cluster, run: RunFolder) -> None:
+    run.path.mkdir(parents=True)
+    with RunLock(run.path, job="17.0"):
+        assert before(Attempt(17, 1, ("node2",))) == 1
+
+
+def test_a_forerunner_is_waited_for(
+    before: Callable[..., int], cluster: Cluster, run: RunFolder, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Events(run).add("successor", job=17, of=16)
+    lock = RunLock(run.path, job="16.0")
+    lock.acquire()
+    monkeypatch.setattr(slurm_job.time, "sleep", lambda _: lock.release())
+    assert before() == 2
+    assert "waiting up to 60 s" in said[0]
+
+
+# After
+
+
+def test_a_stopped_run_is_requeued(
+    cluster: Cluster, before: Callable[..., int], after: Callable[..., int], run: RunFolder
+) -> None:
+    before()
+    checkpoint(run, 5)
+    write_outcome(run, "17.0", 75)
+    assert after(143) == 75
+    assert cluster.calls == ["scontrol requeue 17"]
+    (event,) = Events(run).of("ended")
+    assert (event["code"], event["update"], event["decision"], event["suspects"]) == (75, 5, "requeue", [])
+
+
+def test_a_finished_run_is_not(cluster: Cluster, before: Callable[..., int], after: Callable[..., int], run: RunFolder) -> None:
+    before()
+    write_outcome(run, "17.0", 0)
+    assert after(0) == 0 and cluster.calls == []
+
+
+def test_an_outcome_of_another_start_does_not_count(run: RunFolder) -> None:
+    assert read_outcome(run, "17.0") is None
+    write_outcome(run, "17.0", 0)
+    assert (read_outcome(run, "17.0"), read_outcome(run, "17.1")) == (0, None)
+
+
+@pytest.mark.parametrize(
+    "job", [None, replace(RUNNING, restarts=1), replace(RUNNING, state="COMPLETING"), replace(RUNNING, state="CANCELLED")]
+)
+def test_what_slurm_decided_stands(
+    job: Job | None, cluster: Cluster, before: Callable[..., int], after: Callable[..., int]
+) -> None:
+    """Cancelled, requeued by an operator, or this is a cut-off node's old script while the job runs elsewhere."""
+    before()
+    cluster.job = job
+    assert after(143) == 143 and cluster.calls == []
+
+
+def test_a_limit_that_came_before_the_checkpoint(cluster: Cluster, before: Callable[..., int], after: Callable[..., int]) -> None:
+    before()
+    cluster.job = replace(RUNNING, state="COMPLETING", reason="TimeLimit")
+    after(143)
+    assert cluster.calls == ["scontrol requeue 17"]
+
+
+def test_no_progress_ends_the_job(
+    cluster: Cluster, before: Callable[..., int], after: Callable[..., int], run: RunFolder, said: list[str]
+) -> None:
+    checkpoint(run, 5)
+    for restart in range(3):
+        cluster.job = replace(RUNNING, restarts=restart)
+        before(Attempt(17, restart, ("node1",)))
+        after(1, Attempt(17, restart, ("node1",)))
+    assert cluster.calls == ["scontrol requeue 17"] * 2
+    assert "3 attempts in a row wrote no newer checkpoint: not started again" in said[-1]
+
+
+def test_progress_counts_anew(cluster: Cluster, before: Callable[..., int], after: Callable[..., int], run: RunFolder) -> None:
+    for restart in range(5):
+        cluster.job = replace(RUNNING, restarts=restart)
+        before(Attempt(17, restart, ("node1",)))
+        if restart == 2:
+            checkpoint(run, 5)
+        after(1, Attempt(17, restart, ("node1",)))
+    assert newest_update(run) == 5
+    assert cluster.calls == ["scontrol requeue 17"] * 5
+
+
+def test_a_node_that_fails_twice_running_is_excluded(
+    cluster: Cluster, before: Callable[..., int], after: Callable[..., int], run: RunFolder
+) -> None:
+    for restart, host in enumerate(["node1", "node2", "node2"]):
+        attempt = Attempt(17, restart, ("node1", "node2"))
+        cluster.job = replace(RUNNING, restarts=restart, excluded=("node9",))
+        before(attempt)
+        checkpoint(run, restart + 1)
+        faults.record(
+            run.path, kind="error", attempt=str(attempt), rank=1, host=host, update=3, detail="RuntimeError: CUDA error"
+        )
+        faults.record(run.path, kind="error", attempt=str(attempt), rank=0, host="node1", update=3, detail="connection closed")
+        after(1, attempt)
+    assert cluster.calls == [*["scontrol requeue 17"] * 3, "scontrol update JobId=17 ExcNodeList=node9,node2"]
+
+
+def test_a_start_that_vanished_is_noted_with_the_nodes_that_are_gone(
+    cluster: Cluster, before: Callable[..., int], run: RunFolder
+) -> None:
+    before()
+    cluster.bad = ["node2"]
+    before(Attempt(17, 1, ("node1",)))
+    (event,) = Events(run).of("ended")
+    assert (event["attempt"], event["code"], event["suspects"], event["decision"]) == ("17.0", None, ["node2"], "vanished")
+
+
+def test_a_node_that_vanished_twice_is_not_used(cluster: Cluster, before: Callable[..., int], run: RunFolder) -> None:
+    cluster.bad = ["node2"]
+    before()
+    before(Attempt(17, 1, ("node1", "node2")))
+    with pytest.raises(slurm_job.ExcludedError, match="node2 failed twice running"):
+        before(Attempt(17, 2, ("node1", "node2")))
+    assert cluster.calls == ["scontrol requeue 17", "scontrol update JobId=17 ExcNodeList=node2"]
+
+
+@pytest.mark.parametrize("refuses", [False, True], ids=["asked for", "requeue refused"])
+def test_a_successor(
+    refuses: bool, cluster: Cluster, before: Callable[..., int], after: Callable[..., int], run: RunFolder, said: list[str]
+) -> None:
+    before()
+    checkpoint(run, 5)
+    write_outcome(run, "17.0", 75)
+    cluster.refuses = refuses
+    after(75, requeue_by="requeue" if refuses else "dependency")
+    assert cluster.calls == ["sbatch --dependency=afterany:17 /runs/job.sbatch"]
+    events = Events(run)
+    assert events.chain(18) == [17, 18] and events.newest_job() == 18
+    assert "submitted job 18" in said[-1]
+
+
+def test_left_to_the_user(
+    cluster: Cluster, before: Callable[..., int], after: Callable[..., int], run: RunFolder, said: list[str]
+) -> None:
+    before()
+    write_outcome(run, "17.0", 75)
+    assert after(75, requeue_by="none") == 75 and cluster.calls == []
+    assert said[-1] == "to go on from there: sbatch /runs/job.sbatch"
+
+
+def test_cancelled_by_the_user(cluster: Cluster, before: Callable[..., int], after: Callable[..., int], run: RunFolder) -> None:
+    before()
+    Events(run).add("cancelled", job=17)
+    write_outcome(run, "17.0", 75)
+    assert after(75) == 75 and cluster.calls == []
+
+
+# Whose fault
+
+
+def test_the_first_rank_that_died_by_sruns_word() -> None:
+    log = (
+        "srun: error: node3: task 5: Terminated\nsrun: error: node2: tasks 2-3: Killed\n"
+        "srun: error: node1: task 0: Exited with exit code 1\n"
+    )
+    assert first_failed_node(log) == ["node2"]
+    assert first_failed_node("all is well\n") == []
+
+
+def test_only_this_attempts_output_counts(
+    cluster: Cluster, before: Callable[..., int], after: Callable[..., int], run: RunFolder, tmp_path: Path
+) -> None:
+    log = tmp_path / "job.out"
+    log.write_text("srun: error: node1: task 0: Killed\n")
+    cluster.job = replace(RUNNING, log=str(log))
+    before()
+    with log.open("a") as file:
+        file.write("srun: error: node2: task 1: Killed\n")
+    after(137)
+    assert Events(run).of("ended")[0]["suspects"] == ["node2"]
+
+
+def test_a_cut_off_line_of_the_events_is_passed_over(run: RunFolder) -> None:
+    events = Events(run)
+    events.add("submitted", job=17)
+    with events.path.open("a") as file:
+        file.write('{"event": "star')
+    assert Events(run).newest_job() == 17
