@@ -297,6 +297,8 @@ def leave_process_group() -> None:
 
     if not dist.is_initialized():
         return
+    # Whoever is the first to exit has the others terminated. Python gives handlers of its own up before it ends; this one stays.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if dist.get_world_size() == 1 or _all_are_here():
         dist.destroy_process_group()  # so that the process exits without a warning
 
