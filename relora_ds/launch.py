@@ -25,6 +25,8 @@ from relora_ds import network, slurm_nodes
 from relora_ds.errors import ConfigError
 
 TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+MPIRUN_VARIABLES = ("OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID")
+"""Set by mpirun of Open MPI, and of MPICH and Intel MPI, but not by srun."""
 DEFAULT_PORT = 29500
 LAST_STEP_ID = 0xFFFFFFF0
 """SLURM's job steps are numbered up to here; above are its own, such as the interactive shell of salloc."""
@@ -69,7 +71,9 @@ class Place:
 def discover(environment: Mapping[str, str] | None = None) -> Place | None:
     """This process's place as its launcher tells it; None when no launcher started it.
 
-    torchrun's variables win, because torchrun may run under srun or mpirun.
+    torchrun's variables win, because torchrun may run under srun or mpirun. Then mpirun's own: inside a SLURM job it starts its
+    daemons by srun, whose variables the ranks inherit. Those of PMI and PMIx come last: srun may set them beside its own, which
+    say more.
 
     Raises:
         ConfigError: a launcher was found, but not where rank 0 is.
@@ -81,9 +85,11 @@ def discover(environment: Mapping[str, str] | None = None) -> Place | None:
         address = env.get("MASTER_ADDR", "127.0.0.1")
         port = int(env.get("MASTER_PORT", DEFAULT_PORT))
         return Place(int(env["RANK"]), size, local, _local_size(env, size), address, port, "torchrun")
+    if any(name in env for name in MPIRUN_VARIABLES):
+        return _from_mpi(env)
     if _is_srun(env):
         return _from_slurm(env)
-    if "OMPI_COMM_WORLD_RANK" in env or "PMI_RANK" in env or "PMIX_RANK" in env:
+    if "PMI_RANK" in env or "PMIX_RANK" in env:
         return _from_mpi(env)
     return None
 
@@ -298,6 +304,8 @@ def leave_process_group() -> None:
 
     if not dist.is_initialized():
         return
+    # Whoever is the first to exit has the others terminated. Python gives handlers of its own up before it ends; this one stays.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if dist.get_world_size() == 1 or _all_are_here():
         dist.destroy_process_group()  # so that the process exits without a warning
 

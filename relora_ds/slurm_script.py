@@ -171,7 +171,8 @@ def _options(found: Settings, output: str, workdir: str | None, name: str) -> li
     given = {
         "job-name": name or None,
         "nodes": found.nodes,
-        "ntasks-per-node": 1 if is_torchrun else ranks,
+        # left out for one: SLURM then gives as many nodes of a range as are free, and else (22.05) as few as it may
+        "ntasks-per-node": ranks if ranks > 1 and not is_torchrun else None,
         "gpus-per-node": found.gpus_per_node if found.num_gpus else None,
         "cpus-per-task": (found.cpus_per_task or 1) * ranks if is_torchrun else found.cpus_per_task,
         "mem": found.mem,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.integration.cluster import Cluster, missing
-from tests.integration.conftest import ROOT, environment, read_log, relora
+from tests.integration.conftest import ROOT, environment, read_log, relora, write_recipe
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 Recipe = Callable[..., Path]
@@ -25,13 +26,70 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield up
 
 
-def test_srun_over_two_nodes_trains_as_two_processes_on_one_machine(cluster: Cluster, recipe: Recipe, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def losses(token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Of two processes on one machine."""
+    folder = tmp_path_factory.mktemp("whole")
+    relora("train", write_recipe(folder, token_folder, "whole"), "--nproc", 2)
+    return read_log(folder / "whole" / "metrics.jsonl")
+
+
+@pytest.fixture
+def train(cluster: Cluster, recipe: Recipe, tmp_path: Path) -> Callable[[], list[dict[str, Any]]]:
+    """Runs a job over both nodes to its end; returns its losses."""
+
+    def run() -> list[dict[str, Any]]:
+        script = tmp_path / "job.sbatch"
+        script.write_text(SCRIPT.format(folder=tmp_path, python=sys.executable, recipe=recipe("nodes")))
+        job = cluster.wait(cluster.sbatch(script, env=environment(), cwd=ROOT), ("COMPLETED", "FAILED"), timeout=180)
+        assert job["state"] == "COMPLETED", (tmp_path / "job.out").read_text()
+        return read_log(tmp_path / "nodes" / "metrics.jsonl")
+
+    return run
+
+
+@pytest.fixture
+def rename(cluster: Cluster, tmp_path: Path) -> Iterator[Callable[[str, str], None]]:
+    """Gives a node a hosts file of its own, until the end of the test."""
+    renamed = []
+
+    def install(node: str, hosts: str) -> None:
+        path = tmp_path / f"hosts.{node}"
+        path.write_text(f"127.0.0.1 localhost\n{hosts}\n")
+        cluster.run(node, "mount", "--bind", path, "/etc/hosts")
+        renamed.append(node)
+
+    yield install
+    for node in renamed:
+        cluster.run(node, "umount", "/etc/hosts")
+
+
+def test_srun_over_two_nodes_trains_as_two_processes_on_one_machine(
+    cluster: Cluster, train: Callable[[], object], losses: object
+) -> None:
     """Warm start, restarts, checkpoints and evaluation; the same losses to the last digit."""
-    relora("train", recipe("whole"), "--nproc", 2)
-    script = tmp_path / "job.sbatch"
-    script.write_text(SCRIPT.format(folder=tmp_path, python=sys.executable, recipe=recipe("nodes")))
     before = cluster.tx_bytes("node1")
-    job = cluster.wait(cluster.sbatch(script, env=environment(), cwd=ROOT), ("COMPLETED", "FAILED"), timeout=180)
-    assert job["state"] == "COMPLETED", (tmp_path / "job.out").read_text()
-    assert read_log(tmp_path / "nodes" / "metrics.jsonl") == read_log(tmp_path / "whole" / "metrics.jsonl")
+    assert train() == losses
     assert cluster.tx_bytes("node1") - before > 1_000_000, "the ranks were on two nodes"
+
+
+def test_nodes_whose_names_do_not_resolve(
+    train: Callable[[], object], losses: object, rename: Callable[[str, str], None]
+) -> None:
+    """SLURM knows their addresses."""
+    for node in ("node1", "node2"):
+        rename(node, "")
+    assert train() == losses
+
+
+def test_nodes_whose_own_names_lead_elsewhere(
+    cluster: Cluster, train: Callable[[], object], losses: object, rename: Callable[[str, str], None]
+) -> None:
+    """To loopback, as Debian has it, and to a second network that does not join the nodes."""
+    cluster.run("node2", "ip", "link", "add", "mgmt0", "type", "veth", "peer", "name", "mgmt1")
+    cluster.run("node2", "ip", "address", "add", "192.168.99.2/24", "dev", "mgmt0")
+    for end in ("mgmt0", "mgmt1"):
+        cluster.run("node2", "ip", "link", "set", end, "up")
+    rename("node1", f"127.0.1.1 node1\n{cluster.address('node2')} node2")
+    rename("node2", f"192.168.99.2 node2\n{cluster.address('node1')} node1")
+    assert train() == losses

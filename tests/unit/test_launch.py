@@ -1,4 +1,4 @@
-"""Who am I under each launcher, how processes on one machine are started and waited for, and the guards around CPUs."""
+"""Who am I under each launcher, how the ranks meet and leave, and the guards around CPUs."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
-from relora_ds import launch
+from relora_ds import launch, network, slurm_nodes
 from relora_ds.errors import ConfigError
-from relora_ds.launch import Place, attempt, discover, first_host
+from relora_ds.launch import Place, attempt, discover
 
 SRUN = {
     "SLURM_JOB_ID": "1234567",
@@ -28,6 +26,8 @@ SRUN = {
     "SLURM_STEP_NUM_NODES": "2",
     "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
     "SLURM_STEP_NODELIST": "node[03-04]",
+    "SLURM_NODEID": "1",
+    "SLURMD_NODENAME": "node04",
     "SLURM_NTASKS": "99",  # of the job, not of the step
     "SLURM_NNODES": "99",
     "SLURM_JOB_NODELIST": "login[1-9]",
@@ -78,10 +78,55 @@ def test_deepspeed_launcher_on_several_nodes() -> None:
     assert discover(env) == Place(5, 8, 1, 4, "node03", 29500, "torchrun")
 
 
+PORT = slurm_nodes.port_of(1234567, 0)
+PTY = {  # task 0 of `srun --pty bash` on one node
+    "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
+    "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_STEP_NODELIST": "node1",
+    "SLURM_NTASKS": "1", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "node1", "SLURM_PTY_PORT": "35551",
+}  # fmt: skip
+INTERACTIVE = PTY | {  # the shell of `salloc -N2 -n5` where LaunchParameters=use_interactive_step
+    "SLURM_STEP_ID": "4294967290", "SLURM_NTASKS": "5", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]",
+}  # fmt: skip
+
+
 def test_srun_on_several_nodes() -> None:
-    place = discover(SRUN)
-    assert place == Place(5, 8, 1, 4, "node03", 29500 + 4567, "srun")
-    assert discover(SRUN | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}) == Place(0, 8, 0, 4, "node03", 29500 + 4567, "srun")
+    assert discover(SRUN) == Place(5, 8, 1, 4, "node03", PORT, "srun")
+    first = SRUN | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    assert discover(first) == Place(0, 8, 0, 4, "node03", PORT, "srun")
+
+
+@pytest.mark.parametrize(("node", "local_size"), [(0, 4), (1, 4), (2, 2)])
+def test_srun_on_nodes_with_different_numbers_of_tasks(node: int, local_size: int) -> None:
+    uneven = {"SLURM_STEP_NUM_TASKS": "10", "SLURM_STEP_NUM_NODES": "3", "SLURM_STEP_TASKS_PER_NODE": "4(x2),2"}
+    place = discover(SRUN | uneven | {"SLURM_NODEID": str(node)})
+    assert place is not None
+    assert place.local_world_size == local_size
+    assert not place.is_one_node
+
+
+@pytest.mark.parametrize("reserved", ["12345-12346", "12345,12350-12352", "12345"])
+def test_srun_takes_a_port_that_slurm_reserved(reserved: str) -> None:
+    environment = SRUN | {"SLURM_STEP_RESV_PORTS": reserved}
+    place, asked = discover(environment), discover(environment | {"MASTER_PORT": "7777"})
+    assert place is not None and asked is not None
+    assert (place.master_port, asked.master_port) == (12345, 7777)
+
+
+@pytest.mark.parametrize("shell", [PTY, INTERACTIVE], ids=["srun --pty bash", "salloc"])
+def test_a_shell_inside_a_step_is_not_a_rank(shell: dict[str, str]) -> None:
+    """`relora-ds train --nproc 2` typed there starts its own processes."""
+    assert discover(shell) is None
+
+
+def test_srun_inside_a_shell_of_srun() -> None:
+    """The inner srun passes the outer's SLURM_PTY_PORT on."""
+    assert discover(SRUN | {"SLURM_PTY_PORT": "36521"}) == discover(SRUN)
+
+
+def test_a_batch_script_is_not_a_rank() -> None:
+    """It has the number of a task, but of no step."""
+    environment = {name: value for name, value in SRUN.items() if "STEP" not in name}
+    assert discover(environment | {"SLURM_PROCID": "0"}) is None
 
 
 def test_srun_takes_a_master_that_the_job_script_names() -> None:
@@ -91,8 +136,9 @@ def test_srun_takes_a_master_that_the_job_script_names() -> None:
 
 
 def test_srun_on_one_node_needs_no_name() -> None:
-    one_node = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_PROCID": "1"}
-    assert discover(SRUN | one_node) == Place(1, 2, 1, 2, "127.0.0.1", 29500 + 4567, "srun")
+    one_node = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "2"}
+    one_node |= {"SLURM_NODEID": "0", "SLURM_PROCID": "1"}
+    assert discover(SRUN | one_node) == Place(1, 2, 1, 2, "127.0.0.1", PORT, "srun")
 
 
 def test_srun_without_a_node_list() -> None:
@@ -120,38 +166,95 @@ def test_open_mpi_over_nodes_with_a_named_master() -> None:
     assert discover(environment) == Place(2, 4, 0, 2, "10.0.0.7", 29500, "mpirun")
 
 
+def test_mpirun_inside_a_slurm_job() -> None:
+    """On all nodes but the first its daemon is a task of srun, whose variables the rank inherits."""
+    daemon = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}
+    assert discover(OPEN_MPI | daemon | {"PMIX_RANK": "2"}) == discover(OPEN_MPI)
+
+
+def test_srun_with_pmix_needs_no_mpi() -> None:
+    assert discover(SRUN | {"PMIX_RANK": "5", "PMIX_NAMESPACE": "slurm.pmix.3.0"}) == discover(SRUN)
+
+
 def test_open_mpi_over_nodes_without_mpi4py(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     with pytest.raises(ConfigError, match=r"MASTER_ADDR=None: .*rank 0's address; set it, or install relora_ds\[mpi\]"):
-        discover(OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"})
+        discover(OVER_NODES)
 
 
-@pytest.mark.parametrize(
-    ("nodelist", "host"),
-    [
-        ("node[03-05,9],login", "node03"),
-        ("node7", "node7"),
-        ("a,b", "a"),
-        ("gpu[1-2]", "gpu1"),
-        ("rack[1-2]n[3,4]", "rack1n3"),
-        ("n[01,05]-ib", "n01-ib"),
-        ("n[01,05]-ib,login", "n01-ib"),
-        ("login,node[03-05]", "login"),
-        ("node[007]", "node007"),
-    ],
-)
-def test_first_host_of_a_node_list(nodelist: str, host: str) -> None:
-    assert first_host(nodelist) == host
+OVER_NODES = OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
 
 
-def test_first_host_of_nothing() -> None:
-    with pytest.raises(ConfigError, match="names no node"):
-        first_host("")
+class World:
+    """What mpi4py's COMM_WORLD answers to one rank; it counts the questions."""
+
+    def __init__(self, rank: int, hosts: list[str]) -> None:
+        self.rank, self.hosts, self.asked, self.sent = rank, hosts, 0, ("10.0.0.9", 4711)
+
+    def allgather(self, own: str) -> list[str]:
+        self.asked += 1
+        return self.hosts
+
+    def bcast(self, value: object, root: int) -> object:
+        return value if self.rank == root else self.sent
+
+    def Split_type(self, kind: object) -> World:
+        self.asked += 1
+        return World(self.rank % 2, self.hosts[:2])
+
+    def Get_rank(self) -> int:
+        return self.rank
+
+    def Get_size(self) -> int:
+        return len(self.hosts)
 
 
-def test_free_port_can_be_bound() -> None:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", launch.free_port()))
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], World]:
+    """Makes this process one of the ranks of an MPI job over two nodes with two ranks each."""
+
+    def install(rank: int) -> World:
+        comm = World(rank, ["node1", "node1", "node2", "node2"])
+        mpi = SimpleNamespace(MPI=SimpleNamespace(COMM_WORLD=comm, COMM_TYPE_SHARED=0), __spec__=SimpleNamespace())
+        monkeypatch.setitem(sys.modules, "mpi4py", mpi)
+        launch._mpi_place.cache_clear()
+        return comm
+
+    return install
+
+
+@pytest.mark.usefixtures("clean")
+def test_mpirun_over_nodes_asks_rank_0_at_the_start_alone(world: Callable[[int], World]) -> None:
+    """`discover` serves error messages, too, which ranks write unequally often."""
+    comm = world(2)
+    place = discover(OVER_NODES)
+    assert place == Place(2, 4, 0, 2, "", 29500, "mpirun")
+    assert comm.asked == 0
+    found = launch._find_master(place)
+    assert (found.master_addr, found.master_port, comm.asked) == ("10.0.0.9", 4711, 1)
+
+
+@pytest.mark.usefixtures("clean")
+@pytest.mark.parametrize("chosen", [None, "7777"])
+def test_rank_0_tells_an_address_that_leads_to_the_others(
+    world: Callable[[int], World], monkeypatch: pytest.MonkeyPatch, chosen: str | None
+) -> None:
+    world(0)
+    if chosen:
+        monkeypatch.setenv("MASTER_PORT", chosen)
+    routes = {"node2": "10.0.0.1", "node1": "192.168.9.1"}
+    monkeypatch.setattr(network, "address_towards", lambda hosts: next(routes[host] for host in hosts if host in routes))
+    monkeypatch.setattr(network, "free_port", lambda: 5555)
+    found = launch._find_master(Place(0, 4, 0, 2, "", 29500, "mpirun"))
+    assert (found.master_addr, found.master_port) == ("10.0.0.1", int(chosen or 5555))
+
+
+def test_an_mpi_that_tells_little_is_asked_once(world: Callable[[int], World]) -> None:
+    comm = world(3)
+    for _ in range(3):
+        place = discover({"PMIX_RANK": "3", "MASTER_ADDR": "node1", "MASTER_PORT": "7777"})
+        assert place == Place(3, 4, 1, 2, "node1", 7777, "mpirun")
+    assert comm.asked == 1
 
 
 def test_a_process_alone() -> None:
@@ -178,136 +281,124 @@ PLACE = {
 }
 
 
+NODES = Place(5, 8, 1, 4, "node03", 24567, "srun")
+ONE_NODE = Place(1, 2, 1, 2, "127.0.0.1", 29500, "single")
+
+
 @pytest.mark.usefixtures("clean")
 def test_export_tells_torch_and_deepspeed_the_place() -> None:
     launch._export(Place(5, 8, 1, 4, "node03", 34067, "srun"))
     assert {name: os.environ[name] for name in PLACE} == PLACE
-    assert "GLOO_SOCKET_IFNAME" not in os.environ  # gloo must reach the other node
 
 
 @pytest.mark.usefixtures("clean")
 @pytest.mark.skipif(not any(name == "lo" for _, name in socket.if_nameindex()), reason="no loopback interface named lo")
-def test_export_keeps_gloo_of_one_node_on_loopback() -> None:
-    place = Place(1, 2, 1, 2, "127.0.0.1", 29500, "single")
-    launch._export(place)
+def test_gloo_of_one_node_stays_on_loopback() -> None:
+    launch._choose_interface(ONE_NODE)
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+
+
+@pytest.mark.usefixtures("clean")
+@pytest.mark.parametrize("place", [NODES, ONE_NODE], ids=["nodes", "one node"])
+def test_gloo_is_left_to_the_user(place: Place) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "eth1"
-    launch._export(place)
+    launch._choose_interface(place)
     assert os.environ["GLOO_SOCKET_IFNAME"] == "eth1"
 
 
-# Waiting for processes
-
-Start = Callable[[str], subprocess.Popen]
-
-
-@pytest.fixture
-def start() -> Iterator[Start]:
-    """Starts small Python programs, of which none outlives the test."""
-    started: list[subprocess.Popen] = []
-
-    def run(program: str) -> subprocess.Popen:
-        started.append(subprocess.Popen([sys.executable, "-S", "-E", "-c", program], stdout=subprocess.PIPE))
-        return started[-1]
-
-    yield run
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def test_all_succeed(start: Start) -> None:
-    assert launch._wait([start("pass"), start("import time; time.sleep(0.2)")]) == 0
-
-
-@pytest.mark.parametrize("code", [75, 2])
-def test_all_end_in_order_with_one_code(start: Start, code: int) -> None:
-    """The second is given the time that it needs to end by itself."""
-    processes = [start(f"raise SystemExit({code})"), start(f"import time; time.sleep(0.5); raise SystemExit({code})")]
-    assert launch._wait(processes) == code
-    assert [process.returncode for process in processes] == [code, code]
-
-
+@pytest.mark.usefixtures("clean")
 @pytest.mark.parametrize(
-    ("crash", "code"),
-    [("raise SystemExit(3)", 3), ("1 / 0", 1), ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", 1)],
-    ids=["exit", "exception", "killed"],
+    ("launcher", "env", "order"),
+    [
+        ("srun", SRUN, ["node03", "node03"]),
+        ("srun", SRUN | {"SLURMD_NODENAME": "node03"}, ["node04", "node03"]),  # node03 is rank 0's
+        ("srun", SRUN | {"MASTER_ADDR": "node03"}, ["node03"]),
+        ("torchrun", TORCHRUN, ["node03"]),
+    ],
 )
-@pytest.mark.parametrize("place", [0, 1, 2])
-def test_a_crash_of_any_process_stops_the_others(start: Start, crash: str, code: int, place: int) -> None:
-    began = time.monotonic()
-    processes = [start(crash if i == place else "import time; time.sleep(30)") for i in range(3)]
-    assert launch._wait(processes) == code
-    assert time.monotonic() - began < launch.GRACE_S / 2
-    assert [process.returncode for i, process in enumerate(processes) if i != place] == [-signal.SIGTERM, -signal.SIGTERM]
-
-
-def test_a_crash_outweighs_an_orderly_end(start: Start) -> None:
-    """A job that seems to have stopped with a checkpoint would be run again for ever."""
-    assert launch._wait([start("raise SystemExit(75)"), start("import time; time.sleep(0.5); raise SystemExit(1)")]) == 1
-
-
-def test_processes_that_do_not_stop_are_not_waited_for_longer_than_the_grace(
-    start: Start, monkeypatch: pytest.MonkeyPatch
+def test_gloo_meets_where_another_node_or_the_master_is_reached(
+    monkeypatch: pytest.MonkeyPatch, launcher: str, env: dict[str, str], order: list[str]
 ) -> None:
-    monkeypatch.setattr(launch, "GRACE_S", 0.3)
-    ignores = start("import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('on', flush=True); time.sleep(30)")
-    assert ignores.stdout is not None
-    ignores.stdout.readline()
-    began = time.monotonic()
-    assert launch._wait([start("raise SystemExit(1)"), ignores]) == 1
-    assert 0.3 <= time.monotonic() - began < 10
-    assert ignores.poll() is None  # spawn kills it
+    asked: list[str] = []
+    monkeypatch.setattr(network, "address_towards", lambda hosts: asked.extend(hosts) or "10.0.0.4")
+    monkeypatch.setattr(network, "interface_of", {"10.0.0.4": "ib0"}.get)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    launch._choose_interface(replace(NODES, launcher=launcher))
+    assert asked == [*order, network.ANYWHERE]
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
 
 
-# Starting processes: a shell script stands in for the Python interpreter
+@pytest.mark.usefixtures("clean")
+def test_gloo_is_left_alone_where_all_ways_are_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "address_towards", lambda hosts: None)
+    launch._choose_interface(NODES)
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
 
 
-@pytest.fixture
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """Makes `spawn` run a shell script instead of Python; the script writes to files in the returned folder."""
-
-    def install(script: str) -> Path:
-        program = tmp_path / "python"
-        program.write_text(f"#!/bin/sh\ncd '{tmp_path}'\n{script}\n")
-        program.chmod(0o755)
-        monkeypatch.setattr(sys, "executable", str(program))
-        return tmp_path
-
-    return install
+def test_the_master_of_srun_is_looked_up_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm_nodes, "reachable", {"node03": "10.0.0.3"}.__getitem__)
+    assert launch._find_master(NODES) == replace(NODES, master_addr="10.0.0.3")
+    named = replace(NODES, launcher="torchrun")
+    assert launch._find_master(named) is named
+    assert launch._find_master(ONE_NODE) is ONE_NODE
 
 
-def test_spawn_gives_each_process_its_place(stand_in: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    folder = stand_in('env > "env.$RANK"; echo "$@" > "arguments.$RANK"')
-    assert launch.spawn(["train", "recipe.yaml", "run.seed=7"], 2) == 0
-    ports = set()
+def test_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
+    assert launch.allocation() is None
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "node[1-2]")
+    assert launch.allocation() == "node[1-2]"
+
+
+# Leaving together: two processes over gloo
+
+LEAVER = """
+import os, sys, time
+from datetime import timedelta
+import torch.distributed as dist
+from relora_ds import launch
+launch.MEETING_S = 1.0
+dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+{before}
+began = time.monotonic()
+launch.leave_process_group()
+print(f"{{time.monotonic() - began:.3f}}", flush=True)
+os.kill(os.getpid(), 15)  # as srun does to the rest when the first has ended
+os._exit(0)
+"""
+
+
+def leave(before: str) -> tuple[list[subprocess.Popen], list[str]]:
+    """Two ranks that run ``before`` and then leave; with the seconds that each took to leave."""
+    port = str(network.free_port())
+    ranks = []
     for rank in range(2):
-        assert (folder / f"arguments.{rank}").read_text() == "-m relora_ds.cli train recipe.yaml run.seed=7\n"
-        environment = dict(line.split("=", 1) for line in (folder / f"env.{rank}").read_text().splitlines() if "=" in line)
-        ports.add(environment["MASTER_PORT"])
-        assert discover(environment) == Place(rank, 2, rank, 2, "127.0.0.1", int(environment["MASTER_PORT"]), "torchrun")
-        assert environment["OMP_NUM_THREADS"] == "3"
-    assert len(ports) == 1
+        place = {
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        words = [sys.executable, "-c", LEAVER.format(before=before)]
+        ranks.append(
+            subprocess.Popen(words, env={**os.environ, **place}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        )
+    return ranks, [rank.communicate(timeout=60)[0].strip() for rank in ranks]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_spawn_passes_a_signal_on_once_and_returns_the_code(stand_in: Callable[[str], Path], number: signal.Signals) -> None:
-    folder = stand_in('trap \'echo stopped >> "stopped.$RANK"; exit 75\' TERM\ntouch "ready.$RANK"\nwhile :; do sleep 0.02; done')
-    before = signal.getsignal(number)
+def test_a_rank_leaves_when_all_are_ready_to() -> None:
+    ranks, seconds = leave("time.sleep(0.5 * dist.get_rank())")
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert float(seconds[0]) > 0.3
 
-    def interrupt() -> None:
-        while signal.getsignal(number) is before or not all((folder / f"ready.{rank}").exists() for rank in range(2)):
-            time.sleep(0.02)
-        os.kill(os.getpid(), number)
 
-    thread = threading.Thread(target=interrupt, daemon=True)
-    thread.start()
-    assert launch.spawn(["train"], 2) == 75
-    thread.join()
-    assert [(folder / f"stopped.{rank}").read_text() for rank in range(2)] == ["stopped\n", "stopped\n"]
-    assert signal.getsignal(number) is before
+@pytest.mark.parametrize("absent", ["os._exit(9)", "time.sleep(4)\n    os._exit(9)"], ids=["dead", "busy"])
+def test_a_rank_does_not_wait_for_ever_for_one_that_does_not_come(absent: str) -> None:
+    ranks, seconds = leave(f"if dist.get_rank() == 1:\n    {absent}")
+    assert [rank.returncode for rank in ranks] == [0, 9]
+    assert float(seconds[0]) < 3
 
 
 # Guards
