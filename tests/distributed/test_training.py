@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from relora_ds import checkpoint as checkpoints
-from relora_ds import launch, lora, phases
+from relora_ds import faults, launch, lora, phases
 from relora_ds import manifest as manifests
 from relora_ds.checks import check
 from relora_ds.config import parse
@@ -84,6 +85,19 @@ def at(content: dict[str, Any], folder: Path, **train: Any) -> dict[str, Any]:
     changed["run"]["dir"] = str(folder)
     changed["train"].update(train)
     return changed
+
+
+def test_an_error_of_a_rank_is_recorded(content: dict[str, Any], tmp_path: Path) -> None:
+    """After the last update, whose line of the ranks' times is written again by the run that goes on."""
+    assert run(2, train_here, content, 18) == [-1, -1]
+    found = faults.read(tmp_path / "run")
+    assert sorted(fault["rank"] for fault in found) == [0, 1]
+    assert {(fault["kind"], fault["update"], fault["detail"]) for fault in found} == {("error", 18, "KilledError")}
+    assert run(2, train_here, content) == [EXIT_DONE, EXIT_DONE]
+    (times,) = read_log(tmp_path / "run" / "ranks.jsonl")
+    assert (times["update"], times["hosts"]) == (18, [socket.gethostname()] * 2)
+    assert len(times["forward_s"]) == 2 and min(times["forward_s"]) > 0
+    assert len(faults.read(tmp_path / "run")) == 2
 
 
 @pytest.mark.parametrize(
@@ -289,6 +303,7 @@ def test_too_many_skipped_updates_stop_the_run(content: dict[str, Any], tmp_path
     records = read_log(tmp_path / "run" / "metrics.jsonl")
     assert sum(record.get("skipped", False) for record in records) == 3
     assert records[-1]["loss"] is None or math.isfinite(records[-1]["loss"])
+    assert faults.read(tmp_path / "run") == [], "no rank is to blame"
 
 
 @pytest.mark.parametrize(

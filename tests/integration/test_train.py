@@ -95,15 +95,19 @@ def test_a_dead_rank_takes_the_job_down(recipe: Recipe, tmp_path: Path) -> None:
 
 def test_a_stopped_rank_ends_the_job_and_is_named(recipe: Recipe, tmp_path: Path, whole: Path) -> None:
     """A process that is stopped hangs the job: it ends by itself, says where, leaves no process and goes on when run again."""
-    path, run_dir = recipe("hung", train={"hang_timeout": 4.0}), tmp_path / "hung"
+    path, run_dir = recipe("hung", train={"hang_timeout": 3.0}), tmp_path / "hung"
     process = start("train", path, "--nproc", 2)
     wait_for_update(run_dir, 12, process)
     ranks = {psutil.Process(child.pid).environ()["RANK"]: child for child in psutil.Process(process.pid).children()}
     ranks["1"].suspend()
     began = time.monotonic()
-    _, told = process.communicate(timeout=60)
+    try:
+        _, told = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        kill_tree(process)
+        raise
     assert process.returncode == 1
-    assert time.monotonic() - began < 4 + 5 + 20 + 10, "the limit, the wait for the other's stacks, the launcher's, and some"
+    assert time.monotonic() - began < 3 + 5 + 20 + 10, "the limit, the wait for the other's stacks, the launcher's, and some"
     assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks.values())
     (line,) = [line for line in told.splitlines() if "nothing moved" in line]
     assert f"rank 1 on {socket.gethostname()} wrote no stacks" in line
