@@ -24,7 +24,7 @@ HELP = {
     "tasks_per_node": "ranks on a node (default: one per GPU)",
     "cpus_per_task": "cores of a rank",
     "mem": "memory of a node: 512G, or 0 for all",
-    "time": "limit of one stretch: 24:00:00; the job requeues itself",
+    "time": "limit of one start: 24:00:00; the job requeues itself",
     "partition": "", "account": "", "qos": "", "constraint": "", "exclude": "nodes not to use",
     "job_name": "default: the recipe's name",
     "launcher": "what starts the ranks",

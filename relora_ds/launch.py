@@ -32,6 +32,8 @@ LAST_STEP_ID = 0xFFFFFFF0
 """SLURM's job steps are numbered up to here; above are its own, such as the interactive shell of salloc."""
 GRACE_S = 20.0
 """How long the other processes of a node may take to end after one of them failed, before they are killed."""
+ONE_GPU_EACH = {"SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND"}
+"""Set where SLURM shows each task its own GPU alone, which is number 0 to every one of them."""
 ORDERLY = (2, 75)
 """Exit codes with which all ranks end by themselves, together: a bad setting, a signal."""
 MEETING_S = 60.0
@@ -226,8 +228,10 @@ def start_process_group(place: Place, timeout_s: float = 1800.0) -> Any:
 
     place = find_master(place)
     _choose_interface(place)
-    _export(place)
     on_cuda = torch.cuda.is_available()
+    if on_cuda and torch.cuda.device_count() == 1 and ONE_GPU_EACH & os.environ.keys():
+        place = replace(place, local_rank=0)
+    _export(place)
     if on_cuda:
         check_devices(place.local_rank + 1)
         torch.cuda.set_device(place.local_rank)

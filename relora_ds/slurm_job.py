@@ -20,6 +20,8 @@ from relora_ds.slurm_events import Events, newest_update, read_outcome
 Say = Callable[[str], None]
 FAULT_LINE = re.compile(r"^srun: error: (?P<node>[\w.-]+): tasks? [\d,-]+: (?!Terminated)(?P<what>.+)$", re.MULTILINE)
 """srun on a rank that died: ``srun: error: node2: task 1: Killed``. Those that it terminated itself did not die first."""
+LOST_OTHERS = re.compile(r"connection (was )?(reset|closed|refused)|broken pipe|remote ?error|timed? ?out|peer", re.IGNORECASE)
+"""The error of a rank that is well itself: another one went away."""
 LOCK_PAUSE_S = 2.0
 
 
@@ -218,10 +220,9 @@ def suspects(events: Events, job: int) -> list[str]:
     return [node for node in newest[1]["suspects"] if node in newest[0]["suspects"]]
 
 
-def first_failed_node(log: str) -> list[str]:
-    """The node of the rank that died first, as srun tells it in a job's output; [] where it tells of none."""
-    found = FAULT_LINE.search(log)
-    return [found["node"]] if found else []
+def failed_by_srun(log: str) -> list[str]:
+    """The nodes of the ranks that failed, in the order in which srun tells of them in a job's output."""
+    return [found["node"] for found in FAULT_LINE.finditer(log)]
 
 
 def log_since(path: str, offset: int) -> str:
@@ -235,12 +236,20 @@ def log_since(path: str, offset: int) -> str:
 
 
 def failed_nodes(run: RunFolder, events: Events, attempt: Attempt) -> list[str]:
-    """The node whose rank failed first, by the ranks' own word or else by srun's; [] where nobody names one."""
+    """The nodes to blame for the end of an attempt; [] where nobody names one.
+
+    Those that SLURM cannot use; or the one whose rank told first of an error of its own; or the one whose rank died first by srun's
+    word, without having told that it lost the others.
+    """
+    if gone := client.unusable(attempt.nodes):
+        return gone
     told = faults.read(run.path, str(attempt))
-    if told:
-        return [str(told[0]["host"])]
+    lost = [fault for fault in told if fault["kind"] == "error" and LOST_OTHERS.search(str(fault["detail"]))]
+    if own := [str(fault["host"]) for fault in told if fault["host"] and fault not in lost]:
+        return own[:1]
     started = [event for event in events.of("started") if event["attempt"] == str(attempt)]
-    return first_failed_node(log_since(started[-1]["log"], started[-1]["offset"])) if started else []
+    log = log_since(started[-1]["log"], started[-1]["offset"]) if started else ""
+    return [node for node in failed_by_srun(log) if node not in {fault["host"] for fault in lost}][:1]
 
 
 def requeue(shown: Job, bad: Sequence[str], say: Say, events: Events | None = None) -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
-import subprocess
 from collections.abc import Iterator, Sequence
 
 from relora_ds.errors import ConfigError
 from relora_ds.network import is_loopback, resolve
+from relora_ds.slurm_client import SlurmError, call
 
-TIMEOUT_S = 60.0
-"""How long a controller under load may take to answer."""
 FIRST_PORT, NUM_PORTS = 20000, 10000
 """Below 32768, where Linux begins to give ports to whoever asks for any."""
 
@@ -95,6 +93,6 @@ def reachable(node: str) -> str:
 def _ask(*command: str) -> str:
     """What a SLURM program prints; nothing if it is not installed, fails or does not answer."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S).stdout
-    except (OSError, subprocess.TimeoutExpired):
+        return call(*command)
+    except (ConfigError, SlurmError):
         return ""

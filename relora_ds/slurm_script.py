@@ -37,7 +37,7 @@ class Settings(Section):
     mem: str | None = None
     """Memory of a node, as sbatch takes it: 512G, or 0 for all."""
     time: str | None = None
-    """Limit of one attempt of the run, as sbatch takes it: 24:00:00, 2-00:00. Left out: the partition's."""
+    """Limit of one start of the run, as sbatch takes it: 24:00:00, 2-00:00. Left out: the partition's."""
     partition: str | None = None
     account: str | None = None
     qos: str | None = None

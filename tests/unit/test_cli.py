@@ -54,7 +54,7 @@ def spawned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], int]]:
     """What would have been started: (arguments, number of processes) of each spawn."""
     calls: list[tuple[list[str], int]] = []
 
-    def spawn(arguments: Sequence[str], num_processes: int) -> int:
+    def spawn(arguments: Sequence[str], num_processes: int, stop_signal: str) -> int:
         calls.append((list(arguments), num_processes))
         return 0
 

@@ -230,7 +230,7 @@ def test_mpirun_over_nodes_asks_rank_0_at_the_start_alone(world: Callable[[int],
     place = discover(OVER_NODES)
     assert place == Place(2, 4, 0, 2, "", 29500, "mpirun")
     assert comm.asked == 0
-    found = launch._find_master(place)
+    found = launch.find_master(place)
     assert (found.master_addr, found.master_port, comm.asked) == ("10.0.0.9", 4711, 1)
 
 
@@ -245,7 +245,7 @@ def test_rank_0_tells_an_address_that_leads_to_the_others(
     routes = {"node2": "10.0.0.1", "node1": "192.168.9.1"}
     monkeypatch.setattr(network, "address_towards", lambda hosts: next(routes[host] for host in hosts if host in routes))
     monkeypatch.setattr(network, "free_port", lambda: 5555)
-    found = launch._find_master(Place(0, 4, 0, 2, "", 29500, "mpirun"))
+    found = launch.find_master(Place(0, 4, 0, 2, "", 29500, "mpirun"))
     assert (found.master_addr, found.master_port) == ("10.0.0.1", int(chosen or 5555))
 
 
@@ -338,10 +338,10 @@ def test_gloo_is_left_alone_where_all_ways_are_loopback(monkeypatch: pytest.Monk
 
 def test_the_master_of_srun_is_looked_up_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm_nodes, "reachable", {"node03": "10.0.0.3"}.__getitem__)
-    assert launch._find_master(NODES) == replace(NODES, master_addr="10.0.0.3")
+    assert launch.find_master(NODES) == replace(NODES, master_addr="10.0.0.3")
     named = replace(NODES, launcher="torchrun")
-    assert launch._find_master(named) is named
-    assert launch._find_master(ONE_NODE) is ONE_NODE
+    assert launch.find_master(named) is named
+    assert launch.find_master(ONE_NODE) is ONE_NODE
 
 
 def test_allocation(monkeypatch: pytest.MonkeyPatch) -> None:

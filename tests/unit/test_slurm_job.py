@@ -17,8 +17,9 @@ from relora_ds.lock import RunLock
 from relora_ds.run_folder import RunFolder
 from relora_ds.slurm_client import Job, SlurmError
 from relora_ds.slurm_events import Events, newest_update, read_outcome, write_outcome
-from relora_ds.slurm_job import Attempt, decide, first_failed_node, most_nodes
+from relora_ds.slurm_job import Attempt, decide, failed_by_srun, most_nodes
 
+Before = After = Callable[..., int]
 RUNNING = Job(17, "a", "RUNNING", "node[1-2]", 0, 1.0, 2.0, "", "", "/runs/job.sbatch", ())
 FIRST = Attempt(17, 0, ("node1", "node2"))
 
@@ -68,7 +69,7 @@ def said() -> list[str]:
 
 
 @pytest.fixture
-def before(config: Config, said: list[str]) -> Callable[..., int]:
+def before(config: Config, said: list[str]) -> Before:
     def call(attempt: Attempt = FIRST, fits: Callable[[int], None] = lambda _: None, requeue_by: str = "requeue") -> int:
         return slurm_job.before(config, attempt, fits, requeue_by=requeue_by, say=said.append)
 
@@ -76,7 +77,7 @@ def before(config: Config, said: list[str]) -> Callable[..., int]:
 
 
 @pytest.fixture
-def after(config: Config, said: list[str]) -> Callable[..., int]:
+def after(config: Config, said: list[str]) -> After:
     def call(code: int, attempt: Attempt = FIRST, requeue_by: str = "requeue", max_stalled: int = 3) -> int:
         return slurm_job.after(config, attempt, code, requeue_by=requeue_by, max_stalled=max_stalled, say=said.append)
 
@@ -134,7 +135,7 @@ def test_a_cancelled_job_does_not_go_on() -> None:
 # Before
 
 
-def test_the_first_start(cluster: Cluster, before: Callable[..., int], run: RunFolder) -> None:
+def test_the_first_start(cluster: Cluster, before: Before, run: RunFolder) -> None:
     assert before() == 2
     (event,) = Events(run).of("started")
     assert (event["attempt"], event["update"], event["nodes"]) == ("17.0", 0, ["node1", "node2"])
@@ -149,7 +150,7 @@ def test_as_many_nodes_as_the_batch_divides_over(said: list[str]) -> None:
     assert said[0] == "using 2 of 3 nodes: train.global_batch=8: does not divide over 3"
 
 
-def test_a_recipe_that_fits_nowhere_is_refused_with_the_first_reason(before: Callable[..., int], cluster: Cluster) -> None:
+def test_a_recipe_that_fits_nowhere_is_refused_with_the_first_reason(before: Before, cluster: Cluster) -> None:
     def fits(nodes: int) -> None:
         raise ConfigError("relora.rank", nodes, "too large")
 
@@ -157,20 +158,20 @@ def test_a_recipe_that_fits_nowhere_is_refused_with_the_first_reason(before: Cal
         before(fits=fits)
 
 
-def test_another_jobs_folder_is_refused(before: Callable[..., int], cluster: Cluster, run: RunFolder) -> None:
+def test_another_jobs_folder_is_refused(before: Before, cluster: Cluster, run: RunFolder) -> None:
     run.path.mkdir(parents=True)
     with RunLock(run.path, job="99.0"), pytest.raises(ConfigError, match=r"in use by process .*\(job 99.0\)"):
         before()
 
 
-def test_what_is_left_of_an_earlier_start_is_not_waited_for(before: Callable[..., int], cluster: Cluster, run: RunFolder) -> None:
+def test_what_is_left_of_an_earlier_start_is_not_waited_for(before: Before, cluster: Cluster, run: RunFolder) -> None:
     run.path.mkdir(parents=True)
     with RunLock(run.path, job="17.0"):
         assert before(Attempt(17, 1, ("node2",))) == 1
 
 
 def test_a_forerunner_is_waited_for(
-    before: Callable[..., int], cluster: Cluster, run: RunFolder, said: list[str], monkeypatch: pytest.MonkeyPatch
+    before: Before, cluster: Cluster, run: RunFolder, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Events(run).add("successor", job=17, of=16)
     lock = RunLock(run.path, job="16.0")
@@ -183,9 +184,7 @@ def test_a_forerunner_is_waited_for(
 # After
 
 
-def test_a_stopped_run_is_requeued(
-    cluster: Cluster, before: Callable[..., int], after: Callable[..., int], run: RunFolder
-) -> None:
+def test_a_stopped_run_is_requeued(cluster: Cluster, before: Before, after: After, run: RunFolder) -> None:
     before()
     checkpoint(run, 5)
     write_outcome(run, "17.0", 75)
@@ -195,7 +194,7 @@ def test_a_stopped_run_is_requeued(
     assert (event["code"], event["update"], event["decision"], event["suspects"]) == (75, 5, "requeue", [])
 
 
-def test_a_finished_run_is_not(cluster: Cluster, before: Callable[..., int], after: Callable[..., int], run: RunFolder) -> None:
+def test_a_finished_run_is_not(cluster: Cluster, before: Before, after: After, run: RunFolder) -> None:
     before()
     write_outcome(run, "17.0", 0)
     assert after(0) == 0 and cluster.calls == []
@@ -210,25 +209,21 @@ def test_an_outcome_of_another_start_does_not_count(run: RunFolder) -> None:
 @pytest.mark.parametrize(
     "job", [None, replace(RUNNING, restarts=1), replace(RUNNING, state="COMPLETING"), replace(RUNNING, state="CANCELLED")]
 )
-def test_what_slurm_decided_stands(
-    job: Job | None, cluster: Cluster, before: Callable[..., int], after: Callable[..., int]
-) -> None:
+def test_what_slurm_decided_stands(job: Job | None, cluster: Cluster, before: Before, after: After) -> None:
     """Cancelled, requeued by an operator, or this is a cut-off node's old script while the job runs elsewhere."""
     before()
     cluster.job = job
     assert after(143) == 143 and cluster.calls == []
 
 
-def test_a_limit_that_came_before_the_checkpoint(cluster: Cluster, before: Callable[..., int], after: Callable[..., int]) -> None:
+def test_a_limit_that_came_before_the_checkpoint(cluster: Cluster, before: Before, after: After) -> None:
     before()
     cluster.job = replace(RUNNING, state="COMPLETING", reason="TimeLimit")
     after(143)
     assert cluster.calls == ["scontrol requeue 17"]
 
 
-def test_no_progress_ends_the_job(
-    cluster: Cluster, before: Callable[..., int], after: Callable[..., int], run: RunFolder, said: list[str]
-) -> None:
+def test_no_progress_ends_the_job(cluster: Cluster, before: Before, after: After, run: RunFolder, said: list[str]) -> None:
     checkpoint(run, 5)
     for restart in range(3):
         cluster.job = replace(RUNNING, restarts=restart)
@@ -238,7 +233,7 @@ def test_no_progress_ends_the_job(
     assert "3 attempts in a row wrote no newer checkpoint: not started again" in said[-1]
 
 
-def test_progress_counts_anew(cluster: Cluster, before: Callable[..., int], after: Callable[..., int], run: RunFolder) -> None:
+def test_progress_counts_anew(cluster: Cluster, before: Before, after: After, run: RunFolder) -> None:
     for restart in range(5):
         cluster.job = replace(RUNNING, restarts=restart)
         before(Attempt(17, restart, ("node1",)))
@@ -249,9 +244,7 @@ def test_progress_counts_anew(cluster: Cluster, before: Callable[..., int], afte
     assert cluster.calls == ["scontrol requeue 17"] * 5
 
 
-def test_a_node_that_fails_twice_running_is_excluded(
-    cluster: Cluster, before: Callable[..., int], after: Callable[..., int], run: RunFolder
-) -> None:
+def test_a_node_that_fails_twice_running_is_excluded(cluster: Cluster, before: Before, after: After, run: RunFolder) -> None:
     for restart, host in enumerate(["node1", "node2", "node2"]):
         attempt = Attempt(17, restart, ("node1", "node2"))
         cluster.job = replace(RUNNING, restarts=restart, excluded=("node9",))
@@ -265,9 +258,7 @@ def test_a_node_that_fails_twice_running_is_excluded(
     assert cluster.calls == [*["scontrol requeue 17"] * 3, "scontrol update JobId=17 ExcNodeList=node9,node2"]
 
 
-def test_a_start_that_vanished_is_noted_with_the_nodes_that_are_gone(
-    cluster: Cluster, before: Callable[..., int], run: RunFolder
-) -> None:
+def test_a_start_that_vanished_is_noted_with_the_nodes_that_are_gone(cluster: Cluster, before: Before, run: RunFolder) -> None:
     before()
     cluster.bad = ["node2"]
     before(Attempt(17, 1, ("node1",)))
@@ -275,7 +266,7 @@ def test_a_start_that_vanished_is_noted_with_the_nodes_that_are_gone(
     assert (event["attempt"], event["code"], event["suspects"], event["decision"]) == ("17.0", None, ["node2"], "vanished")
 
 
-def test_a_node_that_vanished_twice_is_not_used(cluster: Cluster, before: Callable[..., int], run: RunFolder) -> None:
+def test_a_node_that_vanished_twice_is_not_used(cluster: Cluster, before: Before, run: RunFolder) -> None:
     cluster.bad = ["node2"]
     before()
     before(Attempt(17, 1, ("node1", "node2")))
@@ -285,9 +276,7 @@ def test_a_node_that_vanished_twice_is_not_used(cluster: Cluster, before: Callab
 
 
 @pytest.mark.parametrize("refuses", [False, True], ids=["asked for", "requeue refused"])
-def test_a_successor(
-    refuses: bool, cluster: Cluster, before: Callable[..., int], after: Callable[..., int], run: RunFolder, said: list[str]
-) -> None:
+def test_a_successor(refuses: bool, cluster: Cluster, before: Before, after: After, run: RunFolder, said: list[str]) -> None:
     before()
     checkpoint(run, 5)
     write_outcome(run, "17.0", 75)
@@ -299,16 +288,14 @@ def test_a_successor(
     assert "submitted job 18" in said[-1]
 
 
-def test_left_to_the_user(
-    cluster: Cluster, before: Callable[..., int], after: Callable[..., int], run: RunFolder, said: list[str]
-) -> None:
+def test_left_to_the_user(cluster: Cluster, before: Before, after: After, run: RunFolder, said: list[str]) -> None:
     before()
     write_outcome(run, "17.0", 75)
     assert after(75, requeue_by="none") == 75 and cluster.calls == []
     assert said[-1] == "to go on from there: sbatch /runs/job.sbatch"
 
 
-def test_cancelled_by_the_user(cluster: Cluster, before: Callable[..., int], after: Callable[..., int], run: RunFolder) -> None:
+def test_cancelled_by_the_user(cluster: Cluster, before: Before, after: After, run: RunFolder) -> None:
     before()
     Events(run).add("cancelled", job=17)
     write_outcome(run, "17.0", 75)
@@ -323,13 +310,11 @@ def test_the_first_rank_that_died_by_sruns_word() -> None:
         "srun: error: node3: task 5: Terminated\nsrun: error: node2: tasks 2-3: Killed\n"
         "srun: error: node1: task 0: Exited with exit code 1\n"
     )
-    assert first_failed_node(log) == ["node2"]
-    assert first_failed_node("all is well\n") == []
+    assert failed_by_srun(log) == ["node2", "node1"]
+    assert failed_by_srun("all is well\n") == []
 
 
-def test_only_this_attempts_output_counts(
-    cluster: Cluster, before: Callable[..., int], after: Callable[..., int], run: RunFolder, tmp_path: Path
-) -> None:
+def test_only_this_attempts_output_counts(cluster: Cluster, before: Before, after: After, run: RunFolder, tmp_path: Path) -> None:
     log = tmp_path / "job.out"
     log.write_text("srun: error: node1: task 0: Killed\n")
     cluster.job = replace(RUNNING, log=str(log))
@@ -337,6 +322,29 @@ def test_only_this_attempts_output_counts(
     with log.open("a") as file:
         file.write("srun: error: node2: task 1: Killed\n")
     after(137)
+    assert Events(run).of("ended")[0]["suspects"] == ["node2"]
+
+
+LOST = "RuntimeError: [pair.cc:537] Read error [10.77.0.2]:10460: Connection reset by peer. This is typically caused by"
+
+
+def test_a_rank_that_lost_the_others_is_not_to_blame(
+    cluster: Cluster, before: Before, after: After, run: RunFolder, tmp_path: Path
+) -> None:
+    log = tmp_path / "job.out"
+    cluster.job = replace(RUNNING, log=str(log))
+    before()
+    faults.record(run.path, kind="error", attempt="17.0", rank=0, host="node1", update=3, detail=LOST)
+    log.write_text("srun: error: node1: task 0: Exited with exit code 1\nsrun: error: node2: task 1: Killed\n")
+    after(1)
+    assert Events(run).of("ended")[0]["suspects"] == ["node2"]
+
+
+def test_a_node_that_slurm_cannot_use_is_to_blame(cluster: Cluster, before: Before, after: After, run: RunFolder) -> None:
+    before()
+    faults.record(run.path, kind="error", attempt="17.0", rank=0, host="node1", update=3, detail="RuntimeError: what is this")
+    cluster.bad = ["node2"]
+    after(1)
     assert Events(run).of("ended")[0]["suspects"] == ["node2"]
 
 

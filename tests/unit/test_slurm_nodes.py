@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-from types import SimpleNamespace
-
 import pytest
 
 from relora_ds import slurm_nodes
 from relora_ds.errors import ConfigError
+from relora_ds.slurm_client import SlurmError
 from relora_ds.slurm_nodes import first_host, hostfile, hosts, nodes_of_job, port_of, reachable, tasks_of_nodes
 
 
@@ -65,7 +63,7 @@ def test_hostfile() -> None:
 def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """What the programs print, by their last word; others fail."""
     table: dict[str, str] = {}
-    monkeypatch.setattr(slurm_nodes.subprocess, "run", lambda command, **_: SimpleNamespace(stdout=table.get(command[-1], "")))
+    monkeypatch.setattr(slurm_nodes, "call", lambda *command: table.get(command[-1], ""))
     return table
 
 
@@ -121,11 +119,11 @@ def test_a_name_that_nobody_knows(answers: dict[str, str], names: dict[str, str]
 
 
 @pytest.mark.usefixtures("names")
-@pytest.mark.parametrize("error", [FileNotFoundError("scontrol"), subprocess.TimeoutExpired("scontrol", 60)])
+@pytest.mark.parametrize("error", [ConfigError("scontrol", None, "is not on the PATH"), SlurmError("did not answer")])
 def test_programs_that_are_missing_or_hang(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(slurm_nodes.subprocess, "run", fail)
+    monkeypatch.setattr(slurm_nodes, "call", fail)
     with pytest.raises(ConfigError):
         reachable("node3")
