@@ -134,7 +134,9 @@ def run_submit(options: argparse.Namespace, rest: Sequence[str]) -> int:
     given = {name: value for name, value in vars(options).items() if name in Settings.model_fields}
     found = settings(read_site(site), given, site)
     config = load(options.recipe, overrides)
-    if found.signal not in ("TERM", "INT"):
+    if "signal" not in found.model_fields_set:
+        found = found.model_copy(update={"signal": config.train.stop_signal})
+    elif found.signal not in ("TERM", "INT"):  # those stop every run
         config = config.model_copy(update={"train": config.train.model_copy(update={"stop_signal": found.signal})})
     workdir = Path.cwd()
     from relora_ds import slurm
