@@ -160,10 +160,10 @@ def run_submit(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def check_sizes(config: Config, recipe: Path, found: Settings) -> dict[str, Any]:
     """Judges the recipe for the most nodes of the range; returns DeepSpeed's JSON as the recipe names it. Raises ConfigError."""
+    quiet()  # before DeepSpeed is imported
     from relora_ds.checks import check
     from relora_ds.ds_config import read
 
-    quiet()
     check(config, recipe, found.node_range[1] * found.ranks_per_node, on_cuda=found.num_gpus > 0)
     near = (recipe.resolve().parent, recipe.resolve().parent.parent)
     return dict(read(config.deepspeed, *near))
@@ -230,11 +230,12 @@ def run_before(options: argparse.Namespace, rest: Sequence[str]) -> int:
     _refuse_rest(rest)
     quiet()
     from relora_ds import slurm_job
-    from relora_ds.checks import check
 
     config = load(options.recipe, [])
 
     def fits(nodes: int) -> None:
+        from relora_ds.checks import check
+
         check(config, Path(options.recipe), nodes * options.tasks_per_node)
 
     try:

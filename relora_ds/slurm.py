@@ -28,7 +28,7 @@ RECIPE = "recipe.yaml"
 DEEPSPEED = "deepspeed.json"
 COMMIT = "commit.json"
 KEYS = (
-    ("partition", "--partition"), ("account", "--account"), ("qos", "--qos"), ("time", "--time"), ("gres", "--gpus-per-node"),
+    ("account", "--account"), ("partition", "--partition"), ("qos", "--qos"), ("time", "--time"), ("gres", "--gpus-per-node"),
     ("generic resource", "--gpus-per-node"), ("feature", "--constraint"), ("node name", "--exclude"), ("node", "--nodes"),
 )  # fmt: skip
 """Words of sbatch's complaints, and the option that each is most likely about."""

@@ -4,6 +4,7 @@ An *attempt* is one start of a job, named ``<job id>.<restart count>``. ``run.di
 
     {"event": "submitted", "job": 17, …}                      by relora-ds slurm submit
     {"event": "started", "job": 17, "attempt": "17.0", "update": 0, "nodes": […], "log": path, "offset": bytes, …}
+    {"event": "ready", "job": 17, "attempt": "17.0", "available": 4, "use": 4}         nodes; the recipe was checked
     {"event": "ended", "attempt": "17.0", "code": 75, "update": 140, "suspects": [nodes], "decision": "requeue", …}
     {"event": "successor", "job": 18, "of": 17}               by requeue_by: dependency
     {"event": "cancelled", "job": 17}                         by relora-ds slurm cancel

@@ -68,7 +68,12 @@ def before(config: Config, attempt: Attempt, fits: Callable[[int], None], *, req
         requeue(shown, bad, say)
         raise ExcludedError(f"{', '.join(bad)} failed twice running: the job starts again without")
     wait_for_lock(run, attempt, events, say)
-    return most_nodes(len(attempt.nodes), fits, say)
+    available = len(attempt.nodes)
+    known = {event["available"]: int(event["use"]) for event in events.of("ready", events.chain(attempt.job))}
+    if available not in known:  # a later start need not go through the slow imports once more
+        known[available] = most_nodes(available, fits, say)
+        events.add("ready", job=attempt.job, attempt=str(attempt), available=available, use=known[available])
+    return known[available]
 
 
 class ExcludedError(RuntimeError):

@@ -1,4 +1,8 @@
-"""Jobs that take care of themselves, on a real SLURM: submitted, stopped, requeued, hit, and finished."""
+"""Jobs that take care of themselves, on a real SLURM: submitted, stopped, requeued, hit, and finished.
+
+Most of a job's time here is waiting: for SLURM to miss a node, for credentials to expire. So each of these stories has a cluster of
+its own, and two are played at once.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +11,20 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.integration.cluster import Cluster, missing
-from tests.integration.conftest import ROOT, environment, read_log, relora
+from tests.integration.conftest import ROOT, environment, read_log, relora, write_recipe
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
-Recipe = Callable[..., Path]
+pytestmark = [pytest.mark.skipif(missing() is not None, reason=missing() or ""), pytest.mark.timeout(900)]
 RELORA = (sys.executable, "-m", "relora_ds.cli")
-MPIRUN = shutil.which("mpirun") is not None and importlib.util.find_spec("mpi4py") is not None
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 PARTITIONS = """\
 PreemptType=preempt/partition_prio
@@ -28,247 +32,308 @@ PreemptMode=REQUEUE
 PartitionName=main Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=20 MaxTime=60
 PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF
 """
-TRAIN = {"updates": 300, "checkpoint_every": 20, "eval_every": 150, "global_batch": 12, "micro_batch": 2}
-LONG = {"train": TRAIN, "relora": {"restart_every": 40, "restart_warmup": 5}}
-SLOW = {**LONG, "train": {**TRAIN, "updates": 800, "checkpoint_every": 200, "micro_batch": 1}}
+TRAIN = {"updates": 300, "checkpoint_every": 20, "eval_every": 150, "global_batch": 12, "micro_batch": 1}
+RECIPES: dict[str, dict[str, Any]] = {
+    "short": {},
+    "long": {"train": TRAIN, "relora": {"restart_every": 40, "restart_warmup": 5}},
+    "slow": {"train": {**TRAIN, "updates": 600, "global_batch": 24}, "relora": {"restart_every": 40, "restart_warmup": 5}},
+}
+AT_ONCE = 2
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with Cluster(tmp_path_factory.mktemp("slurm"), 4, partitions=PARTITIONS) as up:
-        yield up
+class Site:
+    """A cluster, and the folder of one run on it."""
+
+    def __init__(self, cluster: Cluster, folder: Path, tokens: Path) -> None:
+        self.cluster, self.folder, self.tokens = cluster, folder, tokens
+        self.run_dir = folder / "run"
+
+    def recipe(self, kind: str, **changes: Any) -> Path:
+        return write_recipe(self.folder, self.tokens, "run", **{**RECIPES[kind], **changes})
+
+    def slurm(self, *arguments: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
+        """Runs ``relora-ds slurm ARGUMENTS`` on the login node."""
+        words = (*RELORA, "slurm", *arguments)
+        result = self.cluster.run("ctl", *words, check=False, env=environment(HOME=str(self.folder)), cwd=ROOT)
+        assert result.returncode == expect, f"{words}\n{result.stdout}\n{result.stderr}"
+        return result
+
+    def submit(self, recipe: Path, *options: object) -> int:
+        said = self.slurm("submit", recipe, "--tasks-per-node", 1, "--time", 30, *options).stdout
+        return int(said.split("submitted job ")[1].split(":")[0])
+
+    def finish(self, job: int) -> dict[str, Any]:
+        """The job once it is over; it has come to the end of the run."""
+        ended = self.cluster.wait(job, OVER, timeout=420)
+        assert ended["state"] == "COMPLETED", self.output
+        assert "the run is done" in self.output
+        return ended
+
+    def train_to(self, job: int, update: int) -> None:
+        """Until the run has logged ``update``."""
+        deadline = time.monotonic() + 180
+        while self.updates < update:
+            assert time.monotonic() < deadline, f"{self.cluster.job(job)}\n{self.output}"
+            time.sleep(0.1)
+
+    @property
+    def updates(self) -> int:
+        log = self.run_dir / "metrics.jsonl"
+        return sum('"loss"' in line for line in log.read_text().splitlines()) if log.exists() else 0
+
+    @property
+    def output(self) -> str:
+        path = self.run_dir / "slurm" / "job.out"
+        return path.read_text() if path.exists() else "no output"
+
+    def events(self, kind: str, field: str) -> list[Any]:
+        """One field of the events of a kind."""
+        lines = (self.run_dir / "slurm" / "events.jsonl").read_text().splitlines()
+        return [event[field] for event in map(json.loads, lines) if event["event"] == kind]
+
+    def assert_equals(self, whole: Path) -> None:
+        """To the last digit."""
+        for log in ("metrics.jsonl", "restarts.jsonl"):
+            assert read_log(self.run_dir / log) == read_log(whole / log)
+
+    def assert_near(self, whole: Path) -> None:
+        """Every update is there once; the order of sums over another number of ranks is all that may differ, and what grows of it."""
+        mine, theirs = (
+            [record for record in read_log(path / "metrics.jsonl") if "loss" in record] for path in (self.run_dir, whole)
+        )
+        assert [record["update"] for record in mine] == [record["update"] for record in theirs]
+        assert [record["loss"] for record in mine] == pytest.approx([record["loss"] for record in theirs], rel=1e-3)
 
 
-def slurm(cluster: Cluster, *arguments: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
-    """Runs ``relora-ds slurm ARGUMENTS`` on the cluster's login node."""
-    words = (*RELORA, "slurm", *arguments)
-    result = cluster.run("ctl", *words, check=False, env=environment(HOME=str(cluster.folder)), cwd=ROOT)
-    assert result.returncode == expect, f"{words}\n{result.stdout}\n{result.stderr}"
-    return result
+Story = Callable[[Site, Callable[[str], Path]], None]
 
 
-def submit(cluster: Cluster, recipe: Path, *options: object) -> int:
-    said = slurm(cluster, "submit", recipe, "--tasks-per-node", 1, *options).stdout
-    return int(said.split("submitted job ")[1].split(":")[0])
+# The stories
 
 
-def finish(cluster: Cluster, job: int, run_dir: Path, timeout: float = 240.0) -> dict[str, Any]:
-    """The job once it is over; it has come to the end of the run."""
-    ended = cluster.wait(job, OVER, timeout=timeout)
-    assert ended["state"] == "COMPLETED", output(run_dir)
-    assert "the run is done" in output(run_dir)
-    return ended
-
-
-def output(run_dir: Path) -> str:
-    path = run_dir / "slurm" / "job.out"
-    return path.read_text() if path.exists() else "no output"
-
-
-def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    lines = (run_dir / "slurm" / "events.jsonl").read_text().splitlines()
-    return [event for event in map(json.loads, lines) if event["event"] == kind]
-
-
-def updates_done(run_dir: Path) -> int:
-    log = run_dir / "metrics.jsonl"
-    return sum('"loss"' in line for line in log.read_text().splitlines()) if log.exists() else 0
-
-
-def wait_for_update(cluster: Cluster, job: int, run_dir: Path, update: int, timeout: float = 120.0) -> None:
-    deadline = time.monotonic() + timeout
-    while updates_done(run_dir) < update:
-        assert time.monotonic() < deadline, f"{cluster.job(job)}\n{output(run_dir)}"
-        time.sleep(0.1)
-
-
-def test_four_nodes_train_as_four_processes_on_one_machine(cluster: Cluster, recipe: Recipe, tmp_path: Path) -> None:
-    """Warm start, restarts, evaluations and checkpoints; the same metrics to the last digit."""
-    relora("train", recipe("whole"), "--nproc", 4)
-    job = submit(cluster, recipe("nodes"), "--nodes", 4, "--time", 10)
-    finish(cluster, job, tmp_path / "nodes")
-    for log in ("metrics.jsonl", "restarts.jsonl"):
-        assert read_log(tmp_path / "nodes" / log) == read_log(tmp_path / "whole" / log)
-    assert events(tmp_path / "nodes", "started")[0]["nodes"] == cluster.names
-    assert sorted(path.name for path in (tmp_path / "nodes" / "slurm").iterdir()) == [
+def four_nodes(site: Site, whole: Callable[[str], Path]) -> None:
+    """Warm start, restarts, evaluations and checkpoints over four nodes, and what the commands say of it."""
+    job = site.submit(site.recipe("short"), "--nodes", 4)
+    site.finish(job)
+    site.assert_equals(whole("short"))
+    assert site.events("started", "nodes") == [site.cluster.names]
+    assert sorted(path.name for path in (site.run_dir / "slurm").iterdir()) == [
         "commit.json", "deepspeed.json", "events.jsonl", "job.out", "job.sbatch", "outcome.json", "recipe.yaml",
     ]  # fmt: skip
-    said = slurm(cluster, "status", tmp_path / "nodes").stdout
-    assert f"job {job} (nodes): COMPLETED" in said and "update 30 of 30 (100.0%)" in said and "requeues: 0" in said
-    assert "the run is done" in slurm(cluster, "logs", tmp_path / "nodes", "-n", 3).stdout
+    said = site.slurm("status", site.run_dir).stdout
+    assert f"job {job} (run): COMPLETED" in said and "update 30 of 30 (100.0%)" in said and "requeues: 0" in said
+    assert "the run is done" in site.slurm("logs", site.run_dir, "-n", 3).stdout
 
 
-def test_a_run_survives_its_time_limits(cluster: Cluster, recipe: Recipe, tmp_path: Path) -> None:
-    """Its limit is shorter than its training: it requeues itself, and ends with the metrics of a run that was never stopped.
+def torchrun(site: Site, whole: Callable[[str], Path]) -> None:
+    """An agent on each of two nodes; stopped once by a signal, which the ranks heed and the agents do not."""
+    job = site.submit(site.recipe("long"), "--nodes", 2, "--launcher", "torchrun")
+    site.train_to(job, 30)
+    site.cluster.run("ctl", "scancel", "--signal=USR2", job)
+    site.finish(job)
+    assert site.events("ended", "code") == [75, 0]
+    site.assert_equals(whole("long"))
 
-    SLURM looks twice a minute, so with one second of warning the signal comes 29 to 59 s after the start.
-    """
-    relora("train", recipe("whole", **SLOW), "--nproc", 2)
-    path = recipe("nodes", **SLOW)
-    job = submit(cluster, path, "--nodes", 2, "--time", 1, "--sbatch-args=--signal=USR2@1")
-    ended = finish(cluster, job, tmp_path / "nodes", timeout=500)
+
+def mpirun(site: Site, whole: Callable[[str], Path]) -> None:
+    job = site.submit(
+        site.recipe("short"), "--nodes", 2, "--tasks-per-node", 2, "--launcher", "mpi", "--srun-args=--allow-run-as-root"
+    )
+    site.finish(job)
+    site.assert_equals(whole("short"))
+
+
+def time_limits(site: Site, whole: Callable[[str], Path]) -> None:
+    """Its limit is shorter than its training. SLURM looks twice a minute, so with one second of warning the signal comes 29 to 59 s
+    after the start."""
+    job = site.submit(site.recipe("slow"), "--nodes", 2, "--time", 1, "--sbatch-args=--signal=USR2@1")
+    ended = site.finish(job)
     assert ended["restarts"] >= 2
-    assert [event["code"] for event in events(tmp_path / "nodes", "ended")] == [75] * ended["restarts"] + [0]
-    for log in ("metrics.jsonl", "restarts.jsonl"):
-        assert read_log(tmp_path / "nodes" / log) == read_log(tmp_path / "whole" / log)
+    assert site.events("ended", "code") == [75] * ended["restarts"] + [0]
+    site.assert_equals(whole("slow"))
 
 
-def test_a_run_survives_signals_operators_and_preemption(cluster: Cluster, recipe: Recipe, tmp_path: Path) -> None:
-    relora("train", recipe("whole", **LONG), "--nproc", 2)
-    folder = tmp_path / "nodes"
-    job = submit(cluster, recipe("nodes", **LONG), "--nodes", 2, "--time", 30)
-    wait_for_update(cluster, job, folder, 30)
-    cluster.run("ctl", "scancel", "--signal=USR2", job)
-    wait_for_update(cluster, job, folder, 90)
-    cluster.run("ctl", "scontrol", "requeue", job)
-    wait_for_update(cluster, job, folder, 150)
-    urgent = tmp_path / "urgent.sbatch"
+def signals_operators_preemption(site: Site, whole: Callable[[str], Path]) -> None:
+    """scancel --signal, scontrol requeue and a job of higher priority, one after the other."""
+    job = site.submit(site.recipe("long"), "--nodes", 2)
+    site.train_to(job, 30)
+    site.cluster.run("ctl", "scancel", "--signal=USR2", job)
+    site.train_to(job, 90)
+    site.cluster.run("ctl", "scontrol", "requeue", job)
+    site.train_to(job, 150)
+    urgent = site.folder / "urgent.sbatch"
     urgent.write_text("#!/bin/bash\nsleep 3\n")
-    cluster.wait(cluster.sbatch(urgent, "--partition=urgent", "--nodes=4", "--exclusive"), "COMPLETED")
-    ended = finish(cluster, job, folder)
-    assert ended["restarts"] == 3
-    assert [event["decision"] for event in events(folder, "ended")] == ["requeue", "slurm", "requeue", "stop"]
-    assert [event["code"] for event in events(folder, "ended")] == [75, 75, 75, 0], "every stop had its checkpoint"
-    for log in ("metrics.jsonl", "restarts.jsonl"):
-        assert read_log(folder / log) == read_log(tmp_path / "whole" / log)
+    site.cluster.wait(site.cluster.sbatch(urgent, "--partition=urgent", "--nodes=4", "--exclusive"), "COMPLETED")
+    assert site.finish(job)["restarts"] == 3
+    assert site.events("ended", "decision") == ["requeue", "slurm", "requeue", "stop"]
+    assert site.events("ended", "code") == [75, 75, 75, 0], "every stop had its checkpoint"
+    site.assert_equals(whole("long"))
 
 
-def assert_same_losses(folder: Path, whole: Path) -> None:
-    """Every update is there once; the order of sums over another number of ranks is all that may differ."""
-    mine, theirs = ([record for record in read_log(path / "metrics.jsonl") if "loss" in record] for path in (folder, whole))
-    assert [record["update"] for record in mine] == [record["update"] for record in theirs]
-    assert [record["loss"] for record in mine] == pytest.approx([record["loss"] for record in theirs], rel=1e-3)
+def dead_node(site: Site, whole: Callable[[str], Path]) -> None:
+    """SIGKILL to all that runs on a node: the job goes on with the three others."""
+    job = site.submit(site.recipe("long"), "--nodes", "2-4")
+    site.train_to(job, 70)
+    site.cluster.kill_node("node2")
+    assert "node2" not in site.finish(job)["nodes"]
+    assert [len(nodes) for nodes in site.events("started", "nodes")] == [4, 3]
+    assert site.events("ended", "suspects") == [["node2"], []]
+    site.assert_near(whole("long"))
 
 
-def test_a_run_goes_on_with_fewer_nodes_after_one_died(cluster: Cluster, recipe: Recipe, tmp_path: Path) -> None:
-    """SIGKILL to all that runs on the node."""
-    relora("train", recipe("whole", **LONG), "--nproc", 2)
-    folder = tmp_path / "nodes"
-    job = submit(cluster, recipe("nodes", **LONG), "--nodes", "2-4", "--time", 30)
-    wait_for_update(cluster, job, folder, 70)
-    cluster.kill_node("node2")
-    ended = finish(cluster, job, folder)
-    cluster.start_node("node2")
-    assert len(ended["nodes"]) == 3 and "node2" not in ended["nodes"]
-    assert [len(event["nodes"]) for event in events(folder, "started")] == [4, 3]
-    assert_same_losses(folder, tmp_path / "whole")
-    cluster.wait_idle()
-
-
-def test_a_node_that_was_cut_off_does_no_damage(cluster: Cluster, recipe: Recipe, tmp_path: Path) -> None:
-    """Rank 0's node, for a minute: the job goes on elsewhere while the old ranks live."""
-    relora("train", recipe("whole", **LONG), "--nproc", 2)
-    folder = tmp_path / "nodes"
-    job = submit(cluster, recipe("nodes", **LONG), "--nodes", "2-4", "--time", 30)
-    wait_for_update(cluster, job, folder, 70)
-    cluster.cut("node1")
+def cut_off_node(site: Site, whole: Callable[[str], Path]) -> None:
+    """Rank 0's node, for a minute: the job goes on elsewhere while the old ranks and their script live."""
+    job = site.submit(site.recipe("long"), "--nodes", "2-4")
+    site.train_to(job, 70)
+    site.cluster.cut("node1")
     time.sleep(60)
-    cluster.join("node1")
-    ended = finish(cluster, job, folder)
-    assert "node1" not in ended["nodes"]
-    assert_same_losses(folder, tmp_path / "whole")
-    cluster.wait_idle()
+    site.cluster.join("node1")
+    assert "node1" not in site.finish(job)["nodes"]
+    assert [len(nodes) for nodes in site.events("started", "nodes")] == [4, 3]
+    site.assert_near(whole("long"))
 
 
-def test_a_rank_that_dies_ends_its_start_and_a_bad_node_is_excluded(cluster: Cluster, recipe: Recipe, tmp_path: Path) -> None:
-    """Killed on the same node twice: within seconds the step is over and the job requeued, the second time without the node."""
-    relora("train", recipe("whole", **LONG), "--nproc", 2)
-    folder = tmp_path / "nodes"
-    job = submit(cluster, recipe("nodes", **LONG), "--nodes", 2, "--time", 30)
+def bad_node(site: Site, whole: Callable[[str], Path]) -> None:
+    """A rank is killed on the same node twice: within seconds its start is over; the second time the node is excluded."""
+    job = site.submit(site.recipe("long"), "--nodes", 2)
     for update in (45, 105):
-        wait_for_update(cluster, job, folder, update)
-        bad = cluster.job(job)["nodes"][1]
-        cluster.run(bad, "pkill", "-KILL", "-f", "relora_ds.cli train")
+        site.train_to(job, update)
+        site.cluster.run("node2", "pkill", "-KILL", "-f", "relora_ds.cli train")
         killed = time.monotonic()
-        cluster.wait(job, ("PENDING", "COMPLETING", *OVER), timeout=60)
+        site.cluster.wait(job, ("PENDING", "COMPLETING", *OVER), timeout=60)
         assert time.monotonic() - killed < 20
-    ended = finish(cluster, job, folder)
-    assert [event["suspects"] for event in events(folder, "ended")] == [["node2"], ["node2"], []]
-    assert ended["nodes"] == ["node1", "node3"]
-    assert ended["fields"]["ExcNodeList"] == "node2"
-    for log in ("metrics.jsonl", "restarts.jsonl"):
-        assert read_log(folder / log) == read_log(tmp_path / "whole" / log)
+    ended = site.finish(job)
+    assert site.events("ended", "suspects") == [["node2"], ["node2"], []]
+    assert (ended["nodes"], ended["fields"]["ExcNodeList"]) == (["node1", "node3"], "node2")
+    site.assert_equals(whole("long"))
 
 
-@pytest.mark.parametrize("launcher", ["srun", "torchrun", "mpi"])
-def test_launchers_train_alike(launcher: str, cluster: Cluster, recipe: Recipe, tmp_path: Path) -> None:
-    """Two nodes with two ranks each; stopped once by a signal, and finished."""
-    if launcher == "mpi" and not MPIRUN:
-        pytest.skip("not installed: openmpi-bin, mpi4py")
-    if not (whole := tmp_path.parent / "launchers").exists():
-        relora("train", recipe("whole", run={"dir": str(whole), "seed": 1}), "--nproc", 4)
-    folder = tmp_path / "nodes"
-    job = submit(cluster, recipe("nodes"), "--nodes", 2, "--time", 30, "--tasks-per-node", 2, "--launcher", launcher)
-    finish(cluster, job, folder)
-    for log in ("metrics.jsonl", "restarts.jsonl"):
-        assert read_log(folder / log) == read_log(whole / log)
+def hung_rank(site: Site, whole: Callable[[str], Path]) -> None:
+    """Its process is stopped: the others write their stacks after train.hang_timeout, the job ends and goes on."""
+    job = site.submit(site.recipe("long", train={**TRAIN, "hang_timeout": 5.0}), "--nodes", 2)
+    site.train_to(job, 45)
+    site.cluster.run("node2", "pkill", "-STOP", "-f", "relora_ds.cli train")
+    site.finish(job)
+    assert site.events("ended", "suspects") == [["node2"], []]
+    assert list((site.run_dir / "stacks").glob("*/rank_00000.txt"))
+    site.assert_equals(whole("long"))
 
 
-@pytest.mark.parametrize(
-    ("options", "changes", "message"),
-    [
+def successor(site: Site, whole: Callable[[str], Path]) -> None:
+    """Where users may not requeue: the next job takes over where the first stopped."""
+    job = site.submit(site.recipe("long"), "--nodes", 2, "--requeue-by", "dependency")
+    site.train_to(job, 30)
+    site.cluster.run("ctl", "scancel", "--signal=TERM", job)
+    assert site.cluster.wait(job, OVER)["exit_code"] == 75
+    (following,) = site.events("successor", "job")
+    assert following > job and site.finish(following)["restarts"] == 0
+    site.assert_equals(whole("long"))
+
+
+def cancelled(site: Site, _whole: Callable[[str], Path]) -> None:
+    """One job for a run; its end on demand, with a checkpoint."""
+    path = site.recipe("long")
+    job = site.submit(path, "--nodes", 1)
+    refused = site.slurm("submit", path, "--tasks-per-node", 1, expect=2).stderr
+    assert f"job {job} (" in refused and "is there for it; relora-ds slurm cancel" in refused
+    site.train_to(job, 10)
+    said = site.slurm("status", site.run_dir).stdout
+    assert f"job {job} (run): RUNNING on node1" in said and "left of its time limit" in said and "of 300 (" in said
+    assert site.slurm("hostfile", "--job", job, "--slots", 8).stdout == "node1 slots=8\n"
+    site.slurm("cancel", site.run_dir)
+    site.cluster.wait(job, OVER)
+    assert (site.events("ended", "decision"), site.events("ended", "code")) == (["stop"], [75])
+    assert "a checkpoint is written" in site.output and "cancelled" in site.output
+
+
+def bad_submissions(site: Site, _whole: Callable[[str], Path]) -> None:
+    """Each is one line, and leaves no job and no folder behind."""
+    refused: list[tuple[tuple[object, ...], dict[str, Any], str]] = [
         (("--partition", "nope"), {}, "--partition=None: SLURM refuses the job: invalid partition specified: nope"),
         (
-            ("--nodes", 9),
+            ("--nodes", 8),
             {},
             "--nodes=None: SLURM refuses the job: allocation failure: Requested node configuration is not available",
         ),
-        (("relora.rnak=4",), {}, "relora.rnak='4': unknown key; did you mean 'rank'?"),
+        (("relora.rnak=4",), {}, "relora.rnak=4: unknown key; did you mean 'rank'?"),
         (("--nodes", 3), {}, "train.global_batch=8: is not a multiple of micro_batch x ranks = 2 x 3"),
         (("--ndoes", 3), {}, "--ndoes=None: unknown option; did you mean '--nodes'?"),
         ((), {"run": {"dir": "/dev/null/run"}}, "run.dir='/dev/null/run': Not a directory"),
         ((), {"data": {"path": "/nowhere"}}, "data.path='/nowhere'"),
-    ],
+    ]
+    for options, changes, message in refused:
+        recipe = site.recipe("short", **{"train": {"micro_batch": 1} if 8 in options else {}, **changes})
+        result = site.slurm("submit", recipe, "--tasks-per-node", 1, *options, expect=2)
+        assert result.stderr.startswith(f"relora-ds: error: {message}"), result.stderr
+        assert result.stderr.count("\n") == 1 and result.stdout == ""
+    assert site.cluster.run("ctl", "squeue", "--noheader", "--states=all").stdout == ""
+    assert not site.run_dir.exists()
+
+
+STORIES: list[Story] = [
+    time_limits, cut_off_node, signals_operators_preemption, dead_node, bad_node, hung_rank, four_nodes, torchrun, mpirun,
+    successor, cancelled, bad_submissions,
+]  # fmt: skip
+
+
+# How they are played
+
+
+@pytest.fixture(scope="module")
+def played(
+    request: pytest.FixtureRequest, token_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[None]]]:
+    """The stories of the tests that were selected, under way."""
+    names = [item.callspec.id for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    whole = Wholes(tmp_path_factory.mktemp("whole"), token_folder)
+
+    def play(story: Story) -> None:
+        place = tmp_path_factory.mktemp(story.__name__)
+        with Cluster(tmp_path_factory.mktemp("c"), 4, partitions=PARTITIONS) as cluster:
+            story(Site(cluster, place, token_folder), whole)
+
+    with ThreadPoolExecutor(AT_ONCE) as stage:
+        stories = {story.__name__: stage.submit(play, story) for story in STORIES if story.__name__ in names}
+        yield stories
+        for future in stories.values():
+            future.cancel()
+
+
+class Wholes:
+    """Runs that nothing happened to, on one machine; each is trained when it is asked for first."""
+
+    def __init__(self, folder: Path, tokens: Path) -> None:
+        self.folder, self.tokens, self.lock = folder, tokens, threading.Lock()
+
+    def __call__(self, kind: str) -> Path:
+        with self.lock:
+            if not (self.folder / kind).exists():
+                relora(
+                    "train", write_recipe(self.folder, self.tokens, kind, **RECIPES[kind]), "--nproc", 4 if kind == "short" else 2
+                )
+        return self.folder / kind
+
+
+def why_not(story: Story) -> str:
+    if story is mpirun and not (shutil.which("mpirun") and importlib.util.find_spec("mpi4py")):
+        return "not installed: openmpi-bin, mpi4py"
+    return ""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(story.__name__, marks=pytest.mark.skipif(bool(why_not(story)), reason=why_not(story))) for story in STORIES],
+    ids=lambda name: name,
 )
-def test_a_bad_submission_is_one_line_and_no_job(
-    options: tuple[object, ...], changes: dict[str, Any], message: str, cluster: Cluster, recipe: Recipe, tmp_path: Path
-) -> None:
-    before = cluster.run("ctl", "squeue", "--noheader", "--states=all").stdout
-    result = slurm(cluster, "submit", recipe("bad", **changes), "--tasks-per-node", 1, *options, expect=2)
-    assert result.stderr.startswith(f"relora-ds: error: {message}") and result.stderr.count("\n") == 1
-    assert result.stdout == ""
-    assert cluster.run("ctl", "squeue", "--noheader", "--states=all").stdout == before
-    assert not (tmp_path / "bad").exists(), "nothing is written"
+def test_story(name: str, played: dict[str, Future[None]]) -> None:
+    played[name].result()
 
 
-def test_without_slurm_there_is_one_line(recipe: Recipe, tmp_path: Path) -> None:
-    result = relora("slurm", "submit", recipe("bad"), "--tasks-per-node", 1, expect=2, PATH="/nowhere")
+def test_without_slurm_there_is_one_line(token_folder: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, token_folder, "run")
+    result = relora("slurm", "submit", recipe, "--tasks-per-node", 1, expect=2, PATH="/nowhere")
     assert result.stderr == (
         "relora-ds: error: sbatch=None: is not on the PATH; run this where SLURM's commands are: a login node of the cluster\n"
     )
-    shown = relora("slurm", "submit", recipe("bad"), "--tasks-per-node", 1, "--dry-run", PATH="/nowhere").stdout
-    assert shown.startswith("#!/bin/bash\n#SBATCH --job-name=bad\n") and not (tmp_path / "bad").exists()
-
-
-def test_one_job_for_a_run_and_its_end_on_demand(cluster: Cluster, recipe: Recipe, tmp_path: Path) -> None:
-    folder = tmp_path / "nodes"
-    path = recipe("nodes", **LONG)
-    job = submit(cluster, path, "--nodes", 1, "--time", 30)
-    refused = slurm(cluster, "submit", path, "--tasks-per-node", 1, expect=2).stderr
-    assert f"job {job} (" in refused and "is there for it; relora-ds slurm cancel" in refused
-    wait_for_update(cluster, job, folder, 10)
-    said = slurm(cluster, "status", folder).stdout
-    assert f"job {job} (nodes): RUNNING on node1" in said and "left of its time limit" in said and "of 300 (" in said
-    assert cluster.run("ctl", *RELORA, "slurm", "hostfile", "--job", job, "--slots", 8, env=environment(), cwd=ROOT).stdout == (
-        "node1 slots=8\n"
-    )
-    slurm(cluster, "cancel", folder)
-    cluster.wait(job, OVER)
-    assert events(folder, "ended")[-1]["decision"] == "stop" and events(folder, "ended")[-1]["code"] == 75
-    assert "a checkpoint is written" in output(folder) and "cancelled" in output(folder)
-
-
-def test_a_rank_that_hangs_is_named_and_the_run_finished(cluster: Cluster, recipe: Recipe, tmp_path: Path) -> None:
-    """Its process is stopped: after train.hang_timeout the others write their stacks, the job ends and goes on elsewhere."""
-    changes = {**LONG, "train": {**TRAIN, "hang_timeout": 5.0}}
-    relora("train", recipe("whole", **changes), "--nproc", 2)
-    folder = tmp_path / "nodes"
-    job = submit(cluster, recipe("nodes", **changes), "--nodes", 2, "--time", 30)
-    wait_for_update(cluster, job, folder, 45)
-    bad = cluster.job(job)["nodes"][1]
-    cluster.run(bad, "pkill", "-STOP", "-f", "relora_ds.cli train")
-    finish(cluster, job, folder)
-    assert [event["suspects"] for event in events(folder, "ended")] == [[bad], []]
-    assert list((folder / "stacks").glob("*/rank_00000.txt"))
-    for log in ("metrics.jsonl", "restarts.jsonl"):
-        assert read_log(folder / log) == read_log(tmp_path / "whole" / log)
+    shown = relora("slurm", "submit", recipe, "--tasks-per-node", 1, "--dry-run", PATH="/nowhere").stdout
+    assert shown.startswith("#!/bin/bash\n#SBATCH --job-name=run\n") and not (tmp_path / "run").exists()

@@ -150,6 +150,13 @@ def test_as_many_nodes_as_the_batch_divides_over(said: list[str]) -> None:
     assert said[0] == "using 2 of 3 nodes: train.global_batch=8: does not divide over 3"
 
 
+def test_a_later_start_on_as_many_nodes_is_not_checked_again(before: Before, cluster: Cluster) -> None:
+    asked: list[int] = []
+    for restart, nodes in enumerate((("node1", "node2"), ("node1", "node3"), ("node1",))):
+        before(Attempt(17, restart, nodes), fits=asked.append)
+    assert asked == [2, 1]
+
+
 def test_a_recipe_that_fits_nowhere_is_refused_with_the_first_reason(before: Before, cluster: Cluster) -> None:
     def fits(nodes: int) -> None:
         raise ConfigError("relora.rank", nodes, "too large")

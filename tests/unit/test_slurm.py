@@ -1,0 +1,280 @@
+"""What ``relora-ds slurm`` writes, says and refuses; SLURM itself is in tests/integration/test_slurm_jobs.py."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from relora_ds import cli_slurm, launch, slurm, slurm_client
+from relora_ds.cli import main
+from relora_ds.config import Config, load, parse
+from relora_ds.errors import ConfigError
+from relora_ds.lock import RunLock
+from relora_ds.run_folder import RunFolder
+from relora_ds.slurm_client import Job, SlurmError
+from relora_ds.slurm_events import Events
+from relora_ds.slurm_script import settings as job_settings
+
+RUNNING = Job(17, "a", "RUNNING", "node[1-2]", 1, 60.0, 3600.0, "", "")
+FOUND = job_settings({}, {"tasks_per_node": 2, "nodes": "2"})
+
+
+@pytest.fixture
+def config(settings: dict[str, Any]) -> Config:
+    return parse(settings)
+
+
+@pytest.fixture
+def run(config: Config) -> RunFolder:
+    return RunFolder(Path(config.run.dir))
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What SLURM was asked to do; it does all of it."""
+    made: list[str] = []
+
+    def call(*words: object, **_: object) -> str:
+        made.append(" ".join(map(str, words)))
+        return "17\n"
+
+    monkeypatch.setattr(slurm_client, "call", call)
+    monkeypatch.setattr(slurm_client, "job", lambda _: None)
+    return made
+
+
+# Submit
+
+
+def test_what_a_job_needs_of_this_moment_is_kept(config: Config, run: RunFolder, calls: list[str], tmp_path: Path) -> None:
+    deepspeed = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
+    job, output = slurm.submit(config, FOUND, deepspeed, recipe_name="demo", workdir=tmp_path)
+    assert (job, output) == (17, run.slurm / "job.out")
+    assert calls == ["sbatch --test-only", f"sbatch --parsable {run.slurm}/job.sbatch"]
+    kept = load(run.slurm / "recipe.yaml", [])
+    assert kept.deepspeed == str(run.slurm / "deepspeed.json") and json.loads(Path(kept.deepspeed).read_text()) == deepspeed
+    assert kept.model_copy(update={"deepspeed": config.deepspeed}) == config
+    commit = json.loads((run.slurm / "commit.json").read_text())
+    assert commit["relora_ds"] and commit["workdir"] is None
+    if (Path(slurm.__file__).parents[1] / ".git").exists():
+        assert len(commit["package"].partition("-")[0]) == 40
+    text = (run.slurm / "job.sbatch").read_text()
+    assert f"recipe={run.slurm}/recipe.yaml\npython={sys.executable}\n" in text
+    assert f"#SBATCH --chdir={tmp_path}\n" in text and f"#SBATCH --output={run.slurm}/job.out\n" in text
+    assert Events(run).of("submitted")[0]["settings"] == {"tasks_per_node": 2, "nodes": "2"}
+
+
+def test_a_relative_run_folder_is_found_from_anywhere(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = parse({**settings, "run": {"dir": "runs/a 100%", "seed": 1}})
+    text = slurm.script(config, FOUND, recipe_name="a", workdir=tmp_path)
+    assert f'#SBATCH --output="{tmp_path}/runs/a 100%%/slurm/job.out"\n' in text
+    assert f"recipe='{tmp_path}/runs/a 100%/slurm/recipe.yaml'\n" in text
+
+
+def test_set_up_lines_that_are_no_shell_are_named(calls: list[str], config: Config, tmp_path: Path) -> None:
+    found = job_settings({}, {"tasks_per_node": 2, "setup": ["if true"]})
+    with pytest.raises(ConfigError, match=r"--setup=None: .*syntax error"):
+        slurm.submit(config, found, {}, recipe_name="a", workdir=tmp_path)
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("complaint", "key"),
+    [
+        ("invalid partition specified: x", "--partition"),
+        ("Invalid account or account/partition combination specified", "--account"),
+        ("Invalid qos specification", "--qos"),
+        ("Requested time limit is invalid (missing or exceeds some limit)", "--time"),
+        ("Requested node configuration is not available", "--nodes"),
+        ("Invalid feature specification", "--constraint"),
+        ("Invalid node name specified", "--exclude"),
+        ("Invalid generic resource (gres) specification", "--gpus-per-node"),
+        ("something else", "sbatch"),
+    ],
+)
+def test_slurms_complaint_comes_with_the_option(complaint: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{key}=None: SLURM refuses the job: ") as error, slurm.refused_by_sbatch():
+        raise SlurmError(complaint)
+    assert complaint in str(error.value)
+
+
+def test_one_job_at_a_time(config: Config, run: RunFolder, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    run.path.mkdir(parents=True)
+    Events(run).add("submitted", job=17)
+    slurm.refuse_second(run)  # SLURM has forgotten it
+    monkeypatch.setattr(slurm_client, "job", lambda _: replace(RUNNING, state="COMPLETED"))
+    slurm.refuse_second(run)
+    monkeypatch.setattr(slurm_client, "job", lambda _: RUNNING)
+    with pytest.raises(ConfigError, match=r"job 17 \(RUNNING\) is there for it; relora-ds slurm cancel"):
+        slurm.refuse_second(run)
+    monkeypatch.setattr(slurm_client, "job", lambda _: None)
+    with RunLock(run.path), pytest.raises(ConfigError, match="in use by process"):
+        slurm.refuse_second(run)
+
+
+# Status and logs
+
+
+def test_status_before_there_is_a_job(config: Config) -> None:
+    with pytest.raises(ConfigError, match=r"no SLURM job is known of it; relora-ds slurm submit"):
+        list(slurm.status(config))
+
+
+def test_status(config: Config, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = Events(run)
+    events.add("submitted", job=17)
+    for restart in range(2):
+        events.add("started", job=17, attempt=f"17.{restart}", update=0, nodes=["node1"], log="", offset=0)
+    events.add("ended", job=17, attempt="17.0", code=None, update=4, suspects=["node2"], decision="vanished")
+    record = {"phase": "lora", "loss": 3.5, "tokens_per_s": 64.0, "restarts": 1}
+    run.metrics.write_text("".join(json.dumps({"update": update, **record}) + "\n" for update in range(1, 11)))
+    monkeypatch.setattr(slurm_client, "job", lambda _: RUNNING)
+    job, starts, ended, progress, newest = slurm.status(config)
+    assert job == "job 17 (a): RUNNING on node[1-2], running for 0:01:00, 1:00:00 left of its time limit"
+    assert starts == "starts: 2, requeues: 1"
+    assert ended.endswith("17.0 ended without a word at update 4 (vanished), first failed: node2")
+    numbers = "update 10 of 20 (50.0%), phase lora, loss 3.5000, 64 tokens/s, ReLoRA restarts 1, about 0:00:20 of training left"
+    assert progress == f"{run.path}: {numbers}"
+    assert newest == "newest checkpoint: update 0"
+
+
+def test_status_of_a_job_that_waits_or_is_forgotten(config: Config, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    Events(run).add("submitted", job=17)
+    waiting = replace(RUNNING, state="PENDING", nodes="", seconds_used=None, seconds_left=None, reason="Resources")
+    monkeypatch.setattr(slurm_client, "job", lambda _: waiting)
+    assert list(slurm.status(config)) == ["job 17 (a): PENDING, reason: Resources", f"{run.path}: no update yet"]
+    monkeypatch.setattr(slurm_client, "job", lambda _: None)
+    assert next(iter(slurm.status(config))) == "job 17: SLURM does not know it any more"
+
+
+def test_logs(config: Config, run: RunFolder, tmp_path: Path) -> None:
+    events = Events(run)
+    events.add("submitted", job=17)
+    with pytest.raises(ConfigError, match="job 17 has written nothing yet"):
+        slurm.log_file(config)
+    (run.slurm / "job.out").write_text("a\n")
+    assert slurm.log_file(config) == run.slurm / "job.out"
+    by_hand = tmp_path / "relora-17.out"
+    by_hand.write_text("b\n")
+    events.add("started", job=17, attempt="17.0", update=0, nodes=[], log=str(by_hand), offset=0)
+    assert slurm.log_file(config) == by_hand
+
+
+def test_the_end_of_a_file_and_what_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm, "POLL_S", 0.01)
+    path, seen, over = tmp_path / "out", [], threading.Event()
+    path.write_text("".join(f"line {n}\n" for n in range(100)))
+    slurm.tail(path, 2, seen.append)
+    assert seen == ["line 98\nline 99\n"]
+
+    def write() -> None:
+        time.sleep(0.1)
+        with path.open("a") as file:
+            file.write("line 100\n")
+        over.set()
+
+    seen.clear()
+    threading.Thread(target=write).start()
+    slurm.tail(path, 1, seen.append, over.is_set)
+    assert seen == ["line 99\n", "line 100\n"]
+
+
+# Cancel
+
+
+def test_cancel_asks_for_a_checkpoint_first(
+    config: Config, run: RunFolder, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Events(run).add("submitted", job=17)
+    monkeypatch.setattr(slurm_client, "job", lambda _: RUNNING)
+    answers = iter([RUNNING, replace(RUNNING, state="FAILED")])
+    monkeypatch.setattr(slurm_client, "shown", lambda _: next(answers))
+    monkeypatch.setattr(slurm, "POLL_S", 0.01)
+    said: list[str] = []
+    slurm.cancel(config, wait_s=5, stop_signal="USR2", say=said.append)
+    assert calls == ["scancel --signal=USR2 17"], "it ended by itself"
+    assert Events(run).of("cancelled", [17])
+    slurm.cancel(config, wait_s=0, stop_signal="USR2", say=said.append)
+    assert calls[1:] == ["scancel 17"]
+    monkeypatch.setattr(slurm_client, "job", lambda _: None)
+    slurm.cancel(config, wait_s=5, stop_signal="USR2", say=said.append)
+    assert said[-1] == "job 17 is over already" and len(calls) == 2
+
+
+# The command line
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    return tmp_path / "home"
+
+
+def test_dry_run_takes_site_file_and_options(
+    recipe: Path, home: Path, run: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site = home / ".config" / "relora-ds" / "slurm.yaml"
+    site.parent.mkdir(parents=True)
+    site.write_text("partition: gpu\naccount: lm\ntasks_per_node: 2\nsignal: USR1\n")
+    words = ["slurm", "submit", str(recipe), "train.micro_batch=1", "--nodes", "2-4", "--partition", "long", "--dry-run"]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    for line in ("--partition=long", "--account=lm", "--nodes=2-4", "--signal=USR1@300", "--job-name=recipe"):
+        assert f"#SBATCH {line}\n" in text
+    assert not run.path.exists()
+
+
+def test_the_recipes_own_signal_is_asked_for(recipe: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["slurm", "submit", str(recipe), "--tasks-per-node", "1", "train.stop_signal=HUP", "--dry-run"]) == 0
+    assert "#SBATCH --signal=HUP@300\n" in capsys.readouterr().out
+
+
+def test_a_run_is_named_by_its_folder_or_its_recipe(recipe: Path, run: RunFolder) -> None:
+    assert cli_slurm.read_place(recipe).run.dir == str(run.path)
+    run.slurm.mkdir(parents=True)
+    (run.slurm / "recipe.yaml").write_text(recipe.read_text().replace("seed: 1", "seed: 7"))
+    assert cli_slurm.read_place(run.path).run.seed == 7
+    moved = run.path.rename(run.path.with_name("moved"))
+    assert cli_slurm.read_place(moved).run.dir == str(moved)
+
+
+def test_torchruns_agent_of_a_node(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is replaced by torchrun, deaf to the signal that is meant for the ranks."""
+    executed: list[list[str]] = []
+    deaf: list[tuple[int, object]] = []
+    place = launch.Place(1, 4, 0, 1, "node1", 20123, "srun")
+    monkeypatch.setattr(launch, "discover", lambda: place)
+    monkeypatch.setattr(launch, "find_master", lambda place: replace(place, master_addr="10.0.0.1"))
+    monkeypatch.setattr(cli_slurm.os, "execv", lambda _, words: executed.append(words))
+    monkeypatch.setattr(cli_slurm.signal, "signal", lambda *words: deaf.append(words))
+    main(["slurm", "torchrun", str(recipe), "--tasks-per-node", "8"])
+    assert executed[0][1:] == [
+        "-m", "torch.distributed.run", "--nnodes=4", "--node-rank=1", "--nproc-per-node=8", "--master-addr=10.0.0.1",
+        "--master-port=20123", "--module", "relora_ds.cli", "train", str(recipe),
+    ]  # fmt: skip
+    assert deaf == [(cli_slurm.signal.SIGUSR2, cli_slurm.signal.SIG_IGN)]
+
+
+@pytest.mark.parametrize("words", [["before", "--tasks-per-node", "1"], ["after", "--code", "0"]])
+def test_what_batch_scripts_call_is_for_jobs_alone(
+    words: list[str], recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setattr(cli_slurm.signal, "signal", lambda *_: None)
+    assert main(["slurm", words[0], str(recipe), *words[1:]]) == 2
+    assert "SLURM_JOB_ID=None: this is not inside a SLURM job" in capsys.readouterr().err
+
+
+def test_hostfile_of_this_allocation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(launch, "allocation", lambda: "node[1-2,7]")
+    assert main(["slurm", "hostfile", "--slots", "8"]) == 0
+    assert capsys.readouterr().out == "node1 slots=8\nnode2 slots=8\nnode7 slots=8\n"
+    monkeypatch.setattr(launch, "allocation", lambda: None)
+    assert main(["slurm", "hostfile", "--slots", "8"]) == 2
