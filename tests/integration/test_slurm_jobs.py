@@ -33,10 +33,12 @@ PartitionName=main Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE Grac
 PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF
 """
 TRAIN = {"updates": 300, "checkpoint_every": 20, "eval_every": 150, "global_batch": 12, "micro_batch": 1}
+# without dropout, which each rank draws for itself: these go on over other numbers of ranks
+RELORA_LONG = {"restart_every": 40, "restart_warmup": 5, "dropout": 0.0}
 RECIPES: dict[str, dict[str, Any]] = {
     "short": {},
-    "long": {"train": TRAIN, "relora": {"restart_every": 40, "restart_warmup": 5}},
-    "slow": {"train": {**TRAIN, "updates": 600, "global_batch": 24}, "relora": {"restart_every": 40, "restart_warmup": 5}},
+    "long": {"train": TRAIN, "relora": RELORA_LONG},
+    "slow": {"train": {**TRAIN, "updates": 600, "global_batch": 24}, "relora": RELORA_LONG},
 }
 AT_ONCE = 2
 
@@ -204,7 +206,7 @@ def bad_node(site: Site, whole: Callable[[str], Path]) -> None:
         assert time.monotonic() - killed < 20
     ended = site.finish(job)
     assert site.events("ended", "suspects") == [["node2"], ["node2"], []]
-    assert (ended["nodes"], ended["fields"]["ExcNodeList"]) == (["node1", "node3"], "node2")
+    assert "node2" not in ended["nodes"] and ended["fields"]["ExcNodeList"] == "node2"
     site.assert_equals(whole("long"))
 
 
