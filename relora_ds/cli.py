@@ -204,18 +204,18 @@ def _train_rank(checked: Checked, place: launch.Place, stop: StopSignal) -> int:
     from relora_ds.watchdog import collective_timeout_s
 
     device = launch.start_process_group(place, timeout_s=collective_timeout_s(checked.config.train.hang_timeout))
-    message, is_ours = "", True
+    message, is_final = "", True
     try:
         code = train(checked, place, device, stop)
     except (TrainingError, FencedError, ConversionError) as error:
         message, code = str(error), EXIT_FAILED
-        is_ours = not isinstance(error, FencedError)
+        is_final = isinstance(error, TrainingError)  # another start may convert, and a folder that was lost is another job's
         if place.is_main:
             print(f"relora-ds: error: {error}", file=sys.stderr)
     except ConfigError:
         _tell_job(checked.config, EXIT_BAD_CONFIG)
         raise
-    if place.is_main and is_ours:
+    if place.is_main and is_final:
         _tell_job(checked.config, code, message)
     launch.leave_process_group()
     return code

@@ -102,6 +102,8 @@ def convert(checkpoint: Path, folder: Path, tell: Callable[[str], None]) -> None
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--input_folder", str(checkpoint), "--output_folder", str(folder)]
     command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    # What asks a run to stop reaches all processes of a SLURM step: the conversion is finished first, and the run then stops.
+    command = ["sh", "-c", "trap '' TERM INT HUP USR1 USR2; exec \"$@\"", "sh", *command]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,46 @@
+"""The conversion of a checkpoint for another number of ranks, by a stand-in of DeepSpeed's program."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from relora_ds import elastic
+from relora_ds import manifest as manifests
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    folder = tmp_path / "checkpoints" / "update_0000004"
+    folder.mkdir(parents=True)
+    manifests.write(folder, {"files": {}})
+    return folder
+
+
+def stand_in(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts a shell script in the interpreter's place; its argument 7 is the folder to write."""
+    path = tmp_path / "python"
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(path))
+
+
+def test_it_is_finished_although_the_run_is_asked_to_stop(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SLURM signals every process of a step."""
+    signals = "".join(f"kill -s {name} $$; " for name in ("TERM", "USR1", "USR2", "HUP", "INT"))
+    stand_in(tmp_path, f'{signals} mkdir -p "$7"', monkeypatch)
+    told: list[str] = []
+    for _ in range(2):
+        elastic.convert(checkpoint, tmp_path / "universal", told.append)
+    assert [line.split()[0] for line in told] == ["converting", "reusing"]
+
+
+def test_a_failure_has_the_programs_last_words(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(tmp_path, "mkdir -p $7; echo no space left; exit 1", monkeypatch)
+    with pytest.raises(elastic.ConversionError, match=r"ds_to_universal failed on .*update_0000004: no space left"):
+        elastic.convert(checkpoint, tmp_path / "universal", print)
+    assert not (tmp_path / "universal").exists()
