@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,9 @@ def submit(config: Config, found: Settings, deepspeed: dict[str, Any], *, recipe
     run = RunFolder(Path(config.run.dir))
     refuse_second(run)
     text = script(config, found, recipe_name=recipe_name, workdir=workdir)
-    check_script(text)
+    check_script(text, found)
     snapshot(run, config, deepspeed, text, workdir)
-    with refused_by_sbatch():
+    with refused_by_sbatch(found):
         job = client.submit(absolute(run, workdir) / SCRIPT)
     Events(run).add("submitted", job=job, settings=found.model_dump(exclude_unset=True))
     return job, absolute(run, workdir) / OUTPUT
@@ -83,25 +84,24 @@ def refuse_second(run: RunFolder) -> None:
         raise ConfigError("run.dir", str(run.path), f"in use by {other}", WAY_OUT)
 
 
-def check_script(text: str) -> None:
+def check_script(text: str, found: Settings) -> None:
     """Raises ConfigError with the complaint of bash, about the set-up lines, or of sbatch."""
     syntax = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
     if syntax.returncode:
-        raise ConfigError("--setup", None, client.in_one_line(syntax.stderr), "these lines are shell: see --dry-run")
-    with refused_by_sbatch():
+        raise ConfigError("--setup", found.setup, client.in_one_line(syntax.stderr), "these lines are shell: see --dry-run")
+    with refused_by_sbatch(found):
         client.test(text)
 
 
-class refused_by_sbatch:  # noqa: N801 - reads as a word of its with statement
+@contextmanager
+def refused_by_sbatch(found: Settings) -> Iterator[None]:
     """Turns SLURM's own complaint into a ConfigError about the option that it most likely means."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        if isinstance(error, SlurmError):
-            key = next((key for word, key in KEYS if word in str(error).lower()), "sbatch")
-            raise ConfigError(key, None, f"SLURM refuses the job: {error}") from None
+    try:
+        yield
+    except SlurmError as error:
+        key = next((key for word, key in KEYS if word in str(error).lower()), "sbatch")
+        value = getattr(found, key.removeprefix("--").replace("-", "_"), None)
+        raise ConfigError(key, value, f"SLURM refuses the job: {error}") from None
 
 
 def snapshot(run: RunFolder, config: Config, deepspeed: dict[str, Any], text: str, workdir: Path) -> None:

@@ -257,11 +257,11 @@ def cancelled(site: Site, _whole: Callable[[str], Path]) -> None:
 def bad_submissions(site: Site, _whole: Callable[[str], Path]) -> None:
     """Each is one line, and leaves no job and no folder behind."""
     refused: list[tuple[tuple[object, ...], dict[str, Any], str]] = [
-        (("--partition", "nope"), {}, "--partition=None: SLURM refuses the job: invalid partition specified: nope"),
+        (("--partition", "nope"), {}, "--partition='nope': SLURM refuses the job: invalid partition specified: nope"),
         (
             ("--nodes", 8),
             {},
-            "--nodes=None: SLURM refuses the job: allocation failure: Requested node configuration is not available",
+            "--nodes='8': SLURM refuses the job: allocation failure: Requested node configuration is not available",
         ),
         (("relora.rnak=4",), {}, "relora.rnak=4: unknown key; did you mean 'rank'?"),
         (("--nodes", 3), {}, "train.global_batch=8: is not a multiple of micro_batch x ranks = 2 x 3"),

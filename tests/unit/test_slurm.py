@@ -80,7 +80,7 @@ def test_a_relative_run_folder_is_found_from_anywhere(settings: dict[str, Any], 
 
 def test_set_up_lines_that_are_no_shell_are_named(calls: list[str], config: Config, tmp_path: Path) -> None:
     found = job_settings({}, {"tasks_per_node": 2, "setup": ["if true"]})
-    with pytest.raises(ConfigError, match=r"--setup=None: .*syntax error"):
+    with pytest.raises(ConfigError, match=r"--setup=\['if true'\]: .*syntax error"):
         slurm.submit(config, found, {}, recipe_name="a", workdir=tmp_path)
     assert calls == []
 
@@ -88,19 +88,20 @@ def test_set_up_lines_that_are_no_shell_are_named(calls: list[str], config: Conf
 @pytest.mark.parametrize(
     ("complaint", "key"),
     [
-        ("invalid partition specified: x", "--partition"),
-        ("Invalid account or account/partition combination specified", "--account"),
-        ("Invalid qos specification", "--qos"),
-        ("Requested time limit is invalid (missing or exceeds some limit)", "--time"),
-        ("Requested node configuration is not available", "--nodes"),
-        ("Invalid feature specification", "--constraint"),
-        ("Invalid node name specified", "--exclude"),
-        ("Invalid generic resource (gres) specification", "--gpus-per-node"),
-        ("something else", "sbatch"),
+        ("invalid partition specified: x", "--partition='x'"),
+        ("Invalid account or account/partition combination specified", "--account=None"),
+        ("Invalid qos specification", "--qos=None"),
+        ("Requested time limit is invalid (missing or exceeds some limit)", "--time=None"),
+        ("Requested node configuration is not available", "--nodes='9'"),
+        ("Invalid feature specification", "--constraint=None"),
+        ("Invalid node name specified", "--exclude=None"),
+        ("Invalid generic resource (gres) specification", "--gpus-per-node=None"),
+        ("something else", "sbatch=None"),
     ],
 )
 def test_slurms_complaint_comes_with_the_option(complaint: str, key: str) -> None:
-    with pytest.raises(ConfigError, match=f"^{key}=None: SLURM refuses the job: ") as error, slurm.refused_by_sbatch():
+    found = job_settings({}, {"tasks_per_node": 2, "partition": "x", "nodes": "9"})
+    with pytest.raises(ConfigError, match=f"^{key}: SLURM refuses the job: ") as error, slurm.refused_by_sbatch(found):
         raise SlurmError(complaint)
     assert complaint in str(error.value)
 
