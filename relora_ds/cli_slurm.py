@@ -8,6 +8,7 @@ import signal
 import sys
 import typing
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -239,7 +240,8 @@ def run_before(options: argparse.Namespace, rest: Sequence[str]) -> int:
         check(config, Path(options.recipe), nodes * options.tasks_per_node)
 
     try:
-        nodes = slurm_job.before(config, this_attempt(), fits, requeue_by=options.requeue_by, say=say)
+        with redirect_stdout(sys.stderr):  # whatever a library prints must not come between
+            nodes = slurm_job.before(config, this_attempt(), fits, requeue_by=options.requeue_by, say=say)
     except slurm_job.ExcludedError as error:
         say(str(error))
         return EXIT_STOPPED

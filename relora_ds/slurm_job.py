@@ -52,7 +52,7 @@ def before(config: Config, attempt: Attempt, fits: Callable[[int], None], *, req
 
     Raises:
         ConfigError: the recipe cannot run on any number of these nodes, or another job has the run's folder.
-        Excluded: a node of this attempt failed twice running; the job was requeued without it.
+        ExcludedError: a node of this attempt failed twice running; the job was requeued without it.
     """
     run = RunFolder(Path(config.run.dir))
     events = Events(run)
@@ -101,7 +101,8 @@ def close_vanished(events: Events, run: RunFolder, attempt: Attempt, say: Say) -
     for event in events.of("started", events.chain(attempt.job)):
         if events.ended(event["attempt"]) is None:
             gone = client.unusable(event["nodes"])
-            say(f"attempt {event['attempt']} ended without a word{f'; not usable now: {chr(44).join(gone)}' if gone else ''}")
+            where = f"; not usable now: {', '.join(gone)}" if gone else ""
+            say(f"attempt {event['attempt']} ended without a word{where}")
             events.add(
                 "ended", attempt=event["attempt"], job=event["job"], code=None, update=newest_update(run), suspects=gone,
                 decision="vanished",
@@ -281,7 +282,10 @@ def succeed(shown: Job, bad: Sequence[str], say: Say, events: Events) -> None:
     """Submits the same script once more, to start when this job has ended. Raises SlurmError."""
     if not shown.command:
         raise SlurmError("SLURM does not say which script this job runs")
-    options = [f"--dependency=afterany:{shown.id}", *([f"--exclude={','.join([*shown.excluded, *bad])}"] if bad else [])]
+    options = [f"--dependency=afterany:{shown.id}"]
+    if bad:
+        options.append(f"--exclude={','.join([*shown.excluded, *bad])}")
     successor = client.submit(Path(shown.command), *options)
     events.add("successor", job=successor, of=shown.id)
-    say(f"submitted job {successor}, which starts when job {shown.id} has ended{f', without {chr(44).join(bad)}' if bad else ''}")
+    without = f", without {', '.join(bad)}" if bad else ""
+    say(f"submitted job {successor}, which starts when job {shown.id} has ended{without}")
