@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from relora_ds import __version__, cli_slurm, launch
 from relora_ds.config import Config, load
-from relora_ds.errors import EXIT_BAD_CONFIG, EXIT_DONE, EXIT_FAILED, ConfigError, RestartError, nearest
+from relora_ds.errors import EXIT_BAD_CONFIG, EXIT_DONE, EXIT_FAILED, ConfigError, RestartError, refuse_rest
 from relora_ds.run_folder import RunFolder
 from relora_ds.slurm_client import SlurmError
 from relora_ds.slurm_events import write_outcome
@@ -117,17 +115,6 @@ def is_main() -> bool:
     return place is None or place.is_main
 
 
-def refuse_rest(rest: Sequence[str], known: Sequence[str] = ()) -> None:
-    """Unknown options, in the usual form."""
-    if rest:
-        raise ConfigError(
-            rest[0].partition("=")[0],
-            rest[0].partition("=")[2] or None,
-            "unknown option",
-            nearest(rest[0], known) if known else "",
-        )
-
-
 def run_prepare(options: argparse.Namespace, rest: Sequence[str]) -> int:
     refuse_rest(rest)
     from relora_ds.prepare import prepare
@@ -149,7 +136,7 @@ def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
         if word.startswith("-"):
             refuse_rest([word], ["--nproc", "--allow-changed", "--trust"])
         overrides.append(word)
-    quiet()
+    launch.quiet_libraries()
     place = launch.discover()
     if place is not None and options.nproc is not None:
         raise ConfigError(
@@ -236,7 +223,7 @@ def cuda_here() -> bool:
 
 def run_eval(options: argparse.Namespace, rest: Sequence[str]) -> int:
     refuse_rest(rest)
-    quiet()
+    launch.quiet_libraries()
     import torch
 
     from relora_ds.checkpoint import locate
@@ -260,7 +247,7 @@ def run_eval(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def run_export(options: argparse.Namespace, rest: Sequence[str]) -> int:
     refuse_rest(rest)
-    quiet()
+    launch.quiet_libraries()
     from relora_ds.ds_config import DTYPES
     from relora_ds.export import export, export_adapter
 
@@ -272,7 +259,7 @@ def run_export(options: argparse.Namespace, rest: Sequence[str]) -> int:
 def run_checkpoints(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Prints the table; exit code 1 when something is damaged."""
     refuse_rest(rest, ["--verify"])
-    quiet()
+    launch.quiet_libraries()
     from relora_ds.listing import listing
     from relora_ds.run_folder import RunFolder
 
@@ -287,14 +274,6 @@ def run_report(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
     print(f"wrote {report(options.places, options.out)}")
     return EXIT_DONE
-
-
-def quiet() -> None:
-    """Leaves the screen to this program: DeepSpeed, torch and transformers tell of themselves only what went wrong."""
-    launch.quiet_libraries()
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\..*")
 
 
 def entry_point() -> NoReturn:

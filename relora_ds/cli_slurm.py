@@ -14,7 +14,7 @@ from typing import Any
 
 from relora_ds import launch
 from relora_ds.config import Config, load
-from relora_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
+from relora_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, refuse_rest
 from relora_ds.metrics import say
 from relora_ds.run_folder import RunFolder
 from relora_ds.slurm_script import SITE_FILE, RequeueBy, Settings, describe, option_name, read_site, settings
@@ -105,12 +105,6 @@ def _add_setting(parser: argparse.ArgumentParser, name: str, annotation: Any) ->
     )
 
 
-def _refuse_rest(rest: Sequence[str]) -> None:
-    from relora_ds.cli import refuse_rest
-
-    refuse_rest(rest)
-
-
 def read_place(place: Path) -> Config:
     """The recipe of a run's folder, or of a file. Raises ConfigError."""
     if not place.is_dir():
@@ -125,8 +119,6 @@ def run_submit(options: argparse.Namespace, rest: Sequence[str]) -> int:
     overrides = list(options.overrides)
     for word in rest:  # overrides may stand behind options
         if word.startswith("-"):
-            from relora_ds.cli import refuse_rest
-
             refuse_rest([word], [option_name(name) for name in Settings.model_fields])
         overrides.append(word)
     site = options.site or Path.home() / SITE_FILE
@@ -161,7 +153,7 @@ def run_submit(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def check_sizes(config: Config, recipe: Path, found: Settings) -> dict[str, Any]:
     """Judges the recipe for the most nodes of the range; returns DeepSpeed's JSON as the recipe names it. Raises ConfigError."""
-    quiet()  # before DeepSpeed is imported
+    launch.quiet_libraries()
     from relora_ds.checks import check
     from relora_ds.ds_config import read
 
@@ -170,14 +162,8 @@ def check_sizes(config: Config, recipe: Path, found: Settings) -> dict[str, Any]
     return dict(read(config.deepspeed, *near))
 
 
-def quiet() -> None:
-    from relora_ds.cli import quiet
-
-    quiet()
-
-
 def run_status(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    _refuse_rest(rest)
+    refuse_rest(rest)
     from relora_ds import slurm
 
     for line in slurm.status(read_place(options.place)):
@@ -186,7 +172,7 @@ def run_status(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def run_logs(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    _refuse_rest(rest)
+    refuse_rest(rest)
     from relora_ds import slurm, slurm_client
 
     config = read_place(options.place)
@@ -205,7 +191,7 @@ def run_logs(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def run_cancel(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    _refuse_rest(rest)
+    refuse_rest(rest)
     from relora_ds import slurm
 
     config = read_place(options.place)
@@ -215,7 +201,7 @@ def run_cancel(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def run_hostfile(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Prints it; redirect it into the file that ``deepspeed --hostfile`` gets."""
-    _refuse_rest(rest)
+    refuse_rest(rest)
     from relora_ds.slurm_nodes import hostfile, hosts, nodes_of_job
 
     here = launch.allocation()
@@ -228,8 +214,8 @@ def run_hostfile(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def run_before(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Prints the number of nodes for the step; all else goes to the standard error."""
-    _refuse_rest(rest)
-    quiet()
+    refuse_rest(rest)
+    launch.quiet_libraries()
     from relora_ds import slurm_job
 
     config = load(options.recipe, [])
@@ -251,7 +237,7 @@ def run_before(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def run_after(options: argparse.Namespace, rest: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM ends this script as soon as the job is requeued
-    _refuse_rest(rest)
+    refuse_rest(rest)
     from relora_ds import slurm_job
 
     return slurm_job.after(
@@ -273,7 +259,7 @@ def this_attempt() -> Any:
 
 def run_torchrun(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Becomes torchrun's agent of this node, of as many as srun started."""
-    _refuse_rest(rest)
+    refuse_rest(rest)
     node = launch.discover()
     if node is None:
         raise ConfigError(

@@ -7,7 +7,7 @@ one line and exits with code 2, before any process group starts.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -47,3 +47,14 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     names = list(valid)
     matches = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean {matches[0]!r}?" if matches else f"valid names: {', '.join(sorted(names))}"
+
+
+def refuse_rest(rest: Sequence[str], known: Sequence[str] = ()) -> None:
+    """Raises ConfigError for the first of the words that the command line has no place for, with the nearest of ``known``."""
+    if rest:
+        raise ConfigError(
+            rest[0].partition("=")[0],
+            rest[0].partition("=")[2] or None,
+            "unknown option",
+            nearest(rest[0], known) if known else "",
+        )

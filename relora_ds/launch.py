@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import math
 import os
 import signal
@@ -14,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -200,12 +202,18 @@ def require_process_group() -> None:
 
 
 def quiet_libraries() -> None:
-    """Keeps libraries from talking at start-up: DeepSpeed warns on the standard output unless it is told that there is only a CPU."""
+    """Leaves the screen to this program: DeepSpeed, torch and transformers tell of themselves only what went wrong.
+
+    Before DeepSpeed is imported: it warns on the standard output unless it is told that there is only a CPU.
+    """
     import torch
 
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\..*")
 
 
 def check_devices(num_processes: int) -> None:

@@ -27,16 +27,6 @@ FOUND = job_settings({}, {"tasks_per_node": 2, "nodes": "2"})
 
 
 @pytest.fixture
-def config(settings: dict[str, Any]) -> Config:
-    return parse(settings)
-
-
-@pytest.fixture
-def run(config: Config) -> RunFolder:
-    return RunFolder(Path(config.run.dir))
-
-
-@pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What SLURM was asked to do; it does all of it."""
     made: list[str] = []

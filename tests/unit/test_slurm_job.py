@@ -6,12 +6,11 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from relora_ds import faults, slurm_client, slurm_job
-from relora_ds.config import Config, parse
+from relora_ds.config import Config
 from relora_ds.errors import ConfigError
 from relora_ds.lock import RunLock
 from relora_ds.run_folder import RunFolder
@@ -51,16 +50,6 @@ class Cluster:
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     return Cluster(monkeypatch)
-
-
-@pytest.fixture
-def config(settings: dict[str, Any]) -> Config:
-    return parse(settings)
-
-
-@pytest.fixture
-def run(config: Config) -> RunFolder:
-    return RunFolder(Path(config.run.dir))
 
 
 @pytest.fixture
