@@ -209,7 +209,7 @@ def bad_node(site: Site, whole: Callable[[str], Path]) -> None:
         site.cluster.run("node2", "pkill", "-KILL", "-f", "relora_ds.cli train")
         killed = time.monotonic()
         site.cluster.wait(job, ("PENDING", "COMPLETING", *OVER), timeout=60)
-        assert time.monotonic() - killed < 20
+        assert time.monotonic() - killed < 40, "no collective is waited for"
     ended = site.finish(job)
     assert site.events("ended", "suspects") == [["node2"], ["node2"], []]
     assert "node2" not in ended["nodes"] and ended["fields"]["ExcNodeList"] == "node2"
