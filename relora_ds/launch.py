@@ -35,7 +35,6 @@ LAST_STEP_ID = 0xFFFFFFF0
 GRACE_S = 20.0
 """How long the other processes of a node may take to end after one of them failed, before they are killed."""
 ONE_GPU_EACH = {"SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND"}
-"""Set where SLURM shows each task its own GPU alone, which is number 0 to every one of them."""
 ORDERLY = (2, 75)
 """Exit codes with which all ranks end by themselves, together: a bad setting, a signal."""
 MEETING_S = 60.0
@@ -237,7 +236,7 @@ def start_process_group(place: Place, timeout_s: float = 1800.0) -> Any:
     place = find_master(place)
     _choose_interface(place)
     on_cuda = torch.cuda.is_available()
-    if on_cuda and torch.cuda.device_count() == 1 and ONE_GPU_EACH & os.environ.keys():
+    if on_cuda and sees_its_own_gpu(torch.cuda.device_count(), os.environ):
         place = replace(place, local_rank=0)
     _export(place)
     if on_cuda:
@@ -250,6 +249,11 @@ def start_process_group(place: Place, timeout_s: float = 1800.0) -> Any:
         dist_backend="nccl" if on_cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s)
     )
     return torch.device("cuda", place.local_rank) if on_cuda else torch.device("cpu")
+
+
+def sees_its_own_gpu(num_gpus: int, env: Mapping[str, str]) -> bool:
+    """Whether SLURM shows this task one GPU alone (``--gpus-per-task``, ``--gpu-bind``), which is then number 0 to every task."""
+    return num_gpus == 1 and not ONE_GPU_EACH.isdisjoint(env)
 
 
 def _export(place: Place) -> None:

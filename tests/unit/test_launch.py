@@ -481,3 +481,16 @@ def test_one_process_drives_one_gpu(monkeypatch: pytest.MonkeyPatch, gpus: int, 
 )
 def test_attempt(environment: dict[str, str], name: str) -> None:
     assert attempt(environment) == name
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "environment", "own"),
+    [
+        (1, {"SLURM_GPUS_PER_TASK": "1"}, True),
+        (1, {"SLURM_GPU_BIND": "per_task:1"}, True),
+        (1, {"SLURM_GPUS_PER_NODE": "8"}, False),  # a node with one GPU
+        (8, {"SLURM_GPUS_PER_TASK": "1"}, False),  # all are visible
+    ],
+)
+def test_a_task_that_sees_its_own_gpu_alone(num_gpus: int, environment: dict[str, str], own: bool) -> None:
+    assert launch.sees_its_own_gpu(num_gpus, environment) is own
