@@ -6,7 +6,8 @@ ZeRO's business: see zero.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -14,16 +15,46 @@ from torch import Tensor
 
 EVEN = 1.005
 """Padding that a reduce-scatter may add. Beyond it, one reduce per owner sends less."""
+ROUND = 2**24
+"""Entries that all ranks together exchange at a time: what is packed and what is received take no more than this each."""
 
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def indices_by_owner(owners: Sequence[int], world_size: int) -> list[list[int]]:
-    """The pieces of each rank, as indices into ``owners``, in the order in which they come."""
-    indices: list[list[int]] = [[] for _ in range(world_size)]
-    for index, owner in enumerate(owners):
-        indices[owner].append(index)
-    return indices
+@dataclass(frozen=True)
+class Cut:
+    """``numel`` entries from ``start`` of the piece number ``index``."""
+
+    index: int
+    start: int
+    numel: int
+
+
+def rounds(owners: Sequence[int], numels: Sequence[int], world_size: int, limit: int) -> list[list[list[Cut]]]:
+    """Cuts pieces so that no rank gets more than ``limit`` entries at a time.
+
+    Args:
+        owners: the rank that each piece belongs to.
+        numels: the length of each piece.
+        world_size: number of ranks.
+        limit: at least 1.
+
+    Returns:
+        By round and rank: what belongs to that rank, in the order in which the pieces come. Every entry is there once.
+    """
+    turns: list[list[list[Cut]]] = []
+    taken = [0] * world_size
+    for index, (owner, numel) in enumerate(zip(owners, numels, strict=True)):
+        start = 0
+        while start < numel:
+            turn, used = divmod(taken[owner], limit)
+            cut = Cut(index, start, min(numel - start, limit - used))
+            if turn == len(turns):
+                turns.append([[] for _ in range(world_size)])
+            turns[turn][owner].append(cut)
+            taken[owner] += cut.numel
+            start += cut.numel
+    return turns
 
 
 def is_even(sizes: Sequence[int]) -> bool:
@@ -31,34 +62,42 @@ def is_even(sizes: Sequence[int]) -> bool:
     return len(sizes) * max(sizes) <= EVEN * sum(sizes)
 
 
-def mean_of_own(
-    pieces: Sequence[Tensor], owners: Sequence[int], wire: torch.dtype, group: dist.ProcessGroup | None, *, average: bool = True
-) -> dict[int, Tensor]:
-    """The pieces that this rank owns, averaged over the ranks; a collective.
+def means_of_own(
+    pieces: Sequence[Tensor],
+    owners: Sequence[int],
+    wire: torch.dtype,
+    group: dist.ProcessGroup | None,
+    *,
+    average: bool = True,
+    numel_per_round: int = ROUND,
+) -> Iterator[tuple[Cut, Tensor]]:
+    """The pieces that this rank owns, averaged over the ranks; a collective, to be gone through to its end.
 
     Args:
-        pieces: (n_i,) each, of any floating dtype, the same lengths on all ranks; not written to.
+        pieces: (n_i,) each, of any floating dtype, the same lengths on all ranks. What was yielded may be written to meanwhile.
         owners: the rank in ``group`` that each piece belongs to, the same on all ranks.
         wire: the dtype that is sent.
         group: None for the default one.
         average: False for the sum.
+        numel_per_round: entries to exchange at a time.
 
-    Returns:
-        By index into ``pieces``: (n_i,) float32, summed in it, on a CPU; ``wire`` elsewhere.
+    Yields:
+        A cut of an own piece and its mean: (numel,) float32, summed in it, on a CPU; of dtype ``wire`` elsewhere.
     """
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-    indices = indices_by_owner(owners, world_size)
-    sizes = [sum(pieces[index].numel() for index in own) for own in indices]
-    packed = torch.cat([pieces[index].to(wire) for own in indices for index in own])
+    limit = max(1, numel_per_round // world_size)
     divisor = world_size if average else 1
-    if world_size == 1:
-        total = packed
-    elif packed.device.type == "cpu":
-        total = sum_exchanged(packed, sizes, group).div_(divisor)
-    else:
-        # Divided first: a sum of fp16 may be too large where its mean is not.
-        total = sum_scattered(packed.div_(divisor), sizes, group)
-    return dict(zip(indices[rank], total.split([pieces[index].numel() for index in indices[rank]]), strict=True))
+    for turn in rounds(owners, [piece.numel() for piece in pieces], world_size, limit):
+        sizes = [sum(cut.numel for cut in cuts) for cuts in turn]
+        packed = torch.cat([pieces[cut.index].narrow(0, cut.start, cut.numel).to(wire) for cuts in turn for cut in cuts])
+        if world_size == 1:
+            total = packed
+        elif packed.device.type == "cpu":
+            total = sum_exchanged(packed, sizes, group).div_(divisor)
+        else:
+            # Divided first: a sum of fp16 may be too large where its mean is not.
+            total = sum_scattered(packed.div_(divisor), sizes, group)
+        yield from zip(turn[rank], total.split([cut.numel for cut in turn[rank]]), strict=True)
 
 
 def sum_exchanged(packed: Tensor, sizes: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:

@@ -26,7 +26,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from relora_ds.errors import ConfigError
-from relora_ds.reduction import mean_of_own
+from relora_ds.reduction import means_of_own
 from relora_ds.traffic import CountedGroup
 
 TESTED_DEEPSPEED = "0.19.8"
@@ -34,7 +34,7 @@ FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 INTERNALS = ("single_partition_of_fp32_groups", "bit16_groups", "optimizer", "dp_process_group", "overflow", "step")
 REDUCTION = (
     "average_tensor", "allreduce_and_scatter", "buffered_reduce_fallback", "_buffered_reduce_fallback_preserving_fp32",
-    "_add_to_grad_partition_buffer", "use_multi_rank_bucket_allreduce", "gradient_average", "sequence_parallel_size",
+    "use_multi_rank_bucket_allreduce", "gradient_average", "sequence_parallel_size",
     "partition_gradients", "gradient_accumulation_steps", "process_gradients", "get_gradient_for_reduction",
     "overlapping_partition_gradients_reduce_epilogue",
     "_fill_param_grad_accum_attribute", "use_separate_grad_accum", "use_grad_accum_attribute", "_coalesce_grad_reduction",
@@ -144,7 +144,7 @@ class GradientRoute:
     DeepSpeed all-reduces them, which sends twice the bytes, and under stage 2 does so after every micro-batch. Two things change:
 
     - ``average_tensor`` still says which slice of a bucket belongs to which rank, and takes care of streams; its all-reduce is
-      :func:`relora_ds.reduction.mean_of_own`. Buckets that are not contiguous pass through it as well.
+      :func:`relora_ds.reduction.means_of_own`. Buckets that are not contiguous pass through it as well.
     - Under stage 2 with accumulation, gradients gather in ``param.grad``, as under stage 1 (in ``param.grad_accum`` where they are
       to be summed in another dtype), until the last micro-batch, which reduces them while it goes backward, as a lone one does.
 
@@ -173,11 +173,12 @@ class GradientRoute:
     def scatter(self, bucket: Sequence[Any], wire: torch.dtype, *, process_group: Any, **others: Any) -> None:
         """Reduces the slices of a bucket, (owners, slice, fp32 accumulator or None) each, to their owners."""
         owners = [next(iter(ranks)) for ranks, _, _ in bucket]
-        means = mean_of_own([piece for _, piece, _ in bucket], owners, wire, process_group, average=self.average)
-        for index, mean in means.items():
-            _, piece, accumulator = bucket[index]
-            self.zero._add_to_grad_partition_buffer(accumulator, mean)
-            piece.copy_(mean)
+        pieces = [piece for _, piece, _ in bucket]
+        for cut, mean in means_of_own(pieces, owners, wire, process_group, average=self.average):
+            _, piece, accumulator = bucket[cut.index]
+            piece.narrow(0, cut.start, cut.numel).copy_(mean)
+            if accumulator is not None:
+                accumulator.narrow(0, cut.start, cut.numel).add_(mean)
             if self._has_own_stream():
                 piece.record_stream(self.zero.reduction_stream)
 

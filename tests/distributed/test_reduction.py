@@ -191,13 +191,14 @@ def sums_of_both_kinds(owners: list[int], numels: list[int], dtype: torch.dtype)
         for r in range(world_size)
     ]
     true = [sum(by_rank[r][i].double() for r in range(world_size)) for i, owner in enumerate(owners) if owner == rank]
-    own = reduction.mean_of_own(by_rank[rank], owners, dtype, None, average=False)
-    indices = reduction.indices_by_owner(owners, world_size)
-    packed = torch.cat([by_rank[rank][i] for ranks in indices for i in ranks])
-    sizes = [sum(numels[i] for i in ranks) for ranks in indices]
-    scattered = reduction.sum_scattered(packed, sizes, None)
+    by_cut = reduction.means_of_own(by_rank[rank], owners, dtype, None, average=False, numel_per_round=12)
+    own = {(cut.index, cut.start): values for cut, values in by_cut}
+    (whole,) = reduction.rounds(owners, numels, world_size, limit=sum(numels))
+    packed = torch.cat([by_rank[rank][cut.index] for cuts in whole for cut in cuts])
+    scattered = reduction.sum_scattered(packed, [sum(cut.numel for cut in cuts) for cuts in whole], None)
     empty = torch.zeros(0)
-    return [torch.cat([empty, *(v.double() for v in values)]).tolist() for values in (true, own.values(), [scattered])]
+    ours = [own[place] for place in sorted(own)]
+    return [torch.cat([empty, *(v.double() for v in values)]).tolist() for values in (true, ours, [scattered])]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
