@@ -1,4 +1,4 @@
-"""Means of gradients over the ranks, each piece on the rank that owns it and nowhere else.
+"""Means of gradients over the ranks, each piece on the rank that owns it and nowhere else, for gloo.
 
 Of every n bytes of gradients (N-1)/N·n leave each rank, where an all-reduce sends twice as many. Which piece belongs to whom is
 ZeRO's business: see zero.py.
@@ -13,12 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-EVEN = 1.005
-"""Padding that a reduce-scatter may add. Beyond it, one reduce per owner sends less."""
 ROUND = 2**24
 """Entries that all ranks together exchange at a time: what is packed and what is received take no more than this each."""
-
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
@@ -57,11 +53,6 @@ def rounds(owners: Sequence[int], numels: Sequence[int], world_size: int, limit:
     return turns
 
 
-def is_even(sizes: Sequence[int]) -> bool:
-    """Whether the ranks own so nearly alike that padding all of them to the largest adds next to nothing."""
-    return len(sizes) * max(sizes) <= EVEN * sum(sizes)
-
-
 def means_of_own(
     pieces: Sequence[Tensor],
     owners: Sequence[int],
@@ -74,7 +65,7 @@ def means_of_own(
     """The pieces that this rank owns, averaged over the ranks; a collective, to be gone through to its end.
 
     Args:
-        pieces: (n_i,) each, of any floating dtype, the same lengths on all ranks. What was yielded may be written to meanwhile.
+        pieces: (n_i,) each, on a CPU, of any floating dtype, the same lengths on all ranks. A yielded one may be written to.
         owners: the rank in ``group`` that each piece belongs to, the same on all ranks.
         wire: the dtype that is sent.
         group: None for the default one.
@@ -82,7 +73,7 @@ def means_of_own(
         numel_per_round: entries to exchange at a time.
 
     Yields:
-        A cut of an own piece and its mean: (numel,) float32, summed in it, on a CPU; of dtype ``wire`` elsewhere.
+        A cut of an own piece and its mean: (numel,) float32, summed in it.
     """
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     limit = max(1, numel_per_round // world_size)
@@ -91,12 +82,9 @@ def means_of_own(
         sizes = [sum(cut.numel for cut in cuts) for cuts in turn]
         packed = torch.cat([pieces[cut.index].narrow(0, cut.start, cut.numel).to(wire) for cuts in turn for cut in cuts])
         if world_size == 1:
-            total = packed
-        elif packed.device.type == "cpu":
-            total = sum_exchanged(packed, sizes, group).div_(divisor)
+            total = packed.float()
         else:
-            # Divided first: a sum of fp16 may be too large where its mean is not.
-            total = sum_scattered(packed.div_(divisor), sizes, group)
+            total = sum_exchanged(packed, sizes, group).div_(divisor)
         yield from zip(turn[rank], total.split([cut.numel for cut in turn[rank]]), strict=True)
 
 
@@ -124,20 +112,3 @@ def sum_exchanged(packed: Tensor, sizes: Sequence[int], group: dist.ProcessGroup
     for part in received.split(sizes[rank]) if sizes[rank] else ():
         total += part
     return total
-
-
-def sum_scattered(packed: Tensor, sizes: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
-    """The same by the backend's own sums, for NCCL: (sizes[rank],) of ``packed``'s dtype; ``packed`` is lost."""
-    rank = dist.get_rank(group)
-    parts = packed.split(list(sizes))
-    if not is_even(sizes):
-        for owner, part in enumerate(parts):
-            if part.numel():
-                dist.reduce(part, dst=owner if group is None else dist.get_global_rank(group, owner), group=group)
-        return parts[rank]
-    rows = packed.new_zeros(len(sizes), max(sizes))
-    for row, part in zip(rows, parts, strict=True):
-        row[: part.numel()] = part
-    own = packed.new_empty(max(sizes))
-    _reduce_scatter(own, rows.view(-1), group=group)
-    return own[: sizes[rank]]

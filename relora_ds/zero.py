@@ -38,7 +38,6 @@ REDUCTION = (
     "partition_gradients", "gradient_accumulation_steps", "process_gradients", "get_gradient_for_reduction",
     "overlapping_partition_gradients_reduce_epilogue",
     "_fill_param_grad_accum_attribute", "use_separate_grad_accum", "use_grad_accum_attribute", "_coalesce_grad_reduction",
-    "reduction_stream", "overlap_comm",
 )  # fmt: skip
 """What :class:`GradientRoute` replaces, calls or sets."""
 
@@ -119,7 +118,7 @@ def route_gradients(engine: Any) -> GradientRoute | None:
     if problem:
         warnings.warn(f"gradients go DeepSpeed's way, which sends 1.5 times the bytes or more: {problem}", stacklevel=3)
         return None
-    return GradientRoute(zero, defer=engine.managed_gradient_accumulation())
+    return GradientRoute(zero, on_cpu=get_accelerator().device_name() == "cpu", defer=engine.managed_gradient_accumulation())
 
 
 def _unroutable(zero: Any, engine: Any) -> str:
@@ -143,8 +142,9 @@ class GradientRoute:
 
     DeepSpeed all-reduces them, which sends twice the bytes, and under stage 2 does so after every micro-batch. Two things change:
 
-    - ``average_tensor`` still says which slice of a bucket belongs to which rank, and takes care of streams; its all-reduce is
-      :func:`relora_ds.reduction.means_of_own`. Buckets that are not contiguous pass through it as well.
+    - ``average_tensor`` still says which slice of a bucket belongs to which rank. On a CPU its all-reduce is
+      :func:`relora_ds.reduction.means_of_own`, since gloo's own reduce sends up to twice the bytes; buckets that are not contiguous
+      pass through it as well. Elsewhere it is DeepSpeed's own reduce to each owner, which NCCL serves at the ring's bytes.
     - Under stage 2 with accumulation, gradients gather in ``param.grad``, as under stage 1 (in ``param.grad_accum`` where they are
       to be summed in another dtype), until the last micro-batch, which reduces them while it goes backward, as a lone one does.
 
@@ -152,18 +152,22 @@ class GradientRoute:
 
     Args:
         zero: DeepSpeed's optimizer, before its first backward pass.
+        on_cpu: whether gradients travel by gloo.
         defer: whether gradients may wait for the last micro-batch, which the engine has to announce.
     """
 
-    def __init__(self, zero: Any, *, defer: bool) -> None:
+    def __init__(self, zero: Any, *, on_cpu: bool, defer: bool) -> None:
         self.zero = zero
         self.average = zero.gradient_average
         self.waiting: dict[nn.Parameter, int] = {}
-        zero.gradient_average = False  # divided after the sum, which one rounding less has
-        zero.use_multi_rank_bucket_allreduce = True  # the branch that hands over all slices of a bucket at once
-        zero.allreduce_and_scatter = self.scatter
-        zero.buffered_reduce_fallback = lambda rank, grads, wire, **others: self.reduce_apart(grads, wire)
-        zero._buffered_reduce_fallback_preserving_fp32 = lambda grads, params, wire, **others: self.reduce_apart(grads, wire)
+        if on_cpu:
+            zero.gradient_average = False  # divided after the sum, which one rounding less has
+            zero.use_multi_rank_bucket_allreduce = True  # the branch that hands over all slices of a bucket at once
+            zero.allreduce_and_scatter = self.scatter
+            zero.buffered_reduce_fallback = lambda rank, grads, wire, **others: self.reduce_apart(grads, wire)
+            zero._buffered_reduce_fallback_preserving_fp32 = lambda grads, params, wire, **others: self.reduce_apart(grads, wire)
+        else:
+            zero.use_multi_rank_bucket_allreduce = False
         if defer and zero.partition_gradients and zero.gradient_accumulation_steps > 1:
             zero.use_grad_accum_attribute = zero.use_separate_grad_accum
             self.process, zero.process_gradients = zero.process_gradients, self.gather
@@ -179,8 +183,6 @@ class GradientRoute:
             piece.narrow(0, cut.start, cut.numel).copy_(mean)
             if accumulator is not None:
                 accumulator.narrow(0, cut.start, cut.numel).add_(mean)
-            if self._has_own_stream():
-                piece.record_stream(self.zero.reduction_stream)
 
     def reduce_apart(self, grads: Sequence[Tensor], wire: torch.dtype) -> None:
         """Reduces a bucket of gradients that lie apart (``contiguous_gradients: false``) in a copy of them."""
@@ -188,8 +190,6 @@ class GradientRoute:
             return
         flat = torch.cat([grad.reshape(-1) for grad in grads])
         self.zero.average_tensor(flat, wire)
-        if self._has_own_stream():
-            get_accelerator().current_stream().wait_stream(self.zero.reduction_stream)
         for grad, reduced in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
             grad.copy_(reduced.view_as(grad))
 
@@ -212,9 +212,6 @@ class GradientRoute:
                 self.process(param, group)
         self.waiting.clear()
         self.finish()
-
-    def _has_own_stream(self) -> bool:
-        return self.zero.overlap_comm and not get_accelerator().resolves_data_dependency()
 
 
 def data_parallel_group(zero: Any, device: torch.device) -> CountedGroup:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import relora_ds
 from relora_ds import reduction
+from relora_ds import zero as zero_module
 from tests.distributed import common
 from tests.distributed.pool import run
 from tests.wire import Wire
@@ -183,8 +185,8 @@ def test_a_gradient_that_the_last_micro_batch_lacks_is_not_lost() -> None:
         assert mine == pytest.approx(default, rel=1e-5)
 
 
-def sums_of_both_kinds(owners: list[int], numels: list[int], dtype: torch.dtype) -> list[list[float]]:
-    """This rank's pieces: the true sum in fp64, and by each of the two ways to take it."""
+def sums(owners: list[int], numels: list[int], dtype: torch.dtype) -> list[list[float]]:
+    """This rank's pieces: the true sum in fp64, and ours."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     by_rank = [
         [torch.randn(n, generator=torch.Generator().manual_seed(100 * r + i)).to(dtype) for i, n in enumerate(numels)]
@@ -193,12 +195,9 @@ def sums_of_both_kinds(owners: list[int], numels: list[int], dtype: torch.dtype)
     true = [sum(by_rank[r][i].double() for r in range(world_size)) for i, owner in enumerate(owners) if owner == rank]
     by_cut = reduction.means_of_own(by_rank[rank], owners, dtype, None, average=False, numel_per_round=12)
     own = {(cut.index, cut.start): values for cut, values in by_cut}
-    (whole,) = reduction.rounds(owners, numels, world_size, limit=sum(numels))
-    packed = torch.cat([by_rank[rank][cut.index] for cuts in whole for cut in cuts])
-    scattered = reduction.sum_scattered(packed, [sum(cut.numel for cut in cuts) for cuts in whole], None)
     empty = torch.zeros(0)
     ours = [own[place] for place in sorted(own)]
-    return [torch.cat([empty, *(v.double() for v in values)]).tolist() for values in (true, ours, [scattered])]
+    return [torch.cat([empty, *(v.double() for v in values)]).tolist() for values in (true, ours)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -207,12 +206,30 @@ def sums_of_both_kinds(owners: list[int], numels: list[int], dtype: torch.dtype)
     [([0, 1, 2, 0, 1, 2], [5, 3, 4, 2, 4, 3]), ([2, 2, 0], [9, 1, 4])],
     ids=["all own alike", "one owns nothing"],
 )
-def test_both_ways_to_sum(owners: list[int], numels: list[int], dtype: torch.dtype) -> None:
-    """NCCL's way runs here over gloo, by its reduce-scatter and by one reduce per owner."""
-    for true, own, scattered in run(3, sums_of_both_kinds, owners, numels, dtype):
-        tolerance = {"abs": 1e-5} if dtype == torch.float32 else {"abs": 0.06}
-        assert own == pytest.approx(true, abs=1e-5), "summed in fp32 whatever the wire carries"
-        assert scattered == pytest.approx(true, **tolerance)
+def test_sums(owners: list[int], numels: list[int], dtype: torch.dtype) -> None:
+    for true, ours in run(3, sums, owners, numels, dtype):
+        assert ours == pytest.approx(true, abs=1e-5), "summed in fp32 whatever the wire carries"
+
+
+def as_on_a_gpu(own_way: bool) -> dict[str, Any]:
+    """Losses and calls where the sums are left to DeepSpeed, as under NCCL, at accumulation 3."""
+    kept = zero_module.get_accelerator
+    zero_module.get_accelerator = lambda: SimpleNamespace(device_name=lambda: "cuda")
+    try:
+        with Wire() as wire:
+            result = losses(own_way, "llama", {"stage": 2, "accumulation": 3})
+    finally:
+        zero_module.get_accelerator = kept
+    return {**result, "calls": wire.calls}
+
+
+def test_elsewhere_deepspeed_reduces_to_each_owner_once_per_update() -> None:
+    """NCCL's sums are DeepSpeed's business; here they run over gloo."""
+    ours, theirs = run(2, as_on_a_gpu, False), run(2, as_on_a_gpu, True)
+    for mine, default in zip(ours, theirs, strict=True):
+        assert mine["losses"] == pytest.approx(default["losses"], rel=1e-4)
+        assert mine["calls"]["reduce"] <= 12 * 2 * 3, "an update, an owner, a group"
+        assert mine["calls"]["allreduce"] < default["calls"]["allreduce"] - 12, "no gradients among them"
 
 
 def warned_without(hide: str) -> list[str]:
