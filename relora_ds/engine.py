@@ -20,6 +20,7 @@ from relora_ds.config import Optimizer, ReLoRA, parse_relora
 from relora_ds.errors import ConfigError
 from relora_ds.lora import LORA_GROUP, param_groups, relora_layers, wrap
 from relora_ds.optimizer import ReLoRAOptimizer
+from relora_ds.zero import route_gradients
 
 ADAMS = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")
 
@@ -56,7 +57,8 @@ def initialize(
         model_parameters: parameters or groups to train; all trainable ones when None.
         lr_scheduler: a callable that takes the optimizer, or None for the one in ``config``.
         config: DeepSpeed's configuration: a path or a dictionary.
-        relora: the settings of :class:`relora_ds.config.ReLoRA`; None for ``deepspeed.initialize`` as it is.
+        relora: the settings of :class:`relora_ds.config.ReLoRA`; None for ``deepspeed.initialize`` as it is, but for
+            the way of the gradients.
         lora_lr: learning rate of the factors; that of their group when None.
         seed: of the factors' initialisation.
         rewarm: whether learning rates climb from 0 again after a restart.
@@ -76,10 +78,12 @@ def initialize(
         if done:
             warnings.warn(done, stacklevel=2)
     if relora is None:
-        return deepspeed.initialize(
+        plain = deepspeed.initialize(
             args, model, optimizer, model_parameters, training_data, lr_scheduler,
             mpu=mpu, collate_fn=collate_fn, config=content, **others,
         )  # fmt: skip
+        route_gradients(plain[0])
+        return plain
 
     settings = parse_relora(relora)
     ds_config.refuse_unsupported(content)
@@ -98,6 +102,7 @@ def initialize(
     engine, zero, loader, scheduler = deepspeed.initialize(
         args, model, optimizer, groups, training_data, lr_scheduler, collate_fn=collate_fn, config=content, **others
     )
+    route_gradients(engine)
     base = type(engine.basic_optimizer).__name__
     if base not in ADAMS:
         raise ConfigError("optimizer", base, f"ReLoRA prunes Adam's moments: one of {', '.join(ADAMS)}")
