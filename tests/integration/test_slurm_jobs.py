@@ -40,7 +40,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "long": {"train": TRAIN, "relora": RELORA_LONG},
 }
 AT_ONCE = 2
-SLOW_LINK = "5mbit"
+SLOW_LINK = "2mbit"
 """So that 300 updates take longer than a minute, without work for the cores."""
 
 
