@@ -241,11 +241,11 @@ class Config(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that also reads ``1e-3`` as a number, as YAML 1.2 does (PyYAML wants ``1.0e-3``)."""
+    """SafeLoader that reads ``1e-3`` as a number and ``24:00:00`` as text, as YAML 1.2 does (PyYAML wants ``1.0e-3``, and has 86400)."""
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, regex) for tag, regex in resolvers if tag != "tag:yaml.org,2002:float"]
+    first: [(tag, regex) for tag, regex in resolvers if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:int")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
@@ -254,6 +254,9 @@ _Loader.add_implicit_resolver(
         r"^[-+]?(?:(?:\d[\d_]*)?\.\d[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*\.?(?:[eE][-+]?\d+)|\d[\d_]*\.|\.(?:inf|Inf|INF|nan))$"
     ),
     list("-+0123456789."),
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)$"), list("-+0123456789")
 )
 
 

@@ -57,13 +57,24 @@ def test_numbers_that_people_write_are_floats(text: str, number: float) -> None:
     assert value == number
 
 
-@pytest.mark.parametrize("text", ["e5", "1e", "v1e5", "1.2.3", "1e5x", "llama_60m", "runs/1e5", ".", "2e5-4"])
+@pytest.mark.parametrize("text", ["e5", "1e", "v1e5", "1.2.3", "1e5x", "llama_60m", "runs/1e5", ".", "2e5-4", "24:00:00", "2-4"])
 def test_strings_stay_strings(text: str) -> None:
     assert config.read_yaml(f"a: {text}", "recipe") == {"a": text}
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("16", 16), ("-1", -1), ("true", True), ("null", None), ("[1, 2]", [1, 2]), ("'1e5'", "1e5")]
+    ("text", "value"),
+    [
+        ("16", 16),
+        ("-1", -1),
+        ("0", 0),
+        ("0x1F", 31),
+        ("20_000", 20000),
+        ("true", True),
+        ("null", None),
+        ("[1, 2]", [1, 2]),
+        ("'1e5'", "1e5"),
+    ],
 )
 def test_everything_else_is_ordinary_yaml(text: str, value: object) -> None:
     read = config.read_yaml(f"a: {text}", "recipe")["a"]
@@ -72,7 +83,7 @@ def test_everything_else_is_ordinary_yaml(text: str, value: object) -> None:
 
 
 def test_ordinary_yaml_loader_is_left_alone() -> None:
-    assert yaml.safe_load("a: 1e-3") == {"a": "1e-3"}
+    assert yaml.safe_load("a: 1e-3\nb: 24:00:00") == {"a": "1e-3", "b": 86400}
 
 
 # Overrides

@@ -35,9 +35,10 @@ def test_options_stand_over_the_site_file() -> None:
 def test_a_site_file(tmp_path: Path) -> None:
     path = tmp_path / "slurm.yaml"
     assert read_site(path) == {}
-    path.write_text("partition: gpu\nsetup: [module load cuda]\ngpus_per_node: 4\ntime: 02:00:00\n")
+    path.write_text("partition: gpu\nsetup: [module load cuda]\ngpus_per_node: 4\ntime: 24:00:00\nmem: 0\n")
     found = settings(read_site(path), {}, path)
     assert (found.partition, found.setup, found.num_gpus, found.ranks_per_node) == ("gpu", ["module load cuda"], 4, 4)
+    assert (found.time, found.mem) == ("24:00:00", "0")
     path.write_text("- partition\n")
     with pytest.raises(ConfigError, match=r"must hold keys and values"):
         read_site(path)
