@@ -79,9 +79,10 @@ def check(
     index = read_index(Path(config.data.path))
     architecture = models.hf_config(config.model, index.vocab_size)
     _check_data(config, index, architecture)
-    device = torch.device("cuda" if (torch.cuda.is_available() if on_cuda is None else on_cuda) else "cpu")
-    dtype = ds_config.DTYPES[ds_config.precision(fitted)]
-    models.attention_implementation(config.model.attention, dtype=dtype, device=device)  # raises where it cannot run
+    here = torch.cuda.is_available()
+    if on_cuda in (None, here):  # a login node cannot judge what runs on the GPUs of others
+        dtype, device = ds_config.DTYPES[ds_config.precision(fitted)], torch.device("cuda" if here else "cpu")
+        models.attention_implementation(config.model.attention, dtype=dtype, device=device)  # raises where it cannot run
     if config.method != "full":
         model = models.build_meta(architecture)
         layers = lora.find_targets(model, config.relora.targets)

@@ -241,7 +241,8 @@ class Config(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads ``1e-3`` as a number and ``24:00:00`` as text, as YAML 1.2 does (PyYAML wants ``1.0e-3``, and has 86400)."""
+    """SafeLoader that reads ``1e-3`` as a number and ``24:00:00`` as text, as YAML 1.2 does; PyYAML takes the one for text and
+    the other for 86400."""
 
 
 _Loader.yaml_implicit_resolvers = {

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from relora_ds import cli_slurm, launch, slurm, slurm_client
 from relora_ds.cli import main
@@ -225,6 +226,13 @@ def test_dry_run_takes_site_file_and_options(
 def test_the_recipes_own_signal_is_asked_for(recipe: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["slurm", "submit", str(recipe), "--tasks-per-node", "1", "train.stop_signal=HUP", "--dry-run"]) == 0
     assert "#SBATCH --signal=HUP@300\n" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a login node has no GPU")
+@pytest.mark.parametrize(("gpus", "code"), [("1", 0), ("0", 2)])
+def test_a_login_node_does_not_judge_what_needs_a_gpu(gpus: str, code: int, recipe: Path, home: Path) -> None:
+    words = ["--tasks-per-node", "1", "--gpus-per-node", gpus, "model.attention=flash_attention_2", "--dry-run"]
+    assert main(["slurm", "submit", str(recipe), *words]) == code
 
 
 def test_a_run_is_named_by_its_folder_or_its_recipe(recipe: Path, run: RunFolder) -> None:
