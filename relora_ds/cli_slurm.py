@@ -223,7 +223,8 @@ def run_before(options: argparse.Namespace, rest: Sequence[str]) -> int:
     def fits(nodes: int) -> None:
         from relora_ds.checks import check
 
-        check(config, Path(options.recipe), nodes * options.tasks_per_node)
+        # What needs a GPU is left to the ranks where none is seen: they may run in a container, and this does not.
+        check(config, Path(options.recipe), nodes * options.tasks_per_node, on_cuda=True)
 
     try:
         with redirect_stdout(sys.stderr):  # whatever a library prints must not come between
