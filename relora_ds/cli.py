@@ -57,11 +57,7 @@ def build_parser() -> Parser:
     train.add_argument("recipe", metavar="RECIPE", help="a YAML file")
     train.add_argument("overrides", metavar="key.sub=value", nargs="*", help="replace single settings of the recipe")
     train.add_argument("--nproc", type=int, help="processes on this machine (default: one per GPU, or 1)")
-    train.add_argument(
-        "--allow-changed", metavar="KEY", action="append", default=[],
-        help="resume although this setting, or section, is not what it was; may be given several times",
-    )  # fmt: skip
-    train.add_argument("--trust", action="store_true", help="open DeepSpeed's pickles of model.weights, which no manifest lists")
+    cli_slurm.add_insisting(train)
     train.set_defaults(run=run_train)
 
     evaluation = commands.add_parser("eval", help="held-out perplexity of a run or a checkpoint")
@@ -168,8 +164,8 @@ def _train_here(options: argparse.Namespace, recipe: Config, overrides: Sequence
     if num_processes == 1:
         return _train_rank(checked, launch.single(), StopSignal(recipe.train.stop_signal))
     print(f"[relora-ds] starting {num_processes} processes", file=sys.stderr, flush=True)
-    insisted = [word for key in options.allow_changed for word in ("--allow-changed", key)] + ["--trust"] * options.trust
-    return launch.spawn(["train", options.recipe, *overrides, *insisted], num_processes, stop_signal=recipe.train.stop_signal)
+    words = ["train", options.recipe, *overrides, *cli_slurm.insisted(options)]
+    return launch.spawn(words, num_processes, stop_signal=recipe.train.stop_signal)
 
 
 def _check(options: argparse.Namespace, recipe: Config, num_processes: int) -> Checked:

@@ -54,6 +54,7 @@ def add_commands(parent: Any, parser_class: type[argparse.ArgumentParser]) -> No
     submit.add_argument(
         "--site", type=Path, help="site file with defaults for the options below (default: ~/.config/relora-ds/slurm.yaml)"
     )
+    add_insisting(submit)
     for name, field in Settings.model_fields.items():
         _add_setting(submit, name, field.annotation)
     submit.set_defaults(run=run_submit)
@@ -88,10 +89,25 @@ def add_commands(parent: Any, parser_class: type[argparse.ArgumentParser]) -> No
         command.set_defaults(run=run)
     for command in (before, torchrun):
         command.add_argument("--tasks-per-node", type=int, required=True)
+        add_insisting(command)
     after.add_argument("--code", type=int, required=True, help="of what started the ranks")
     for command in (before, after):
         command.add_argument("--requeue-by", choices=typing.get_args(RequeueBy), default="requeue")
     after.add_argument("--max-stalled", type=int, default=3)
+
+
+def add_insisting(parser: argparse.ArgumentParser) -> None:
+    """Adds the options by which a user insists on what is otherwise refused."""
+    parser.add_argument(
+        "--allow-changed", metavar="KEY", action="append", default=[],
+        help="resume although this setting, or section, is not what it was; may be given several times",
+    )  # fmt: skip
+    parser.add_argument("--trust", action="store_true", help="open DeepSpeed's pickles of model.weights, which no manifest lists")
+
+
+def insisted(options: argparse.Namespace) -> list[str]:
+    """The words of :func:`add_insisting`'s options, to be handed on."""
+    return [word for key in options.allow_changed for word in ("--allow-changed", key)] + ["--trust"] * options.trust
 
 
 def _add_setting(parser: argparse.ArgumentParser, name: str, annotation: Any) -> None:
@@ -139,11 +155,12 @@ def run_submit(options: argparse.Namespace, rest: Sequence[str]) -> int:
         from relora_ds import slurm_client
 
         slurm_client.need("sbatch")
-    deepspeed = check_sizes(config, Path(options.recipe), found)
+    deepspeed = check_sizes(config, found, options)
+    text = slurm.script(config, found, recipe_name=name, workdir=workdir, insisted=insisted(options))
     if options.dry_run:
-        print(slurm.script(config, found, recipe_name=name, workdir=workdir), end="")
+        print(text, end="")
         return EXIT_DONE
-    job, output = slurm.submit(config, found, deepspeed, recipe_name=name, workdir=workdir)
+    job, output = slurm.submit(config, found, deepspeed, text, workdir=workdir)
     print(f"submitted job {job}: {describe(found)}, into {config.run.dir}")
     print(f"  relora-ds slurm status {config.run.dir}     state, update, speed, time left")
     print(f"  relora-ds slurm logs -f {config.run.dir}    its output ({output})")
@@ -151,15 +168,15 @@ def run_submit(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return EXIT_DONE
 
 
-def check_sizes(config: Config, recipe: Path, found: Settings) -> dict[str, Any]:
+def check_sizes(config: Config, found: Settings, options: argparse.Namespace) -> dict[str, Any]:
     """Judges the recipe for the most nodes of the range; returns DeepSpeed's JSON as the recipe names it. Raises ConfigError."""
     launch.quiet_libraries()
     from relora_ds.checks import check
     from relora_ds.ds_config import read
 
-    check(config, recipe, found.node_range[1] * found.ranks_per_node, on_cuda=found.num_gpus > 0)
-    near = (recipe.resolve().parent, recipe.resolve().parent.parent)
-    return dict(read(config.deepspeed, *near))
+    recipe, ranks = Path(options.recipe), found.node_range[1] * found.ranks_per_node
+    check(config, recipe, ranks, options.allow_changed, options.trust, on_cuda=found.num_gpus > 0)
+    return dict(read(config.deepspeed, recipe.resolve().parent, recipe.resolve().parent.parent))
 
 
 def run_status(options: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -224,7 +241,8 @@ def run_before(options: argparse.Namespace, rest: Sequence[str]) -> int:
         from relora_ds.checks import check
 
         # What needs a GPU is left to the ranks where none is seen: they may run in a container, and this does not.
-        check(config, Path(options.recipe), nodes * options.tasks_per_node, on_cuda=True)
+        ranks = nodes * options.tasks_per_node
+        check(config, Path(options.recipe), ranks, options.allow_changed, options.trust, on_cuda=True)
 
     try:
         with redirect_stdout(sys.stderr):  # whatever a library prints must not come between
@@ -272,6 +290,6 @@ def run_torchrun(options: argparse.Namespace, rest: Sequence[str]) -> int:
     words = [
         sys.executable, "-m", "torch.distributed.run", f"--nnodes={node.world_size}", f"--node-rank={node.rank}",
         f"--nproc-per-node={options.tasks_per_node}", f"--master-addr={node.master_addr}", f"--master-port={node.master_port}",
-        "--module", "relora_ds.cli", "train", options.recipe,
+        "--module", "relora_ds.cli", "train", options.recipe, *insisted(options),
     ]  # fmt: skip
     os.execv(sys.executable, words)

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -39,8 +39,8 @@ POLL_S = 0.5
 # Submit
 
 
-def submit(config: Config, found: Settings, deepspeed: dict[str, Any], *, recipe_name: str, workdir: Path) -> tuple[int, Path]:
-    """Submits a recipe that was checked; returns the job's id and the file that its output goes to.
+def submit(config: Config, found: Settings, deepspeed: dict[str, Any], text: str, *, workdir: Path) -> tuple[int, Path]:
+    """Submits a recipe that was checked, by the script ``text``; returns the job's id and the file that its output goes to.
 
     Everything that the job needs of this moment is written into run.dir/slurm first: the resolved recipe, DeepSpeed's JSON, the
     commit and the script.
@@ -50,7 +50,6 @@ def submit(config: Config, found: Settings, deepspeed: dict[str, Any], *, recipe
     """
     run = RunFolder(Path(config.run.dir))
     refuse_second(run)
-    text = script(config, found, recipe_name=recipe_name, workdir=workdir)
     check_script(text, found)
     snapshot(run, config, deepspeed, text, workdir)
     with refused_by_sbatch(found):
@@ -59,13 +58,15 @@ def submit(config: Config, found: Settings, deepspeed: dict[str, Any], *, recipe
     return job, absolute(run, workdir) / OUTPUT
 
 
-def script(config: Config, found: Settings, *, recipe_name: str, workdir: Path) -> str:
-    """The batch script that :func:`submit` submits."""
+def script(config: Config, found: Settings, *, recipe_name: str, workdir: Path, insisted: Sequence[str] = ()) -> str:
+    """The batch script for :func:`submit`; ``insisted``: more words for ``relora-ds train``."""
     folder = absolute(RunFolder(Path(config.run.dir)), workdir)
     if found.python is None:
         found = found.model_copy(update={"python": sys.executable})
     output = str(folder / OUTPUT).replace("%", "%%")
-    return slurm_script.render(found, recipe=str(folder / RECIPE), output=output, workdir=str(workdir), name=recipe_name)
+    return slurm_script.render(
+        found, recipe=str(folder / RECIPE), output=output, workdir=str(workdir), name=recipe_name, insisted=insisted
+    )
 
 
 def absolute(run: RunFolder, workdir: Path) -> Path:

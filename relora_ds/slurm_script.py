@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -138,7 +139,9 @@ def _check(found: Settings) -> None:
             raise ConfigError("--sbatch-args", text, "is no option of sbatch", "write it with its dashes: --reservation=week")
 
 
-def render(found: Settings, *, recipe: str, output: str, workdir: str | None = None, name: str = "") -> str:
+def render(
+    found: Settings, *, recipe: str, output: str, workdir: str | None = None, name: str = "", insisted: Sequence[str] = ()
+) -> str:
     """The batch script.
 
     Args:
@@ -147,15 +150,19 @@ def render(found: Settings, *, recipe: str, output: str, workdir: str | None = N
         output: file that the job's output is appended to; sbatch's patterns such as %j are kept.
         workdir: where the job runs; None: where sbatch is called.
         name: of the job, where the settings name none.
+        insisted: more words for ``relora-ds train``.
     """
     directives = [f"#SBATCH {option}" for option in _options(found, output, workdir, found.job_name or name)]
     python, requeue = found.python or "python", f"--requeue-by {found.requeue_by}"
+    more = "".join(f" {shlex.quote(word)}" for word in insisted)
     parts = [
         "\n".join(["#!/bin/bash", *directives]),
         _ABOUT.format(signal=found.signal, before=found.signal_before, how=_HOW[found.requeue_by]),
         "\n".join([f"recipe={shlex.quote(recipe)}", f"python={shlex.quote(python)}", f"tasks_per_node={found.ranks_per_node}"]),
         "\n".join(_surroundings(found)),
-        _BEFORE.format(before=f'{_relora("slurm before")} --tasks-per-node "$tasks_per_node" {requeue}', step=_step(found)),
+        _BEFORE.format(
+            before=f'{_relora("slurm before")} --tasks-per-node "$tasks_per_node" {requeue}{more}', step=_step(found, more)
+        ),
         _AFTER.format(after=f'{_relora("slurm after")} --code "$code" {requeue} --max-stalled {found.max_stalled}'),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -235,10 +242,10 @@ def _surroundings(found: Settings) -> list[str]:
     return [*lines, f'export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-{cores}}}"']
 
 
-def _step(found: Settings) -> str:
+def _step(found: Settings, insisted: str) -> str:
     """The lines that start the ranks and wait for their end; bash's ``wait`` ends early when a signal comes, hence the loop."""
-    train = " ".join(filter(None, [found.container, _relora("train")]))
-    agent = " ".join(filter(None, [found.container, _relora("slurm torchrun"), '--tasks-per-node "$tasks_per_node"']))
+    train = " ".join(filter(None, [found.container, _relora("train")])) + insisted
+    agent = " ".join(filter(None, [found.container, _relora("slurm torchrun"), '--tasks-per-node "$tasks_per_node"'])) + insisted
     more, forward = "".join(f" {shlex.quote(word)}" for word in found.srun_args), ""
     cpus = '${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"}'  # srun does not take it over from sbatch
     if found.launcher == "srun":

@@ -46,7 +46,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_what_a_job_needs_of_this_moment_is_kept(config: Config, run: RunFolder, calls: list[str], tmp_path: Path) -> None:
     deepspeed = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
-    job, output = slurm.submit(config, FOUND, deepspeed, recipe_name="demo", workdir=tmp_path)
+    text = slurm.script(config, FOUND, recipe_name="demo", workdir=tmp_path)
+    job, output = slurm.submit(config, FOUND, deepspeed, text, workdir=tmp_path)
     assert (job, output) == (17, run.slurm / "job.out")
     assert calls == ["sbatch --test-only", f"sbatch --parsable {run.slurm}/job.sbatch"]
     kept = load(run.slurm / "recipe.yaml", [])
@@ -56,7 +57,7 @@ def test_what_a_job_needs_of_this_moment_is_kept(config: Config, run: RunFolder,
     assert commit["relora_ds"] and commit["workdir"] is None
     if (Path(slurm.__file__).parents[1] / ".git").exists():
         assert len(commit["package"].partition("-")[0]) == 40
-    text = (run.slurm / "job.sbatch").read_text()
+    assert (run.slurm / "job.sbatch").read_text() == text
     assert f"recipe={run.slurm}/recipe.yaml\npython={sys.executable}\n" in text
     assert f"#SBATCH --chdir={tmp_path}\n" in text and f"#SBATCH --output={run.slurm}/job.out\n" in text
     assert Events(run).of("submitted")[0]["settings"] == {"tasks_per_node": 2, "nodes": "2"}
@@ -72,7 +73,7 @@ def test_a_relative_run_folder_is_found_from_anywhere(settings: dict[str, Any], 
 def test_set_up_lines_that_are_no_shell_are_named(calls: list[str], config: Config, tmp_path: Path) -> None:
     found = job_settings({}, {"tasks_per_node": 2, "setup": ["if true"]})
     with pytest.raises(ConfigError, match=r"--setup=\['if true'\]: .*syntax error"):
-        slurm.submit(config, found, {}, recipe_name="a", workdir=tmp_path)
+        slurm.submit(config, found, {}, slurm.script(config, found, recipe_name="a", workdir=tmp_path), workdir=tmp_path)
     assert calls == []
 
 
@@ -233,6 +234,18 @@ def test_the_recipes_own_signal_is_asked_for(recipe: Path, home: Path, capsys: p
 def test_a_login_node_does_not_judge_what_needs_a_gpu(gpus: str, code: int, recipe: Path, home: Path) -> None:
     words = ["--tasks-per-node", "1", "--gpus-per-node", gpus, "model.attention=flash_attention_2", "--dry-run"]
     assert main(["slurm", "submit", str(recipe), *words]) == code
+
+
+@pytest.mark.parametrize("launcher", ["srun", "torchrun", "mpi"])
+def test_what_the_user_insists_on_reaches_the_ranks(
+    launcher: str, recipe: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--tasks-per-node", "1", "--launcher", launcher, "--allow-changed", "relora", "--trust", "--dry-run"]
+    assert main(["slurm", "submit", str(recipe), *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    insisting = [line for line in lines if "--allow-changed relora --trust" in line]
+    assert len(insisting) == 2 and "slurm before" in insisting[0]
+    assert ("slurm torchrun" if launcher == "torchrun" else "train") in insisting[1]
 
 
 def test_a_run_is_named_by_its_folder_or_its_recipe(recipe: Path, run: RunFolder) -> None:
