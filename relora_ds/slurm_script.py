@@ -1,4 +1,4 @@
-"""PURE: what a SLURM job is asked for, and the batch script that follows from it.
+"""What a SLURM job is asked for, and the batch script that follows from it.
 
 The script trains one recipe to its last update over as many requeues as it takes. What happens before and after the training step is
 decided in :mod:`relora_ds.slurm_job`; the script itself only starts things and waits.
@@ -233,11 +233,8 @@ def _surroundings(found: Settings) -> list[str]:
     lines = list(found.setup)
     if found.environment_file:
         path = Path(found.environment_file)
-        lines += [
-            "set -a",
-            f"source {shlex.quote(str(path) if path.is_absolute() else f'./{path}')}",
-            "set +a",
-        ]  # not on the PATH
+        name = str(path) if path.is_absolute() else f"./{path}"  # without a slash, source would look on the PATH first
+        lines += ["set -a", f"source {shlex.quote(name)}", "set +a"]
     cores = "$((SLURM_CPUS_PER_TASK / tasks_per_node))" if found.launcher == "torchrun" else "${SLURM_CPUS_PER_TASK:-1}"
     return [*lines, f'export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-{cores}}}"']
 
