@@ -18,6 +18,7 @@ from relora_ds.base import frozen_weights
 from relora_ds.checkpoint import load_base
 from relora_ds.config import Optimizer, ReLoRA, parse_relora
 from relora_ds.errors import ConfigError
+from relora_ds.ledger import LEDGER, START_UP, count_everything, label
 from relora_ds.lora import LORA_GROUP, param_groups, relora_layers, wrap
 from relora_ds.optimizer import ReLoRAOptimizer
 from relora_ds.zero import route_gradients
@@ -25,6 +26,7 @@ from relora_ds.zero import route_gradients
 ADAMS = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")
 
 
+@LEDGER.serving(START_UP)
 def initialize(
     args: Any = None,
     model: nn.Module | None = None,
@@ -77,12 +79,14 @@ def initialize(
         done = launch.guard_bf16()
         if done:
             warnings.warn(done, stacklevel=2)
+    count_everything()
     if relora is None:
         plain = deepspeed.initialize(
             args, model, optimizer, model_parameters, training_data, lr_scheduler,
             mpu=mpu, collate_fn=collate_fn, config=content, **others,
         )  # fmt: skip
         route_gradients(plain[0])
+        label(plain[0])
         return plain
 
     settings = parse_relora(relora)
@@ -107,6 +111,7 @@ def initialize(
     if base not in ADAMS:
         raise ConfigError("optimizer", base, f"ReLoRA prunes Adam's moments: one of {', '.join(ADAMS)}")
     engine.optimizer = ReLoRAOptimizer(zero, engine.module, settings, seed=seed, rewarm=rewarm)
+    label(engine)
     engine.load_checkpoint = _with_base(engine, engine.load_checkpoint)
     return engine, engine.optimizer, loader, scheduler
 

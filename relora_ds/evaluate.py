@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from relora_ds.data import TokenDataset
+from relora_ds.ledger import EVALUATION, LEDGER
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def evaluate(
     model.train(was_training)
     if world_size > 1:
         sums = sums.to(device)
-        dist.all_reduce(sums)
+        with LEDGER.purpose(EVALUATION):
+            dist.all_reduce(sums)
     total, tokens = sums.tolist()
     mean = total / tokens
     return Evaluation(mean, math.exp(mean) if mean < 700 else math.inf, int(tokens))

@@ -244,10 +244,13 @@ def start_process_group(place: Place, timeout_s: float = 1800.0) -> Any:
         torch.cuda.set_device(place.local_rank)
     import deepspeed
 
+    from relora_ds import ledger
+
     skip_shared_memory_build()
     deepspeed.init_distributed(
         dist_backend="nccl" if on_cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s)
     )
+    ledger.count_everything()
     return torch.device("cuda", place.local_rank) if on_cuda else torch.device("cpu")
 
 

@@ -21,6 +21,15 @@ def say(text: str) -> None:
     print(f"[relora-ds] {text}", file=sys.stderr, flush=True)
 
 
+def human_bytes(count: float) -> str:
+    """Bytes with a decimal prefix, three digits: 4.52 MB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 999.5 or unit == "TB":
+            break
+        count /= 1000
+    return f"{count:.3g} {unit}"
+
+
 class Progress:
     """The state of the run in one line: rewritten in place on a terminal, printed now and then elsewhere."""
 
@@ -50,7 +59,8 @@ class Progress:
         loss = "skipped" if record.get("skipped") else f"{record['loss']:.4f}"
         return (
             f"{record['phase']:>4} {update}/{self.total}  loss {loss}  lr {record.get('lora_lr', record['lr']):.2e}"
-            f"  {record['tokens_per_s']:,.0f} tokens/s  restarts {record['restarts']}  left {left}"
+            f"  {record['tokens_per_s']:,.0f} tokens/s  sent {human_bytes(record['sent_bytes'])}"
+            f"  restarts {record['restarts']}  left {left}"
         )
 
     def break_line(self) -> None:

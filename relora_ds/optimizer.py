@@ -30,6 +30,7 @@ from relora_ds import pruning
 from relora_ds.config import ReLoRA
 from relora_ds.errors import RestartError
 from relora_ds.frozen import MergeStats, ShardedMaster, checksum, stored_tensors
+from relora_ds.ledger import LEDGER, RESTART, VERIFY
 from relora_ds.lora import ReLoRALinear, relora_layers
 from relora_ds.reinit import initial_A, principal_inputs
 from relora_ds.schedule import rewarmup_factor
@@ -201,7 +202,7 @@ class ReLoRAOptimizer(ZeroProxy):
         Raises:
             RestartError: the ranks disagree afterwards; names the first layer and the ranks that differ.
         """
-        started, bytes_before = time.perf_counter(), self.comm.payload_bytes.total()
+        started, bytes_before = time.perf_counter(), LEDGER.payload_bytes((RESTART, VERIFY))
         self.restarts += 1
         stats = self._merge_and_reinitialise()
         pruned = self.reset() if reset else 0.0
@@ -213,7 +214,7 @@ class ReLoRAOptimizer(ZeroProxy):
             merged_change=total.relative_change,
             merge_error=total.merge_error,
             seconds=time.perf_counter() - started,
-            bytes=self.comm.payload_bytes.total() - bytes_before,
+            bytes=LEDGER.payload_bytes((RESTART, VERIFY)) - bytes_before,
             weights_checksum=digest,
             by_layer_type={
                 kind: {"merged_change": figures.relative_change, "merge_error": figures.merge_error}

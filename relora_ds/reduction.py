@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from relora_ds.ledger import LEDGER
+
 ROUND = 2**24
 """Entries that all ranks together exchange at a time: what is packed and what is received take no more than this each."""
 
@@ -101,13 +103,14 @@ def sum_exchanged(packed: Tensor, sizes: Sequence[int], group: dist.ProcessGroup
     """
     rank, width = dist.get_rank(group), packed.element_size()
     received = packed.new_empty(len(sizes) * sizes[rank])
-    dist.all_to_all_single(
-        received.view(torch.uint8),  # gloo does not know every dtype
-        packed.view(torch.uint8),
-        [sizes[rank] * width] * len(sizes),
-        [size * width for size in sizes],
-        group=group,
-    )
+    with LEDGER.standing_for(packed.dtype):
+        dist.all_to_all_single(
+            received.view(torch.uint8),  # gloo does not know every dtype
+            packed.view(torch.uint8),
+            [sizes[rank] * width] * len(sizes),
+            [size * width for size in sizes],
+            group=group,
+        )
     total = torch.zeros(sizes[rank], dtype=torch.float32, device=packed.device)
     for part in received.split(sizes[rank]) if sizes[rank] else ():
         total += part

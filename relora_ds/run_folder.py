@@ -17,8 +17,8 @@ from relora_ds.errors import ConfigError
 @dataclass(frozen=True)
 class RunFolder:
     """Paths of one run: config.yaml, deepspeed.json, model/ (Hugging Face configuration and tokenizer), metrics.jsonl,
-    restarts.jsonl, ranks.jsonl, faults.jsonl, stacks/ (where every rank hung), checkpoints/, base/ (frozen weights, once per
-    restart), universal/ (conversions), slurm/ (what was submitted, and what became of it), plots/, report.md."""
+    restarts.jsonl, traffic.json, ranks.jsonl, faults.jsonl, stacks/ (where every rank hung), checkpoints/, base/ (frozen weights,
+    once per restart), universal/ (conversions), slurm/ (what was submitted, and what became of it), plots/, report.md."""
 
     path: Path
 
@@ -41,6 +41,10 @@ class RunFolder:
     @property
     def restarts(self) -> Path:
         return self.path / "restarts.jsonl"
+
+    @property
+    def traffic(self) -> Path:
+        return self.path / "traffic.json"
 
     @property
     def ranks(self) -> Path:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from relora_ds import base as bases
 from relora_ds import manifest as manifests
+from relora_ds.ledger import CHECKPOINT, LEDGER
 from relora_ds.manifest import Manifest
 from relora_ds.run_folder import RunFolder, write_atomically
 
@@ -292,12 +293,14 @@ def _states(engine: Any, folder: Path, tag: str, progress: dict[str, Any], *, le
     return copier.states
 
 
+@LEDGER.serving(CHECKPOINT)
 def _from_rank_0(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
+@LEDGER.serving(CHECKPOINT)
 def _from_all_ranks(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)

@@ -23,6 +23,7 @@ from relora_ds.data import TokenDataset, rank_micro_batches
 from relora_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, RestartError
 from relora_ds.evaluate import evaluate
 from relora_ds.launch import Place
+from relora_ds.ledger import LEDGER, LOSS, START_UP
 from relora_ds.lock import RunLock
 from relora_ds.lora import LORA_GROUP
 from relora_ds.metrics import Metrics, say
@@ -33,6 +34,7 @@ from relora_ds.saver import FencedError, Saver
 from relora_ds.schedule import lr_factor
 from relora_ds.stop import StopSignal
 from relora_ds.stragglers import OwnTime
+from relora_ds.traffic import TrafficLog
 from relora_ds.watchdog import SAVE_S, Watchdog, stacks_folder
 
 
@@ -60,6 +62,7 @@ def train(checked: Checked, place: Place, device: torch.device, stop: StopSignal
     code = EXIT_DONE
     try:
         trainer.watchdog.start()
+        trainer.traffic.begin(trainer.done.update + 1)
         for update in range(trainer.done.update + 1, total + 1):
             trainer.enter_phase(update)
             stopping = trainer.update(update, stop.requested)
@@ -100,6 +103,7 @@ class Trainer:
         done: the progress that a checkpoint keeps.
     """
 
+    @LEDGER.serving(START_UP)
     def __init__(self, checked: Checked, place: Place, device: torch.device) -> None:
         self.checked, self.place, self.device = checked, place, device
         self.config = config = checked.config
@@ -110,6 +114,7 @@ class Trainer:
         self.lock = RunLock(self.folder.path, job=launch.attempt())
         resume_from = self._open_run_folder()
         self.watchdog = self._make_watchdog()
+        self.traffic = TrafficLog(self.folder.traffic, place, self.watchdog.hosts, device, launch.attempt())
         self.own_time = OwnTime(place.rank, place.world_size, device)
         self.saver = Saver(
             self.folder, place.rank, place.world_size, is_mine=self.lock.is_mine, self_contained=config.checkpoint.self_contained,
@@ -141,6 +146,7 @@ class Trainer:
             self.done = elastic.load(self.engine, self.folder, resume_from, self.say)
         self.saver.base = content.base
 
+    @LEDGER.serving(START_UP)
     def enter_phase(self, update: int) -> None:
         """Changes to the LoRA phase when ``update`` is its first."""
         if self.phase == "full" and self.config.phase_of(update) == "lora":
@@ -199,7 +205,8 @@ class Trainer:
         flags = torch.tensor([stop_requested, self.saver.has_failed, self.lock.is_lost], dtype=torch.float64, device=self.device)
         update = self.done.update + 1
         shared = torch.cat([loss.view(1), flags, self.own_time.slots(update, self.config.total_updates)])
-        dist.all_reduce(shared)
+        with LEDGER.purpose(LOSS):
+            dist.all_reduce(shared)
         total, asked, failed, lost, *seconds = shared.tolist()
         self.own_time.end_update()
         if seconds and self.metrics is not None:
@@ -232,6 +239,7 @@ class Trainer:
                 "tokens": self.done.tokens,
                 "tokens_per_s": tokens / seconds,
                 "restarts": self.restarts,
+                "sent_bytes": self.traffic.lap(),
             }
             if LORA_GROUP in rates:
                 record["lora_lr"] = rates[LORA_GROUP]
@@ -272,6 +280,7 @@ class Trainer:
         self._finish_save()
         manifest = checkpoints.describe(self.engine, self.config, self.done, self.phase)
         self.saver.start(self.engine, manifest, asdict(self.done))
+        self.traffic.write(self.done.update)
         if wait or not self.config.checkpoint.asynchronous:
             self._finish_save()
         if wait and self.failed_saves:

@@ -26,8 +26,8 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from relora_ds.errors import ConfigError
+from relora_ds.ledger import CountedGroup
 from relora_ds.reduction import means_of_own
-from relora_ds.traffic import CountedGroup
 
 TESTED_DEEPSPEED = "0.19.8"
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")

@@ -13,6 +13,7 @@ from relora_ds.config import parse
 from relora_ds.run_folder import RunFolder
 
 RECORD = {"update": 3, "phase": "lora", "loss": 3.5, "lr": 1e-3, "lora_lr": 2e-3, "tokens_per_s": 12345.6, "restarts": 1}
+RECORD["sent_bytes"] = 4_517_888
 
 
 def test_progress_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -23,8 +24,16 @@ def test_progress_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
         progress.show({**RECORD, "update": update})
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].endswith("left ?")
-    assert lines[1] == "[relora-ds] lora 3/9  loss 3.5000  lr 2.00e-03  12,346 tokens/s  restarts 1  left 0:01:00"
+    assert lines[1] == "[relora-ds] lora 3/9  loss 3.5000  lr 2.00e-03  12,346 tokens/s  sent 4.52 MB  restarts 1  left 0:01:00"
     assert len(lines) == 3, "two seconds later nothing is printed, at the last update it is"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (999_600, "1 MB"), (2.34e9, "2.34 GB"), (5e15, "5e+03 TB")],
+)
+def test_human_bytes(count: float, text: str) -> None:
+    assert metrics.human_bytes(count) == text
 
 
 def test_a_skipped_update_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
