@@ -11,6 +11,7 @@ from typing import Any
 
 from relora_ds.config import Config
 from relora_ds.run_folder import Log, RunFolder, write_atomically
+from relora_ds.units import human_bytes
 
 LINE_EVERY_S = 5.0
 """How often a progress line is printed where the output is not a terminal."""
@@ -19,15 +20,6 @@ LINE_EVERY_S = 5.0
 def say(text: str) -> None:
     """One line to the user."""
     print(f"[relora-ds] {text}", file=sys.stderr, flush=True)
-
-
-def human_bytes(count: float) -> str:
-    """Bytes with a decimal prefix, three digits: 4.52 MB."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(count) < 999.5 or unit == "TB":
-            break
-        count /= 1000
-    return f"{count:.3g} {unit}"
 
 
 class Progress:

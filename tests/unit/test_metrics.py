@@ -28,14 +28,6 @@ def test_progress_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert len(lines) == 3, "two seconds later nothing is printed, at the last update it is"
 
 
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (999_600, "1 MB"), (2.34e9, "2.34 GB"), (5e15, "5e+03 TB")],
-)
-def test_human_bytes(count: float, text: str) -> None:
-    assert metrics.human_bytes(count) == text
-
-
 def test_a_skipped_update_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     metrics.Progress(total=9).show({**RECORD, "loss": None, "skipped": True})
     assert "loss skipped" in capsys.readouterr().err

@@ -1,0 +1,104 @@
+"""``relora-ds traffic``: what a recipe sends, measured beside full-rank training."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from relora_ds import launch
+from relora_ds.config import Run, load
+from relora_ds.errors import EXIT_DONE, ConfigError, nearest, refuse_rest
+from relora_ds.metrics import say
+from relora_ds.units import parse_bytes
+
+LINKS = "100Mbit,1Gbit,10Gbit"
+
+
+def add_command(parent: Any) -> None:
+    """Adds ``traffic`` to the parser of ``relora-ds``."""
+    traffic = parent.add_parser("traffic", help="a recipe's network traffic, measured beside full-rank training")
+    traffic.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    traffic.add_argument("overrides", metavar="key.sub=value", nargs="*", help="replace single settings of the recipe")
+    traffic.add_argument("--nproc", type=int, help="processes on this machine (default: one per GPU, but at least 2)")
+    traffic.add_argument("--updates", type=int, default=3, help="to measure each way (default: %(default)s)")
+    traffic.add_argument("--arms", default="recipe,full,zero2,zero1,ddp", help="what to compare (default: %(default)s)")
+    traffic.add_argument("--link", default=LINKS, help="speeds to foretell the seconds for (default: %(default)s)")
+    traffic.add_argument("--out", type=Path, help="folder for the table, the picture and the JSON (default: traffic/RECIPE)")
+    traffic.set_defaults(run=run_traffic)
+
+
+def run_traffic(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """In the launching process: check, then start the ranks. In a rank: check, join the others, measure."""
+    overrides = list(options.overrides)
+    for word in rest:
+        if word.startswith("-"):
+            refuse_rest([word], ["--nproc", "--updates", "--arms", "--link", "--out"])
+        overrides.append(word)
+    launch.quiet_libraries()
+    place = launch.discover()
+    links = {name.strip(): parse_bytes(name, "--link") for name in options.link.split(",")}
+    out = options.out or Path("traffic") / Path(options.recipe).stem
+    for name, value in (("--nproc", options.nproc), ("--updates", options.updates)):
+        if value is not None and value < 1:
+            raise ConfigError(name, value, "must be at least 1")
+    if place is not None and options.nproc is not None:
+        raise ConfigError("--nproc", options.nproc, f"this process was started by {place.launcher}, which sets their number")
+    num_processes = place.world_size if place else options.nproc or max(2, launch.default_num_processes())
+    if num_processes < 2:
+        raise ConfigError("--nproc", num_processes, "one process sends nothing", "use at least 2")
+
+    import torch
+
+    from relora_ds import ds_config
+    from relora_ds.checks import check
+    from relora_ds.comparison import ARMS, arms_of, compare
+    from relora_ds.comparison_table import NOTE, aligned, table, write
+
+    chosen = [name.strip() for name in options.arms.split(",")]
+    for name in chosen:
+        if name not in ARMS:
+            raise ConfigError("--arms", name, "no such way to train", nearest(name, ARMS))
+    recipe = load(options.recipe, overrides)
+    recipe = recipe.model_copy(update={"run": Run(dir=str(out), seed=recipe.run.seed)})  # no run is written, or gone on with
+    checked = check(recipe, Path(options.recipe), num_processes)
+    if ds_config.precision(checked.deepspeed) == "bf16" and not torch.cuda.is_available():
+        done = launch.guard_bf16()
+        if done and (place is None or place.is_main):
+            say(done)
+    if place is None:
+        launch.check_devices(num_processes)
+        say(f"starting {num_processes} processes")
+        words = ["traffic", options.recipe, *overrides, "--updates", str(options.updates), "--arms", options.arms]
+        return launch.spawn([*words, "--link", options.link, "--out", str(out)], num_processes)
+
+    device = launch.start_process_group(place)
+    results = compare(
+        checked, place, device, arms_of(recipe, chosen), options.updates, say if place.is_main else lambda text: None
+    )
+    if place.is_main:
+        about = {
+            "recipe": " ".join([options.recipe, *overrides]),
+            "ranks": f"{place.world_size} on {math.ceil(place.world_size / place.local_world_size)} node(s), {device.type}",
+            "global batch": f"{recipe.train.global_batch} x {recipe.data.sequence_length} tokens",
+            "micro batches": f"{recipe.train.global_batch // (recipe.train.micro_batch * place.world_size)} of an update on a rank",
+            "versions": _versions(),
+        }
+        write(out, results, links, about)
+        print(aligned(table(results, links)))
+        print(f"\n{NOTE}")
+        print(f"wrote {out}/comparison.md, .png and .json", file=sys.stderr)
+    launch.leave_process_group()
+    return EXIT_DONE
+
+
+def _versions() -> str:
+    import deepspeed
+    import torch
+
+    from relora_ds import __version__
+
+    return f"relora_ds {__version__}, torch {torch.__version__}, deepspeed {deepspeed.__version__}"
