@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from relora_ds.errors import ConfigError
-from relora_ds.units import parse_bytes
+from relora_ds.units import human_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,74 @@
+"""``relora-ds traffic`` on two nodes of a real SLURM: counted, foretold and on the wire."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from relora_ds import cli
+from relora_ds.comparison import ARMS
+from tests.integration.cluster import Cluster, missing
+from tests.integration.conftest import ROOT, environment
+
+SIZES = {"hidden_size": 128, "intermediate_size": 352, "vocab_size": 4096, "num_attention_heads": 2}
+"""About 1.2M parameters: below that the headers of small messages weigh more than 1%."""
+
+
+@pytest.mark.skipif(missing() is not None, reason=missing() or "")
+def test_two_nodes(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """Every way to train, with two micro-batches of an update: within 2% of each other, and the ratios that the project is about."""
+    model = {"config": {"model_type": "llama", "num_hidden_layers": 2, **SIZES}}
+    path = recipe("run", model=model, relora={"rank": 8, "restart_every": 10}, train={"global_batch": 8, "micro_batch": 2})
+    out = tmp_path / "out"
+    with Cluster(tmp_path / "cluster", 2) as cluster:
+        words = [
+            "srun",
+            "--nodes=2",
+            "--ntasks-per-node=1",
+            sys.executable,
+            "-m",
+            "relora_ds.cli",
+            "traffic",
+            path,
+            f"--out={out}",
+        ]
+        said = cluster.run("ctl", *words, env=environment(), cwd=ROOT, timeout=300).stdout
+    content = json.loads((out / "comparison.json").read_text())
+    assert content["about"]["ranks"] == "2 on 2 node(s), cpu"
+    arms: dict[str, dict[str, Any]] = {arm["arm"]: arm for arm in content["arms"]}
+    assert list(arms) == list(ARMS)
+    for name, arm in arms.items():
+        assert ARMS[name] in said
+        assert arm["wire"] == pytest.approx(arm["total_bytes"], rel=0.02), f"{name}: counted against the interface's counter"
+        restarts = arm["counted"].get("restart", 0.0)
+        assert arm["total_bytes"] - restarts == pytest.approx(arm["formula"], rel=0.02), f"{name}: counted against the formula"
+    of_full = {name: arm["formula"] / arms["full"]["formula"] for name, arm in arms.items()}
+    trainable = arms["recipe"]["trainable"] / arms["full"]["trainable"]
+    # Of the parameters' bytes: 2 for ours, 1 a micro-batch twice over and 1 for stage 2, one less for stage 1, 2 for DDP.
+    expected = {"recipe": trainable, "full": 1.0, "zero2": 2.5, "zero1": 1.5, "ddp": 1.0}
+    assert of_full == pytest.approx(expected, rel=1e-3)
+    assert arms["recipe"]["counted"]["restart"] > 0
+    assert (out / "comparison.png").stat().st_size > 10_000
+    assert "| the recipe |" in (out / "comparison.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--nproc", "1"], "--nproc=1: one process sends nothing; use at least 2"),
+        (["--arms", "recipe,zero3"], "--arms='zero3': no such way to train; did you mean 'zero2'?"),
+        (["--link", "fast"], "--link='fast': is no amount of data"),
+        (["--updates", "0"], "--updates=0: must be at least 1"),
+        (["--nprocs", "2"], "--nprocs=None: unknown option; did you mean '--nproc'?"),
+        (["train.global_batch=7", "--nproc", "2"], "train.global_batch=7: is not a multiple"),
+    ],
+)
+def test_bad_input(recipe: Callable[..., Path], words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["traffic", str(recipe("run")), *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
