@@ -9,7 +9,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from relora_ds.errors import ConfigError
+from relora_ds.run_folder import read_traffic
+from relora_ds.units import human_bytes
 
 Record = dict[str, Any]
 
@@ -42,6 +44,10 @@ RUN_COLUMNS |= {
 }
 RESTART_COLUMNS = {"update": ",d", "restart": "d", "loss_before": ".4f", "loss_after": ".4f", "change": "+.4f"}
 RESTART_COLUMNS |= {"pruned_fraction": ".4f", "merge_error": ".1e", "seconds": ".2f", "bytes": ",.0f"}
+TRAFFIC_COLUMNS = {"updates": "", "ranks": "d", "nodes": "d", "per update": "", "gradients": "", "parameters": "", "restarts": ""}
+TRAFFIC_COLUMNS |= {"evaluation, checkpoints": "", "counted": "", "on the wire": ""}
+TRAFFIC_NOTE = """One line for each start of the run. Bytes that rank 0 sent, as rings send them; counted and on the wire: those of
+all ranks, and of all nodes' interfaces (headers and other programs' included, without what stays inside a node)."""
 NOTE = f"""Losses are nats per token; the final loss is the mean of the last {WINDOW} updates. PPL is the perplexity on held-out
 text, the warm-start one that of the last evaluation before LoRA. The loss axis fits all but the first 5 % of the updates."""
 
@@ -56,6 +62,7 @@ class Run:
     evals: list[Record]
     restarts: list[Record]
     ranks: list[Record]
+    starts: list[Record] = field(default_factory=list)
 
     @property
     def phase_changes(self) -> list[int]:
@@ -169,6 +176,17 @@ def slowest_rank(ranks: Sequence[Record]) -> str:
     return f"Rank {rank} on {host} **lags**: its batches and forward passes take {share:.0%} longer than the median rank's."
 
 
+def traffic_row(start: Record) -> list[object]:
+    """One start of a run, from an entry of traffic.json."""
+    by_purpose, nodes = start["wire_bytes"], start["nodes"]
+    rest = by_purpose.get("evaluation", 0) + by_purpose.get("checkpoint", 0)
+    sums = [sum(node[key] for node in nodes) for key in ("counted_bytes", "sent_bytes")]
+    restarts = by_purpose.get("restart", 0) + by_purpose.get("verify", 0)
+    parts = [by_purpose.get("gradient", 0), by_purpose.get("parameters", 0), restarts, rest, *sums]
+    span = f"{start['first_update']:,} to {start['last_update']:,}"
+    return [span, start["world_size"], len(nodes), *map(human_bytes, (start["wire_bytes_per_update"], *parts))]
+
+
 def read_jsonl(path: Path) -> list[Record]:
     """The records of a file with one JSON object a line; a last line that a kill cut off is left out."""
     lines = path.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
@@ -209,8 +227,9 @@ def read_run(folder: Path, label: str | None = None) -> Run:
     evals = without_redone((record for record in records if "eval_loss" in record), last)
     logs = (folder / name for name in ("restarts.jsonl", "ranks.jsonl"))
     restarts, ranks = (without_redone(read_jsonl(log), last) if log.is_file() else [] for log in logs)
+    starts = read_traffic(folder / "traffic.json")
     settings = (yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else None) or {}
-    return Run(label or folder.resolve().name, str(settings.get("method", "–")), updates, evals, restarts, ranks)
+    return Run(label or folder.resolve().name, str(settings.get("method", "–")), updates, evals, restarts, ranks, starts)
 
 
 def unique_labels(folders: Sequence[Path]) -> list[str]:
@@ -300,6 +319,9 @@ def _markdown(runs: Sequence[Run]) -> str:
         lines += ["", f"## Restarts of {run.label}", "", verdict(rows)]
         cells = ([getattr(row, name) for name in RESTART_COLUMNS] for row in rows)
         lines += ["", *_table(RESTART_COLUMNS, cells)] if rows else []
+        if run.starts:
+            rows_of_traffic = _table(TRAFFIC_COLUMNS, map(traffic_row, run.starts))
+            lines += ["", f"## Traffic of {run.label}", "", *rows_of_traffic, "", TRAFFIC_NOTE]
         if sentence := slowest_rank(run.ranks):
             lines += ["", f"## Ranks of {run.label}", "", sentence]
     return "\n".join(lines) + "\n"

@@ -99,6 +99,16 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def read_traffic(path: Path) -> list[dict[str, Any]]:
+    """The starts of a run in its traffic.json; none where the file is missing or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    starts = content.get("starts") if isinstance(content, dict) else None
+    return starts if isinstance(starts, list) else []
+
+
 def append_line(path: Path, record: dict[str, Any]) -> None:
     """Appends one JSON object as a line, in one write."""
     with open(path, "a", encoding="utf-8") as file:

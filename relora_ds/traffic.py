@@ -15,7 +15,7 @@ from torch import Tensor
 from relora_ds import nic
 from relora_ds.launch import Place
 from relora_ds.ledger import CHECKPOINT, LEDGER, UPDATE, Kind, Tally, by_purpose, rows
-from relora_ds.run_folder import write_atomically
+from relora_ds.run_folder import read_traffic, write_atomically
 
 
 class TrafficLog:
@@ -81,10 +81,8 @@ class TrafficLog:
             "interfaces": {name: vars(count) for name, count in nic.since(self._seen).items()},
             "collectives": rows(LEDGER.tallies),
         }
-        content = read(self.path)
-        starts = [
-            start for start in content["starts"] if (start["attempt"], start["first_update"]) != (self.attempt, self.first_update)
-        ]
+        key = (self.attempt, self.first_update)
+        starts = [start for start in read_traffic(self.path) if (start["attempt"], start["first_update"]) != key]
         write_atomically(self.path, json.dumps({"starts": [*starts, entry]}, indent=1))
 
     def _nodes(self, by_rank: Tensor) -> list[dict[str, Any]]:
@@ -95,12 +93,3 @@ class TrafficLog:
             counted, _, sent, received = by_rank[ranks].sum(0).tolist()
             nodes.append({"host": host, "ranks": ranks, "counted_bytes": counted, "sent_bytes": sent, "received_bytes": received})
         return nodes
-
-
-def read(path: Path) -> dict[str, Any]:
-    """The content of traffic.json; an empty one where it is missing or cut off."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {"starts": []}
-    return content if isinstance(content, dict) and isinstance(content.get("starts"), list) else {"starts": []}

@@ -279,3 +279,20 @@ def test_a_rank_on_another_node_is_another_one() -> None:
 def test_one_rank_has_nothing_to_lag_behind(run_dir: Path) -> None:
     assert slowest_rank([]) == slowest_rank([times(20, [1.0])]) == ""
     assert "## Ranks" not in report([run_dir]).read_text(encoding="utf-8")
+
+
+def test_traffic_of_every_start(run_dir: Path) -> None:
+    nodes = [
+        {"host": "a", "ranks": [0], "counted_bytes": 6e6, "sent_bytes": 6_100_000, "received_bytes": 1},
+        {"host": "b", "ranks": [1], "counted_bytes": 6e6, "sent_bytes": 6_000_000, "received_bytes": 1},
+    ]
+    wire = {"gradient": 2e6, "parameters": 2e6, "norm": 40, "restart": 1e6, "verify": 500_000, "evaluation": 32, "checkpoint": 68}
+    start = {"first_update": 1, "last_update": 1100, "world_size": 2, "wire_bytes_per_update": 4321.0, "wire_bytes": wire}
+    (run_dir / "traffic.json").write_text(json.dumps({"starts": [{**start, "nodes": nodes}]}))
+    text = report([run_dir]).read_text()
+    assert cells(text, "1 to 1,100")[1:] == ["2", "2", "4.32 kB", "2 MB", "2 MB", "1.5 MB", "100 B", "12 MB", "12.1 MB"]
+
+
+def test_a_damaged_traffic_file_is_left_out(run_dir: Path) -> None:
+    (run_dir / "traffic.json").write_text('{"starts": [{"first')
+    assert "## Traffic" not in report([run_dir]).read_text()
