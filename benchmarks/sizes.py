@@ -1,0 +1,60 @@
+"""Bytes of an update for the paper's models, by the formulas that benchmarks/nodes.md checks: ReLoRA against full-rank training.
+
+    python -m benchmarks.sizes
+
+bf16, ZeRO-2, 32,100 tokens of vocabulary; the ratios are the same for every number of ranks. Restarts are left out.
+"""
+
+from __future__ import annotations
+
+from relora_ds import formulas, lora
+from relora_ds.model import PRESETS, build_meta, preset_config
+
+VOCABULARY = 32_100
+WIDTH = 2
+RANKS = 8
+"""The share (N-1)/N is in every figure, and goes out of the ratios; norms and losses are 100 bytes."""
+SCALE_BLOCK = 256
+"""Entries that share a 2-byte scale where gradients travel in 8 bits."""
+
+
+def sent(numel: int, way: formulas.Way, accumulation: int, **vocabulary: float) -> float:
+    return formulas.update_bytes(
+        numel, world_size=RANKS, gradient_width=WIDTH, parameter_width=WIDTH, stage=2, accumulation=accumulation, way=way,
+        **vocabulary,
+    ).total  # type: ignore[arg-type]  # fmt: skip
+
+
+def row(name: str, rank: int) -> list[str]:
+    """One model at one rank: trainable parameters, and bytes over those of full-rank training."""
+    config = preset_config(name, VOCABULARY)
+    model = build_meta(config)
+    full = sum(p.numel() for p in model.parameters())
+    trainable = lora.num_trainable(model, lora.find_targets(model, lora.ALL_LINEAR), rank)
+    words = 2 * VOCABULARY * config.hidden_size
+    low_rank_words = trainable - words + 2 * rank * (VOCABULARY + config.hidden_size)
+    own = {accumulation: sent(trainable, "owner", accumulation) for accumulation in (1, 8)}
+    default = {accumulation: sent(full, "all-reduce", accumulation) for accumulation in (1, 8)}
+    options = (
+        sent(low_rank_words, "owner", 8),
+        sent(trainable, "owner", 8, vocabulary_numel=words, vocabulary_every=4),
+        sent(trainable, "owner", 8, vocabulary_numel=words, vocabulary_gradient_width=1 + 2 / SCALE_BLOCK),
+    )
+    ratios = [
+        own[1] / sent(full, "owner", 1), own[1] / default[1], own[8] / default[8], *(value / default[8] for value in options)
+    ]  # fmt: skip
+    return [name, str(rank), f"{full / 1e6:,.1f}", f"{trainable / 1e6:,.1f}", *(f"{ratio:.2%}" for ratio in ratios)]
+
+
+def main() -> None:
+    print(
+        "| model | rank | parameters, M | trainable, M | same collectives | defaults, 1 | defaults, 8 | words low-rank | every 4 | 8 bits |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for name, (hidden, *_) in PRESETS.items():
+        for rank in sorted({128, hidden // 16}):
+            print(f"| {' | '.join(row(name, rank))} |")
+
+
+if __name__ == "__main__":
+    main()
