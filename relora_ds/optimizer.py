@@ -311,6 +311,8 @@ class ReLoRAOptimizer(ZeroProxy):
     def _keep_masks(self, key: str) -> dict[str, Tensor]:
         """Which entries of this rank's fragments survive, chosen over all ranks: {parameter: (n,) bool}."""
         names, reset = list(self.masters.params), self.settings.reset
+        if reset.kind == "random" and reset.scope == "tensor":
+            return self._random_masks(key)
         fragments = []
         for index, name in enumerate(names):
             values = self.masters.fragment(name, key)
@@ -328,12 +330,23 @@ class ReLoRAOptimizer(ZeroProxy):
             [p.numel() for p in self.masters.params.values()],
             reset.ratio,
             lambda counts: self.comm.all_reduce(counts, "restart"),
-            rank=self.comm.rank,
-            world_size=self.comm.world_size,
+            pieces=self.masters.pieces(),
             across_tensors=reset.scope == "global",
             device=self.comm.device,
         )
         return {names[fragment.tensor]: mask for fragment, mask in zip(fragments, masks, strict=True)}
+
+    def _random_masks(self, key: str) -> dict[str, Tensor]:
+        """The same for random pruning of each tensor by itself: any rank can draw all the keys, so nothing has to travel."""
+        masks = {}
+        for name, param in self.masters.params.items():
+            values = self.masters.fragment(name, key)
+            if values is not None:
+                own = self.masters.own_slice(name)
+                keys = pruning.random_keys(param.numel(), self._random_seed(name, key))
+                mask = pruning.select_largest_of_one(keys, self.settings.reset.ratio)
+                masks[name] = mask[own.start : own.start + own.numel].to(values.device)
+        return masks
 
     def _random_seed(self, name: str, key: str) -> int:
         digest = hashlib.sha256(f"{self.seed}/{self.restarts}/{name}/{key}".encode()).digest()

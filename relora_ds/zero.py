@@ -282,6 +282,14 @@ class ZeroState:
         rows = self.comm.all_reduce(table, "restart").tolist()
         return {name: [Slice(*rank_rows[row]) for rank_rows in rows] for row, name in enumerate(self.params)}
 
+    def pieces(self) -> list[tuple[int, int]]:
+        """All ranks' pieces in order, as (index of the parameter, start)."""
+        return [
+            (index, start)
+            for index, slices in enumerate(self._slices.values())
+            for start in sorted(piece.start for piece in slices if piece.numel)
+        ]
+
     def own_slice(self, name: str) -> Slice:
         """This rank's piece of a parameter; of length 0 where it owns none."""
         return self._slices[name][self.comm.rank]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 
@@ -67,6 +68,12 @@ def select_sharded(tensors: list[Tensor], cuts: list[int], ratio: float, across_
     """Masks of all tensors when the concatenation of them is cut at ``cuts`` into one shard per rank."""
     edges = [0, *cuts, sum(t.numel() for t in tensors)]
     masks = [torch.zeros(t.numel(), dtype=torch.bool) for t in tensors]
+    starts = [0, *itertools.accumulate(t.numel() for t in tensors)]
+    pieces = [
+        (index, place - low)
+        for index, (low, high) in enumerate(itertools.pairwise(starts))
+        for place in sorted({low, *(edge for edge in edges if low < edge < high)})
+    ]
 
     def body(rank: int, all_reduce_sum: Callable[[Tensor], None]) -> None:
         fragments, offset = [], 0
@@ -80,8 +87,7 @@ def select_sharded(tensors: list[Tensor], cuts: list[int], ratio: float, across_
             [t.numel() for t in tensors],
             ratio,
             all_reduce_sum,
-            rank=rank,
-            world_size=len(edges) - 1,
+            pieces=pieces,
             across_tensors=across_tensors,
         )
         for fragment, mask in zip(fragments, kept, strict=True):
