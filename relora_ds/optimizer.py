@@ -365,10 +365,10 @@ class ReLoRAOptimizer(ZeroProxy):
             tensors.update(stored_tensors(name, layer.weight))
             tensors.update({f"{name}.{key}": factor for key, factor in layer.factors().items()})
         sums = torch.stack([checksum(tensor.data) for tensor in tensors.values()])
-        lowest = self.comm.all_reduce(sums.clone(), "verify", dist.ReduceOp.MIN)
-        highest = self.comm.all_reduce(sums.clone(), "verify", dist.ReduceOp.MAX)
-        differing = (lowest != highest).nonzero().flatten().tolist()
-        if differing:
+        if not self.comm.agree(repr(sums.tolist()), "verify"):
+            lowest = self.comm.all_reduce(sums.clone(), "verify", dist.ReduceOp.MIN)
+            highest = self.comm.all_reduce(sums.clone(), "verify", dist.ReduceOp.MAX)
+            differing = (lowest != highest).nonzero().flatten().tolist()
             names = list(tensors)
             for mismatch in self._mismatches([names[index] for index in differing], sums[differing]):
                 self._repair(mismatch, tensors[mismatch.name], len(differing))

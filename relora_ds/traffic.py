@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 
 import torch
@@ -54,3 +55,9 @@ class CountedGroup:
             dist.broadcast(tensor, src=source, group=self.group)
             self.payload_bytes[purpose] += tensor.numel() * tensor.element_size()
         return tensor
+
+    def agree(self, text: str, purpose: str) -> bool:
+        """Whether ``text`` is the same on all ranks, by a 64-bit hash: 16 bytes, however long it is."""
+        digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()[:8]), dtype=torch.int64)
+        lowest, inverted_highest = self.all_reduce(torch.cat([digest, ~digest]), purpose, dist.ReduceOp.MIN).tolist()
+        return bool(lowest == ~inverted_highest)
