@@ -36,6 +36,8 @@ from relora_ds.schedule import rewarmup_factor
 from relora_ds.zero import ZeroProxy, ZeroState, data_parallel_group
 
 STATE_KEY = "relora_ds"
+ENTRIES_AT_ONCE = 1 << 22
+"""Of factors whose masters are gathered together, but for a layer with more: 16 MiB in fp32."""
 
 
 @dataclass(frozen=True)
@@ -225,17 +227,36 @@ class ReLoRAOptimizer(ZeroProxy):
     def _merge_and_reinitialise(self) -> dict[str, MergeStats]:
         """Layer by layer, so that no more than one layer's change exists in fp32 at a time. Returns the figures by layer type."""
         stats: dict[str, MergeStats] = {}
-        for name, layer in relora_layers(self.model):
-            figures = self._merge(name, layer)
-            kind = name.rpartition(".")[2]
-            stats[kind] = stats[kind] + figures if kind in stats else figures
-            self._reinitialise(name, layer)
+        copies_serve = self.masters.copies_serve()
+        for layers in self._batches():
+            names = [f"{name}.{key}" for name, layer in layers for key in layer.factors()]
+            masters = (
+                self.masters.gather_by_copies(names) if copies_serve else {name: self.masters.gather(name) for name in names}
+            )
+            for name, layer in layers:
+                figures = self._merge(name, layer, {key: masters[f"{name}.{key}"] for key in layer.factors()})
+                kind = name.rpartition(".")[2]
+                stats[kind] = stats[kind] + figures if kind in stats else figures
+                self._reinitialise(name, layer)
         return stats if self.frozen_master is None else self._sum_over_ranks(stats)
 
-    def _merge(self, name: str, layer: ReLoRALinear) -> MergeStats:
-        """Merges one layer: all of it here, or this rank's rows into the master, whose rounding all ranks then hold."""
+    def _batches(self) -> Iterator[list[tuple[str, ReLoRALinear]]]:
+        """The wrapped layers, as many at once as :data:`ENTRIES_AT_ONCE` allows: a few large messages instead of many small ones."""
+        batch: list[tuple[str, ReLoRALinear]] = []
+        entries = 0
+        for name, layer in relora_layers(self.model):
+            more = sum(factor.numel() for factor in layer.factors().values())
+            if batch and entries + more > ENTRIES_AT_ONCE:
+                yield batch
+                batch, entries = [], 0
+            batch.append((name, layer))
+            entries += more
+        yield batch
+
+    def _merge(self, name: str, layer: ReLoRALinear, factors: dict[str, Tensor]) -> MergeStats:
+        """Merges one layer, from its factors' masters: all of it here, or this rank's rows into the master of W, whose rounding
+        all ranks then hold."""
         assert layer.weight is not None, "refused with the settings"
-        factors = {key: self.masters.gather(f"{name}.{key}") for key in layer.factors()}
         lora_B = factors.pop("lora_B")
 
         def change(rows: slice) -> Tensor:
