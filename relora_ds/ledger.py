@@ -9,6 +9,7 @@ graphs.
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -209,6 +210,12 @@ class CountedGroup:
             with LEDGER.purpose(purpose):
                 dist.broadcast(tensor, src=source, group=self.group)
         return tensor
+
+    def agree(self, text: str, purpose: str) -> bool:
+        """Whether ``text`` is the same on all ranks, by a 64-bit hash: 16 bytes, however long it is."""
+        digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()[:8]), dtype=torch.int64)
+        lowest, inverted_highest = self.all_reduce(torch.cat([digest, ~digest]), purpose, dist.ReduceOp.MIN).tolist()
+        return bool(lowest == ~inverted_highest)
 
 
 def by_purpose(tallies: dict[Kind, Tally]) -> dict[str, float]:

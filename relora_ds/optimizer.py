@@ -37,6 +37,8 @@ from relora_ds.schedule import rewarmup_factor
 from relora_ds.zero import ZeroProxy, ZeroState, data_parallel_group
 
 STATE_KEY = "relora_ds"
+ENTRIES_AT_ONCE = 1 << 22
+"""Of factors whose masters are gathered together, but for a layer with more: 16 MiB in fp32."""
 
 
 @dataclass(frozen=True)
@@ -226,17 +228,36 @@ class ReLoRAOptimizer(ZeroProxy):
     def _merge_and_reinitialise(self) -> dict[str, MergeStats]:
         """Layer by layer, so that no more than one layer's change exists in fp32 at a time. Returns the figures by layer type."""
         stats: dict[str, MergeStats] = {}
-        for name, layer in relora_layers(self.model):
-            figures = self._merge(name, layer)
-            kind = name.rpartition(".")[2]
-            stats[kind] = stats[kind] + figures if kind in stats else figures
-            self._reinitialise(name, layer)
+        copies_serve = self.masters.copies_serve()
+        for layers in self._batches():
+            names = [f"{name}.{key}" for name, layer in layers for key in layer.factors()]
+            masters = (
+                self.masters.gather_by_copies(names) if copies_serve else {name: self.masters.gather(name) for name in names}
+            )
+            for name, layer in layers:
+                figures = self._merge(name, layer, {key: masters[f"{name}.{key}"] for key in layer.factors()})
+                kind = name.rpartition(".")[2]
+                stats[kind] = stats[kind] + figures if kind in stats else figures
+                self._reinitialise(name, layer)
         return stats if self.frozen_master is None else self._sum_over_ranks(stats)
 
-    def _merge(self, name: str, layer: ReLoRALinear) -> MergeStats:
-        """Merges one layer: all of it here, or this rank's rows into the master, whose rounding all ranks then hold."""
+    def _batches(self) -> Iterator[list[tuple[str, ReLoRALinear]]]:
+        """The wrapped layers, as many at once as :data:`ENTRIES_AT_ONCE` allows: a few large messages instead of many small ones."""
+        batch: list[tuple[str, ReLoRALinear]] = []
+        entries = 0
+        for name, layer in relora_layers(self.model):
+            more = sum(factor.numel() for factor in layer.factors().values())
+            if batch and entries + more > ENTRIES_AT_ONCE:
+                yield batch
+                batch, entries = [], 0
+            batch.append((name, layer))
+            entries += more
+        yield batch
+
+    def _merge(self, name: str, layer: ReLoRALinear, factors: dict[str, Tensor]) -> MergeStats:
+        """Merges one layer, from its factors' masters: all of it here, or this rank's rows into the master of W, whose rounding
+        all ranks then hold."""
         assert layer.weight is not None, "refused with the settings"
-        factors = {key: self.masters.gather(f"{name}.{key}") for key in layer.factors()}
         lora_B = factors.pop("lora_B")
 
         def change(rows: slice) -> Tensor:
@@ -312,6 +333,8 @@ class ReLoRAOptimizer(ZeroProxy):
     def _keep_masks(self, key: str) -> dict[str, Tensor]:
         """Which entries of this rank's fragments survive, chosen over all ranks: {parameter: (n,) bool}."""
         names, reset = list(self.masters.params), self.settings.reset
+        if reset.kind == "random" and reset.scope == "tensor":
+            return self._random_masks(key)
         fragments = []
         for index, name in enumerate(names):
             values = self.masters.fragment(name, key)
@@ -329,12 +352,23 @@ class ReLoRAOptimizer(ZeroProxy):
             [p.numel() for p in self.masters.params.values()],
             reset.ratio,
             lambda counts: self.comm.all_reduce(counts, "restart"),
-            rank=self.comm.rank,
-            world_size=self.comm.world_size,
+            pieces=self.masters.pieces(),
             across_tensors=reset.scope == "global",
             device=self.comm.device,
         )
         return {names[fragment.tensor]: mask for fragment, mask in zip(fragments, masks, strict=True)}
+
+    def _random_masks(self, key: str) -> dict[str, Tensor]:
+        """The same for random pruning of each tensor by itself: any rank can draw all the keys, so nothing has to travel."""
+        masks = {}
+        for name, param in self.masters.params.items():
+            values = self.masters.fragment(name, key)
+            if values is not None:
+                own = self.masters.own_slice(name)
+                keys = pruning.random_keys(param.numel(), self._random_seed(name, key))
+                mask = pruning.select_largest_of_one(keys, self.settings.reset.ratio)
+                masks[name] = mask[own.start : own.start + own.numel].to(values.device)
+        return masks
 
     def _random_seed(self, name: str, key: str) -> int:
         digest = hashlib.sha256(f"{self.seed}/{self.restarts}/{name}/{key}".encode()).digest()
@@ -353,10 +387,10 @@ class ReLoRAOptimizer(ZeroProxy):
             tensors.update(stored_tensors(name, layer.weight))
             tensors.update({f"{name}.{key}": factor for key, factor in layer.factors().items()})
         sums = torch.stack([checksum(tensor.data) for tensor in tensors.values()])
-        lowest = self.comm.all_reduce(sums.clone(), "verify", dist.ReduceOp.MIN)
-        highest = self.comm.all_reduce(sums.clone(), "verify", dist.ReduceOp.MAX)
-        differing = (lowest != highest).nonzero().flatten().tolist()
-        if differing:
+        if not self.comm.agree(repr(sums.tolist()), "verify"):
+            lowest = self.comm.all_reduce(sums.clone(), "verify", dist.ReduceOp.MIN)
+            highest = self.comm.all_reduce(sums.clone(), "verify", dist.ReduceOp.MAX)
+            differing = (lowest != highest).nonzero().flatten().tolist()
             names = list(tensors)
             for mismatch in self._mismatches([names[index] for index in differing], sums[differing]):
                 self._repair(mismatch, tensors[mismatch.name], len(differing))

@@ -21,6 +21,7 @@ class Wire(TorchDispatchMode):
     Attributes:
         sent_bytes: of collectives of more than ``SCALARS`` entries.
         scalar_bytes: of the others.
+        payload_bytes: of all tensors that were handed over, however far they travelled.
         calls: how often each kind moved more than ``SCALARS`` entries.
     """
 
@@ -29,6 +30,7 @@ class Wire(TorchDispatchMode):
         self.world_size = dist.get_world_size()
         self.sent_bytes = 0.0
         self.scalar_bytes = 0.0
+        self.payload_bytes = 0
         self.calls: dict[str, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -37,6 +39,7 @@ class Wire(TorchDispatchMode):
             kind = name.removeprefix("c10d::").strip("_")
             largest = max((t for t in tree_leaves(args) if isinstance(t, torch.Tensor)), key=lambda tensor: tensor.nbytes)
             sent = self._sent(kind, args, largest.nbytes)
+            self.payload_bytes += largest.nbytes
             if largest.numel() > SCALARS:
                 self.sent_bytes += sent
                 self.calls[kind] = self.calls.get(kind, 0) + 1

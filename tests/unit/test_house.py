@@ -35,6 +35,7 @@ def test_one_place_alone(pattern: str, home: str) -> None:
     [
         "schedule.py",
         "pruning.py",
+        "rounding.py",
         "reinit.py",
         "lora.py",
         "frozen.py",

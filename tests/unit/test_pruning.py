@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from relora_ds.pruning import KeyFragment, magnitude_keys, num_kept, random_keys, select_largest
+from relora_ds.pruning import KeyFragment, magnitude_keys, num_kept, random_keys, select_largest, select_largest_of_one
 
 
 def awkward_values(numel: int, seed: int) -> Tensor:
@@ -67,6 +68,12 @@ def select_sharded(tensors: list[Tensor], cuts: list[int], ratio: float, across_
     """Masks of all tensors when the concatenation of them is cut at ``cuts`` into one shard per rank."""
     edges = [0, *cuts, sum(t.numel() for t in tensors)]
     masks = [torch.zeros(t.numel(), dtype=torch.bool) for t in tensors]
+    starts = [0, *itertools.accumulate(t.numel() for t in tensors)]
+    pieces = [
+        (index, place - low)
+        for index, (low, high) in enumerate(itertools.pairwise(starts))
+        for place in sorted({low, *(edge for edge in edges if low < edge < high)})
+    ]
 
     def body(rank: int, all_reduce_sum: Callable[[Tensor], None]) -> None:
         fragments, offset = [], 0
@@ -80,8 +87,7 @@ def select_sharded(tensors: list[Tensor], cuts: list[int], ratio: float, across_
             [t.numel() for t in tensors],
             ratio,
             all_reduce_sum,
-            rank=rank,
-            world_size=len(edges) - 1,
+            pieces=pieces,
             across_tensors=across_tensors,
         )
         for fragment, mask in zip(fragments, kept, strict=True):
@@ -143,3 +149,28 @@ def test_random_keys_are_a_function_of_the_seed() -> None:
 )
 def test_number_kept(numel: int, ratio: float, kept: int) -> None:
     assert num_kept(numel, ratio) == kept
+
+
+def what_travels(keys: list[Tensor], numels: list[int], ratio: float) -> list[tuple[torch.Size, torch.dtype]]:
+    """Shapes and dtypes of the sums of a rank whose pieces are whole tensors; further pieces are elsewhere."""
+    sums: list[tuple[torch.Size, torch.dtype]] = []
+    fragments = [KeyFragment(index, 0, values) for index, values in enumerate(keys)]
+    pieces = [(index, start) for index, n in enumerate(numels) for start in (0, n)]
+    select_largest(fragments, numels, ratio, lambda counts: sums.append((counts.shape, counts.dtype)), pieces=pieces)
+    return sums
+
+
+def test_ties_are_told_only_where_some_but_not_all_are_wanted() -> None:
+    distinct, tied = torch.arange(100, dtype=torch.int32), torch.arange(50, dtype=torch.int32).repeat(2)
+    counts = [(torch.Size([2, 16]), torch.int32)] * 8
+    assert what_travels([distinct, distinct], [100, 100], 0.9) == counts
+    assert what_travels([distinct, tied], [100, 100], 0.9) == counts, "ten of a hundred: five pairs"
+    assert what_travels([distinct, tied], [100, 100], 0.91) == [*counts, (torch.Size([2]), torch.int32)], (
+        "pieces of the second alone"
+    )
+    assert what_travels([], [1, 2**31], 0.5)[0] == (torch.Size([2, 16]), torch.int64), "int32 could not hold the count"
+
+
+def test_one_tensor_equals_a_sort() -> None:
+    values = awkward_values(300, 5)
+    assert torch.equal(select_largest_of_one(magnitude_keys(values), 0.8), sorted_mask(values, 0.8))
