@@ -166,6 +166,13 @@ class FrozenWeight(nn.Module):
         product = _LinearOnStored.apply(x, self.values, self.scales, self.group_size)
         return product if bias is None else product + bias
 
+    def look_up(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of the stored weight: ids (...) -> (..., in) of ``dtype``; only these rows are converted."""
+        flat = ids.flatten()
+        values = F.embedding(flat, self.values)
+        scales = None if self.scales is None else F.embedding(flat, self.scales)
+        return _convert(values, scales, self.group_size, dtype).view(*ids.shape, -1)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenWeight:
         """Moves between devices as any module does; keeps the stored dtype where a cast is asked for."""
         for name, buffer in list(self._buffers.items()):

@@ -159,13 +159,21 @@ REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
         retensor(lambda tensors: tensors.update({f"{Q[:-6]}x_proj.lora_A.weight": torch.zeros(4, 32)})),
         "self_attn.x_proj.lora_A.weight matches no parameter of the model",
     ),
-    "embedding": (
-        retensor(lambda tensors: tensors.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(4, 61)})),
-        "lora_embedding_A matches no parameter",
-    ),
     "embedding as a linear layer": (
         retensor(lambda tensors: tensors.update({"base_model.model.model.embed_tokens.lora_A.weight": torch.zeros(4, 61)})),
-        "is for a Embedding, not a linear layer",
+        "lora_A.weight cannot adapt model.embed_tokens, a Embedding",
+    ),
+    "linear layer as an embedding": (
+        retensor(lambda tensors: tensors.update({f"{Q}.lora_embedding_A": torch.zeros(4, 32)})),
+        r"lora_embedding_A cannot adapt model\.layers\.0\.self_attn\.q_proj, a Linear",
+    ),
+    "norm": (
+        retensor(lambda tensors: tensors.update({"base_model.model.model.norm.base_layer.weight": torch.zeros(32)})),
+        "base_layer.weight cannot adapt model.norm, a LlamaRMSNorm",
+    ),
+    "base of another shape": (
+        retensor(lambda tensors: tensors.update({f"{Q}.base_layer.weight": torch.zeros(32, 31)})),
+        r"base_layer.weight is \[32, 31\], the model and r want \[32, 32\]",
     ),
     "magnitude": (retensor(lambda tensors: tensors.update({f"{Q}.lora_magnitude_vector": torch.zeros(32)})), "magnitude_vector"),
     "half": (retensor(lambda tensors: tensors.pop(f"{Q}.lora_B.weight")), "lora_A.weight has no counterpart"),
