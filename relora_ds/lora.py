@@ -37,14 +37,14 @@ class ReLoRALayer(nn.Module):
     factors are undefined.
 
     Args:
-        base: the layer to wrap; its weight goes into the store.
+        base: the layer to wrap; its weight goes into the store, its bias is taken over and stays trainable.
         rank, alpha: of the factors; they are scaled by alpha / rank.
         frozen: how the weight is stored; None for its own dtype. With ``dtype: none`` the factors stand alone.
         shard: (rank, world size) when a sharded master is to start from the weight as it is here, before it is rounded.
         trainable_scaling: scale by tanh of a trainable number, from 1, and not by alpha / rank.
 
     Attributes:
-        weight: the stored weight, or None.
+        weight: the stored weight, or None. bias: of the layer, or None.
         lora_A: (rank, in). lora_B: (out, rank), both in the dtype of the wrapped weight. scaling: alpha / rank.
         lora_scaling: (1,), or None.
         is_conv1d: whether ``base`` had its weight (in, out).
@@ -70,6 +70,7 @@ class ReLoRALayer(nn.Module):
         stored = DTYPE_NAMES[weight.dtype] if frozen.dtype == "auto" else frozen.dtype
         exact_rows = own_rows(weight.shape[0], *shard) if shard else None
         self.weight = None if stored == "none" else FrozenWeight(weight, stored, frozen.group_size, exact_rows)
+        self.bias = getattr(base, "bias", None)
         self.rank = rank
         self.scaling = alpha / rank
         like = {"dtype": base.weight.dtype, "device": base.weight.device}
@@ -116,8 +117,6 @@ class ReLoRALayer(nn.Module):
 class ReLoRALinear(ReLoRALayer):
     """y = x Wᵀ + b + s·(x Aᵀ) Bᵀ, for ``nn.Linear`` (weight (out, in)) and transformers' ``Conv1D`` ((in, out), as GPT-2 has it).
 
-    The bias is taken over and stays trainable.
-
     Args:
         base: the layer to wrap.
         rank, alpha: as :class:`ReLoRALayer` takes them.
@@ -127,7 +126,6 @@ class ReLoRALinear(ReLoRALayer):
 
     def __init__(self, base: nn.Linear | Conv1D, rank: int, alpha: float, dropout: float = 0.0, **how: Any) -> None:
         super().__init__(base, rank, alpha, **how)
-        self.bias = base.bias
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -141,8 +139,8 @@ class ReLoRALinear(ReLoRALayer):
 class ReLoRAEmbedding(ReLoRALayer):
     """y = W[ids] + s·B[ids] A, for ``nn.Embedding``: W (vocabulary, hidden), B (vocabulary, rank), A (rank, hidden).
 
-    There is no dropout, because A's input is a row of B. The row of ``padding_idx`` gets no gradient: its B stays 0, as its row of W
-    stays what it is.
+    There is no dropout, because A's input is a row of B. The row of ``padding_idx`` gets no gradient: its B stays as it begins, at 0
+    but for what ``init: residual`` puts there.
 
     Args:
         base: the layer to wrap.
