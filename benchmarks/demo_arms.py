@@ -1,6 +1,6 @@
 """The demo recipe in several variants, side by side: one table of held-out perplexities and of the loss around restarts.
 
-    python benchmarks/demo_arms.py resets|stores|methods|inits OUT [--seeds 1 2] [key.sub=value …]
+    python benchmarks/demo_arms.py resets|stores|methods|inits|targets OUT [--seeds 1 2] [key.sub=value …]
 
 Writes a table (Markdown) to the standard output; the runs, in OUT, resume where they were interrupted.
 """
@@ -36,6 +36,12 @@ ARMS: dict[str, dict[str, list[str]]] = {
         "int8, master none": ["relora.frozen.dtype=int8"],
     },
     "methods": {method: [f"method={method}"] for method in ("full", "control", "lora", "low_rank", "relora")},
+    "targets": {
+        "all-linear": ["relora.targets=all-linear"],
+        "and the head": ["relora.targets=[all-linear, output-head]"],
+        "and the embedding": ["relora.targets=[all-linear, input-embedding]"],
+        "and both": ["relora.targets=[all-linear, output-head, input-embedding]"],
+    },
     "inits": {kind: [*INT8, f"relora.init={kind}"] for kind in ("kaiming", "orthonormal", "residual")},
 }
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "demo.yaml"

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from relora_ds.errors import ConfigError
-from relora_ds.lora import ReLoRALinear
+from relora_ds.lora import ReLoRAEmbedding, ReLoRALayer
 from relora_ds.run_folder import write_atomically
 from relora_ds.weights import Source
 
@@ -32,7 +32,9 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PICKLED_ADAPTER = "adapter_model.bin"
 PREFIX = "base_model.model."
-FACTOR = re.compile(rf"(?:{re.escape(PREFIX)})?(.+)\.lora_([AB])\.weight")
+LINEAR, EMBEDDING, COPY = "lora_{}.weight", "lora_embedding_{}", "base_layer.weight"
+"""PEFT's names of a linear layer's factors, of an embedding's, and of the weight of either that it may save beside them."""
+TENSOR = re.compile(rf"(?:{re.escape(PREFIX)})?(.+)\.(lora_[AB]\.weight|lora_embedding_[AB]|base_layer\.weight)")
 MERGE_FIRST = "merge it with peft's merge_and_unload first"
 UNDERSTOOD = frozenset(
     [
@@ -80,13 +82,15 @@ class Factors(NamedTuple):
     Attributes:
         A, B: names of the tensors (rank, in) and (out, rank) in the adapter's file.
         scaling: of B·A.
-        is_conv1d: whether the weight is kept (in, out).
+        is_in_out: whether the weight is kept (in, out), as those of Conv1D and of embeddings are.
+        base: name of the weight that the adapter brings along for the layer, which counts in the base's place; None for none.
     """
 
     A: str
     B: str
     scaling: float
-    is_conv1d: bool
+    is_in_out: bool
+    base: str | None
 
 
 def is_peft(place: str | Path) -> bool:
@@ -123,21 +127,21 @@ def peft_weights(folder: Path, base: Source, model: PreTrainedModel) -> Source:
         model: the base model, with or without weights: its layers decide which tensors fit and which weights are (in, out).
 
     Raises:
-        ConfigError: the adapter does more than add B·A to linear layers, does not fit the model, or cannot be read.
+        ConfigError: the adapter does more than add B·A to linear layers and embeddings, does not fit the model, or cannot be read.
     """
     config = _read_adapter_config(folder)
     _check_mergeable(folder, config)
     layers = _find_factors(folder, config, model)
 
     def read(names: Sequence[str], param: Tensor) -> Tensor:
-        value = base(names, param)
         found = next((layers[name] for name in names if name in layers), None)
         if found is None:
-            return value
+            return base(names, param)
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
             A, B = (file.get_tensor(key).to(torch.float32) for key in (found.A, found.B))
+            value = base(names, param) if found.base is None else file.get_tensor(found.base)
         change = (B @ A).mul_(found.scaling)
-        return value.to(torch.float32) + (change.t() if found.is_conv1d else change)
+        return value.to(torch.float32) + (change.t() if found.is_in_out else change)
 
     return read
 
@@ -179,36 +183,42 @@ def _find_factors(folder: Path, config: Mapping[str, Any], model: nn.Module) -> 
     """{weight in the model: its factors}, every tensor of the adapter accounted for.
 
     Raises:
-        ConfigError: a tensor is no factor of a linear layer of the model, or has another shape than that needs.
+        ConfigError: a tensor is no factor of a linear layer or an embedding of the model, or has another shape than that needs.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     weights = dict(model.named_parameters(remove_duplicate=False))
     keys: dict[str, dict[str, str]] = {}
     shapes = _tensor_shapes(folder)
     for key in shapes:
-        match = FACTOR.fullmatch(key)
+        match = TENSOR.fullmatch(key)
         name = match[1] if match else ""
         if not match or f"{name}.weight" not in weights:
             raise _refusal(folder, f"its tensor {key} matches no parameter of the model")
-        if not isinstance(modules[name], (nn.Linear, Conv1D)):
-            raise _refusal(folder, f"its tensor {key} is for a {type(modules[name]).__name__}, not a linear layer")
         keys.setdefault(name, {})[match[2]] = key
     found: dict[str, Factors] = {}
-    for name, pair in keys.items():
-        if len(pair) < 2:
-            raise _refusal(folder, f"its tensor {next(iter(pair.values()))} has no counterpart")
-        weight, is_conv1d = weights[f"{name}.weight"], isinstance(modules[name], Conv1D)
+    for name, tensors in keys.items():
+        module, weight = modules[name], weights[f"{name}.weight"]
+        kinds = {nn.Linear: LINEAR, Conv1D: LINEAR, nn.Embedding: EMBEDDING}
+        layout = next((layout for kind, layout in kinds.items() if isinstance(module, kind)), None)
+        wanted = [] if layout is None else [layout.format("A"), layout.format("B")]
+        unfit = next((key for what, key in tensors.items() if layout is None or what not in (*wanted, COPY)), None)
+        if unfit is not None:
+            raise _refusal(folder, f"its tensor {unfit} cannot adapt {name}, a {type(module).__name__}")
+        if not tensors.keys() >= {*wanted}:
+            raise _refusal(folder, f"its tensor {next(iter(tensors.values()))} has no counterpart")
         shared = [other for other, param in weights.items() if param is weight and other != f"{name}.weight"]
         if shared:
             raise _refusal(folder, f"adapts {name}, whose weight is {shared[0]}, too: no merge can change one of them alone")
         rank = _by_pattern(config.get("rank_pattern"), name, config.get("r", 8))
         alpha = _by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
-        num_out, num_in = reversed(weight.shape) if is_conv1d else weight.shape
-        for factor, wanted in (("A", [rank, num_in]), ("B", [num_out, rank])):
-            if shapes[pair[factor]] != wanted:
-                raise _refusal(folder, f"its tensor {pair[factor]} is {shapes[pair[factor]]}, the model and r want {wanted}")
+        is_in_out = not isinstance(module, nn.Linear)
+        num_out, num_in = reversed(weight.shape) if is_in_out else weight.shape
+        for what, shape in zip((*wanted, COPY), ([rank, num_in], [num_out, rank], list(weight.shape)), strict=True):
+            if what in tensors and shapes[tensors[what]] != shape:
+                raise _refusal(folder, f"its tensor {tensors[what]} is {shapes[tensors[what]]}, the model and r want {shape}")
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)  # rank-stabilised: arXiv 2312.03732
-        found[f"{name}.weight"] = Factors(pair["A"], pair["B"], scaling, is_conv1d)
+        A, B = (tensors[what] for what in wanted)
+        found[f"{name}.weight"] = Factors(A, B, scaling, is_in_out, tensors.get(COPY))
     return found
 
 
@@ -225,7 +235,7 @@ def _by_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> A
     return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
-def save_adapter(out: Path, layers: Iterable[tuple[str, ReLoRALinear]], *, base_name: str, rank: int, alpha: float) -> None:
+def save_adapter(out: Path, layers: Iterable[tuple[str, ReLoRALayer]], *, base_name: str, rank: int, alpha: float) -> None:
     """Writes the factors of wrapped layers as a PEFT adapter, which ``peft.PeftModel.from_pretrained(base_model, out)`` loads.
 
     The base model must hold everything else as it is now: the frozen weights, not merged, and what is trained beside the factors.
@@ -253,8 +263,11 @@ def save_adapter(out: Path, layers: Iterable[tuple[str, ReLoRALinear]], *, base_
         scale = float(layer.scale(None if trained is None else trained.detach().to(torch.float32)))
         if scale != alpha / rank:
             B = B.to(torch.float32) * (scale * rank / alpha)
-        for key, factor in (("lora_A", A), ("lora_B", B)):
-            tensors[f"{PREFIX}{name}.{key}.weight"] = factor.cpu().contiguous()
+        layout = LINEAR
+        if isinstance(layer, ReLoRAEmbedding):  # PEFT's factors of one stand for the transpose of its weight
+            layout, A, B = EMBEDDING, B.t(), A.t()
+        for letter, factor in (("A", A), ("B", B)):
+            tensors[f"{PREFIX}{name}.{layout.format(letter)}"] = factor.cpu().contiguous()
         targets.append(name)
         is_conv1d = is_conv1d or layer.is_conv1d
     if not targets:

@@ -102,9 +102,9 @@ class ReLoRA(Section):
     init: Literal["kaiming", "orthonormal", "residual"] = "kaiming"
     """Of A, with B = 0, at the start and at every restart; residual: B·A is what the store lost of the sharded master (an SVD)."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """On the input of A."""
+    """On the input of A, in linear layers; none in embeddings."""
     targets: str | list[str] = "all-linear"
-    """``all-linear`` (all but the output head), or dotted parts of layer paths: ``[q_proj, mlp]``."""
+    """``all-linear`` (all but the head), ``output-head``, ``input-embedding``, or dotted parts of layer paths: ``[q_proj, mlp]``."""
     warm_start: Count = 0
     """Updates of full-rank training before the factors are added."""
     keep_moments: bool = False

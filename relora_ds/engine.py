@@ -46,13 +46,13 @@ def initialize(
 ) -> tuple[Any, Any, Any, Any]:
     """``deepspeed.initialize`` for a model that is trained by ReLoRA.
 
-    The linear layers of ``model`` are wrapped in place (unless they already are), the factors get parameter groups of their own, and
+    The target layers of ``model`` are wrapped in place (unless they already are), the factors get parameter groups of their own, and
     ``engine.optimizer`` becomes a :class:`~relora_ds.optimizer.ReLoRAOptimizer`, which restarts inside ``engine.step()``. The loop
     stays as it is; ``engine.save_checkpoint`` and ``load_checkpoint`` hold merged weights and restarts.
 
     Args:
         args, training_data, collate_fn, others: as in ``deepspeed.initialize``.
-        model: any causal language model, or any module with linear layers.
+        model: any causal language model, or any module with linear layers or embeddings.
         optimizer: Adam or AdamW: an instance, or a callable that takes parameter groups; None for the one in ``config``, or, where
             that has none, :func:`adamw` with the defaults of :class:`relora_ds.config.Optimizer`. Weights that become frozen
             leave its groups; the factors come in, with the settings of the group that their weight was in.

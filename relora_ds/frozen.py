@@ -47,8 +47,8 @@ def dequantise(values: Tensor, scales: Tensor, group_size: int, dtype: torch.dty
     """The (out, in) weight that :func:`quantise` stored, formed in fp32 and rounded to ``dtype``."""
     columns = values.shape[1]
     ragged = -columns % group_size
-    groups = F.pad(values, (0, ragged)).view(values.shape[0], -1, group_size)
-    return (groups * scales.unsqueeze(-1)).view(values.shape[0], -1)[:, :columns].to(dtype)
+    groups = F.pad(values, (0, ragged)).view(*scales.shape, group_size)
+    return (groups * scales.unsqueeze(-1)).flatten(1)[:, :columns].to(dtype)
 
 
 class _LinearOnStored(torch.autograd.Function):
@@ -165,6 +165,13 @@ class FrozenWeight(nn.Module):
             return F.linear(x, self.values, bias)
         product = _LinearOnStored.apply(x, self.values, self.scales, self.group_size)
         return product if bias is None else product + bias
+
+    def look_up(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of the stored weight: ids (...) -> (..., in) of ``dtype``; only these rows are converted."""
+        flat = ids.flatten()
+        values = F.embedding(flat, self.values)
+        scales = None if self.scales is None else F.embedding(flat, self.scales)
+        return _convert(values, scales, self.group_size, dtype).view(*ids.shape, self.shape[1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenWeight:
         """Moves between devices as any module does; keeps the stored dtype where a cast is asked for."""

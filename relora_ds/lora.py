@@ -1,4 +1,4 @@
-"""LoRA factors on linear layers: y = x Wᵀ + b + s·(x Aᵀ) Bᵀ with W frozen, A (r × in), B (out × r), s = alpha / r.
+"""LoRA factors on linear layers and embeddings: W + s·B·A in the place of W, with W frozen, A (r × in), B (out × r), s = alpha / r.
 
 Hu et al., arXiv 2106.09685; restarted as in Lialin et al., arXiv 2307.05695. Nothing here knows of ranks or optimizers.
 """
@@ -6,7 +6,8 @@ Hu et al., arXiv 2106.09685; restarted as in Lialin et al., arXiv 2307.05695. No
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from contextlib import suppress
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -19,40 +20,42 @@ from relora_ds.frozen import FLOATS, FrozenWeight, own_rows
 from relora_ds.reinit import InitName, initial_A, initial_B
 
 ALL_LINEAR = "all-linear"
+ROLES = {"output-head": "get_output_embeddings", "input-embedding": "get_input_embeddings"}
+"""Targets that mean a layer by what it is for, whatever the architecture calls it, and transformers' way to ask for it."""
 LORA_GROUP = "lora"
 DENSE_GROUP = "dense"
 NO_DECAY_GROUP = "no_decay"
+Target: TypeAlias = nn.Linear | Conv1D | nn.Embedding
 DTYPE_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 
-class ReLoRALinear(nn.Module):
-    """A linear layer whose weight is frozen and corrected by trainable low-rank factors.
+class ReLoRALayer(nn.Module):
+    """A layer whose weight is frozen and corrected by trainable low-rank factors: all but the forward pass, which is a subclass's.
 
-    Wraps ``nn.Linear`` (weight (out, in)) and transformers' ``Conv1D`` (weight (in, out), as GPT-2 has it); the frozen weight is
-    kept (out, in) for both, in a :class:`~relora_ds.frozen.FrozenWeight`. The bias stays trainable. Until :meth:`reset` is called
-    the factors are undefined.
+    The weight is kept (out, in), in a :class:`~relora_ds.frozen.FrozenWeight`. An embedding's is (vocabulary, hidden), so its rows
+    are "out" and what it gives is "in": merges, shards and stores by rows mean the same for both. Until :meth:`reset` is called the
+    factors are undefined.
 
     Args:
-        base: the layer to wrap; its weight goes into the store, its bias is taken over.
+        base: the layer to wrap; its weight goes into the store, its bias is taken over and stays trainable.
         rank, alpha: of the factors; they are scaled by alpha / rank.
-        dropout: on the input of A.
         frozen: how the weight is stored; None for its own dtype. With ``dtype: none`` the factors stand alone.
         shard: (rank, world size) when a sharded master is to start from the weight as it is here, before it is rounded.
         trainable_scaling: scale by tanh of a trainable number, from 1, and not by alpha / rank.
 
     Attributes:
-        weight: the stored weight, or None.
+        weight: the stored weight, or None. bias: of the layer, or None.
         lora_A: (rank, in). lora_B: (out, rank), both in the dtype of the wrapped weight. scaling: alpha / rank.
         lora_scaling: (1,), or None.
+        is_conv1d: whether ``base`` had its weight (in, out).
         replaces: ``id`` of the parameter that the factors stand for.
     """
 
     def __init__(
         self,
-        base: nn.Linear | Conv1D,
+        base: Target,
         rank: int,
         alpha: float,
-        dropout: float = 0.0,
         frozen: Frozen | None = None,
         shard: tuple[int, int] | None = None,
         trainable_scaling: bool = False,
@@ -67,21 +70,13 @@ class ReLoRALinear(nn.Module):
         stored = DTYPE_NAMES[weight.dtype] if frozen.dtype == "auto" else frozen.dtype
         exact_rows = own_rows(weight.shape[0], *shard) if shard else None
         self.weight = None if stored == "none" else FrozenWeight(weight, stored, frozen.group_size, exact_rows)
-        self.bias = base.bias
+        self.bias = getattr(base, "bias", None)
         self.rank = rank
         self.scaling = alpha / rank
-        self.dropout = nn.Dropout(dropout)
         like = {"dtype": base.weight.dtype, "device": base.weight.device}
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **like))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, **like))
         self.lora_scaling = nn.Parameter(torch.ones(1, **like)) if trainable_scaling else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., in) -> (..., out)."""
-        low_rank = F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B) * self.scale(self.lora_scaling)
-        if self.weight is not None:
-            return self.weight(x, self.bias) + low_rank
-        return low_rank if self.bias is None else low_rank + self.bias
 
     def scale(self, lora_scaling: Tensor | None) -> Tensor | float:
         """s: alpha / rank, or tanh of the trainable number."""
@@ -119,37 +114,111 @@ class ReLoRALinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, scaling={scaling}"
 
 
-def find_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Linear | Conv1D]:
-    """The linear layers that ``targets`` names, by their first name in ``model``.
+class ReLoRALinear(ReLoRALayer):
+    """y = x Wᵀ + b + s·(x Aᵀ) Bᵀ, for ``nn.Linear`` (weight (out, in)) and transformers' ``Conv1D`` ((in, out), as GPT-2 has it).
 
-    ``"all-linear"`` is every linear layer but the output head. A list names layers by dotted parts of their path: ``q_proj``,
-    ``mlp``, ``layers.0.self_attn.k_proj``.
+    Args:
+        base: the layer to wrap.
+        rank, alpha: as :class:`ReLoRALayer` takes them.
+        dropout: on the input of A.
+        how: what else :class:`ReLoRALayer` takes.
+    """
+
+    def __init__(self, base: nn.Linear | Conv1D, rank: int, alpha: float, dropout: float = 0.0, **how: Any) -> None:
+        super().__init__(base, rank, alpha, **how)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in) -> (..., out)."""
+        low_rank = F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B) * self.scale(self.lora_scaling)
+        if self.weight is not None:
+            return self.weight(x, self.bias) + low_rank
+        return low_rank if self.bias is None else low_rank + self.bias
+
+
+class ReLoRAEmbedding(ReLoRALayer):
+    """y = W[ids] + s·B[ids] A, for ``nn.Embedding``: W (vocabulary, hidden), B (vocabulary, rank), A (rank, hidden).
+
+    There is no dropout, because A's input is a row of B. The row of ``padding_idx`` gets no gradient: its B stays as it begins, at 0
+    but for what ``init: residual`` puts there.
+
+    Args:
+        base: the layer to wrap.
+        rank, alpha: as :class:`ReLoRALayer` takes them.
+        how: what else :class:`ReLoRALayer` takes.
+    """
+
+    def __init__(self, base: nn.Embedding, rank: int, alpha: float, **how: Any) -> None:
+        super().__init__(base, rank, alpha, **how)
+        self.padding_idx = base.padding_idx
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: (...) integers below the vocabulary -> (..., hidden)."""
+        low_rank = F.embedding(ids, self.lora_B, self.padding_idx) @ self.lora_A * self.scale(self.lora_scaling)
+        return low_rank if self.weight is None else self.weight.look_up(ids, self.lora_A.dtype) + low_rank
+
+    @torch.no_grad()
+    def reset(self, name: str, seed: int, restart: int, init: InitName = "kaiming") -> None:
+        """As that of :class:`ReLoRALayer`; without a weight the row of ``padding_idx`` is 0, as in ``nn.Embedding``."""
+        super().reset(name, seed, restart, init)
+        if self.padding_idx is not None:
+            self.lora_B[self.padding_idx].zero_()
+
+
+def find_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, Target]:
+    """The layers that ``targets`` names, by their first name in ``model``.
+
+    ``"all-linear"`` is every linear layer but the output head, ``"output-head"`` and ``"input-embedding"`` are what the model gives
+    as such. Other targets name layers by dotted parts of their path: ``q_proj``, ``mlp``, ``layers.0.self_attn.k_proj``; an embedding
+    by the end of its path, so that a part that holds one (``model``, ``transformer``) means its linear layers alone. A list is the
+    union of what its entries name.
 
     Raises:
-        ConfigError: a target matches no layer, or a layer cannot be merged into because it shares its weight with another module.
+        ConfigError: a target matches no layer; or a layer cannot be merged into because it shares its weight with another module,
+            or is an embedding that does more than look rows up.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-    if targets == ALL_LINEAR:
-        chosen = {name: module for name, module in linears.items() if module is not head}
-        if not chosen:
-            raise ConfigError("relora.targets", targets, "the model has no linear layer besides its output head")
-    else:
-        names = [targets] if isinstance(targets, str) else list(targets)
-        if not names:
-            raise ConfigError("relora.targets", targets, "names no layer", f"write {ALL_LINEAR}, or the layers' names")
-        chosen = {}
-        for target in names:
-            matched = {name: module for name, module in linears.items() if f".{target}." in f".{name}."}
-            if not matched:
-                parts = {part for name in linears for part in name.split(".") if not part.isdigit()}
-                raise ConfigError("relora.targets", target, "matches no linear layer of the model", nearest(target, parts))
-            chosen.update(matched)
+    names = [targets] if isinstance(targets, str) else list(targets)
+    if not names:
+        raise ConfigError("relora.targets", targets, "names no layer", f"write {ALL_LINEAR}, or the layers' names")
+    layers: dict[str, Target] = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D, nn.Embedding))}
+    chosen: dict[str, Target] = {}
+    for target in names:
+        chosen.update(_named_by(target, model, layers))
     _refuse_shared_weights(model, chosen)
+    _refuse_unusual_embeddings(chosen)
     return chosen
 
 
-def _refuse_shared_weights(model: nn.Module, chosen: dict[str, nn.Linear | Conv1D]) -> None:
+def _named_by(target: str, model: nn.Module, layers: dict[str, Target]) -> dict[str, Target]:
+    """What one target names of the layers of ``model``; raises ConfigError where it is none."""
+    linears = {name: module for name, module in layers.items() if not isinstance(module, nn.Embedding)}
+    if target == ALL_LINEAR:
+        head = _in_role(model, "output-head")
+        matched = {name: module for name, module in linears.items() if module is not head}
+        problem, way_out = "the model has no linear layer besides its output head", ""
+    elif target in ROLES:
+        wanted = _in_role(model, target)
+        matched = {name: module for name, module in layers.items() if module is wanted}
+        problem, way_out = "the model tells of none that is a linear layer or an embedding", "name the layer by its path"
+    else:
+        matched = {name: module for name, module in linears.items() if f".{target}." in f".{name}."}
+        embeddings = {name: module for name, module in layers.items() if name not in linears}
+        matched |= {name: module for name, module in embeddings.items() if f".{name}".endswith(f".{target}")}
+        parts = {part for name in layers for part in name.split(".") if not part.isdigit()}
+        problem, way_out = "matches no linear layer or embedding of the model", nearest(target, {*parts, ALL_LINEAR, *ROLES})
+    if not matched:
+        raise ConfigError("relora.targets", target, problem, way_out)
+    return matched
+
+
+def _in_role(model: nn.Module, role: str) -> nn.Module | None:
+    """The module that ``model`` gives for one of :data:`ROLES`; None where it knows of none."""
+    with suppress(NotImplementedError):  # what transformers raises for a model that it cannot tell for
+        return getattr(model, ROLES[role])() if hasattr(model, ROLES[role]) else None
+    return None
+
+
+def _refuse_shared_weights(model: nn.Module, chosen: Mapping[str, Target]) -> None:
     """Two modules with one weight cannot both be corrected and merged: a merge of one would change the other."""
     owners: dict[int, str] = {}
     for name, module in model.named_modules():
@@ -163,7 +232,21 @@ def _refuse_shared_weights(model: nn.Module, chosen: dict[str, nn.Linear | Conv1
                 )
 
 
-def check_rank(layers: Mapping[str, nn.Linear | Conv1D], rank: int) -> None:
+def _refuse_unusual_embeddings(chosen: Mapping[str, Target]) -> None:
+    """W[ids] is all that factors can stand for: not a scaled or shifted row, one that a forward pass shortens, or other gradients."""
+    for name, module in chosen.items():
+        if not isinstance(module, nn.Embedding):
+            continue
+        if type(module).forward is not nn.Embedding.forward:
+            problem = f"is a {type(module).__name__}, which does more than look rows up"
+            raise ConfigError("relora.targets", name, problem, "leave it out")
+        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+            if value := getattr(module, option):
+                problem = f"is an embedding with {option}={value}, which its factors cannot keep to"
+                raise ConfigError("relora.targets", name, problem, "leave it out, or build it without")
+
+
+def check_rank(layers: Mapping[str, Target], rank: int) -> None:
     """Raises ConfigError when ``rank`` exceeds the smaller side of a layer: the factors would be larger than the layer needs."""
     for name, module in layers.items():
         limit = min(module.weight.shape)
@@ -173,7 +256,7 @@ def check_rank(layers: Mapping[str, nn.Linear | Conv1D], rank: int) -> None:
             )
 
 
-def num_trainable(model: nn.Module, layers: Mapping[str, nn.Linear | Conv1D], rank: int) -> int:
+def num_trainable(model: nn.Module, layers: Mapping[str, Target], rank: int) -> int:
     """Parameters that are trained once these layers of ``model`` are wrapped."""
     frozen = {id(module.weight) for module in layers.values()}
     kept = sum(p.numel() for p in model.parameters() if id(p) not in frozen)
@@ -188,7 +271,7 @@ def wrap(
     targets: str | Sequence[str] = ALL_LINEAR,
     **how: Any,
 ) -> nn.Module:
-    """Replaces the target layers of ``model`` in place by :class:`ReLoRALinear`, freezes their weights and initialises the factors.
+    """Replaces the target layers of ``model`` in place by :class:`ReLoRALayer`, freezes their weights and initialises the factors.
 
     Everything that is not a target stays trainable as it is. One layer at a time is held in fp32. The arguments are those of
     :func:`find_targets` and :func:`wrap_layers`.
@@ -201,7 +284,7 @@ def wrap(
 
 def wrap_layers(
     model: nn.Module,
-    layers: Mapping[str, nn.Linear | Conv1D],
+    layers: Mapping[str, Target],
     *,
     rank: int,
     alpha: float,
@@ -217,12 +300,18 @@ def wrap_layers(
     Args:
         model: holds the layers.
         layers: what :func:`find_targets` gave, or some of it.
-        rank, alpha, dropout, frozen, shard, trainable_scaling: as :class:`ReLoRALinear` takes them.
+        rank, alpha, frozen, shard, trainable_scaling: as :class:`ReLoRALayer` takes them.
+        dropout: of linear layers.
         seed, init: of the factors' first values.
     """
+    how: dict[str, Any] = {"frozen": frozen, "shard": shard, "trainable_scaling": trainable_scaling}
     wrapped: dict[int, nn.Module] = {}
     for name, module in layers.items():
-        layer = ReLoRALinear(module, rank, alpha, dropout, frozen, shard, trainable_scaling)
+        layer: ReLoRALayer
+        if isinstance(module, nn.Embedding):
+            layer = ReLoRAEmbedding(module, rank, alpha, **how)
+        else:
+            layer = ReLoRALinear(module, rank, alpha, dropout, **how)
         layer.reset(name, seed, restart=0, init=init)
         wrapped[id(module)] = layer.train(model.training)
     _replace(model, wrapped)
@@ -236,10 +325,10 @@ def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
                 parent._modules[attribute] = replacements[id(child)]
 
 
-def relora_layers(model: nn.Module) -> Iterator[tuple[str, ReLoRALinear]]:
+def relora_layers(model: nn.Module) -> Iterator[tuple[str, ReLoRALayer]]:
     """The wrapped layers with their names, in model order (the same on all ranks), each once."""
     for name, module in model.named_modules():
-        if isinstance(module, ReLoRALinear):
+        if isinstance(module, ReLoRALayer):
             yield name, module
 
 

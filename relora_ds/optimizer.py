@@ -31,7 +31,7 @@ from relora_ds.config import ReLoRA
 from relora_ds.errors import RestartError
 from relora_ds.frozen import MergeStats, ShardedMaster, checksum, stored_tensors
 from relora_ds.ledger import LEDGER, RESTART, VERIFY
-from relora_ds.lora import ReLoRALinear, relora_layers
+from relora_ds.lora import ReLoRALayer, relora_layers
 from relora_ds.reinit import initial_A, principal_inputs
 from relora_ds.schedule import rewarmup_factor
 from relora_ds.zero import ZeroProxy, ZeroState, data_parallel_group
@@ -102,7 +102,7 @@ class ReLoRAOptimizer(ZeroProxy):
 
     Args:
         zero: DeepSpeedZeroOptimizer of stage 1 or 2.
-        model: holds the :class:`~relora_ds.lora.ReLoRALinear` layers.
+        model: holds the :class:`~relora_ds.lora.ReLoRALayer` layers.
         settings: the recipe's ``relora`` section.
         seed: of the reinitialisations and of random pruning.
         rewarm: whether the learning rate re-warms after a restart (the jagged schedule).
@@ -241,9 +241,9 @@ class ReLoRAOptimizer(ZeroProxy):
                 self._reinitialise(name, layer)
         return stats if self.frozen_master is None else self._sum_over_ranks(stats)
 
-    def _batches(self) -> Iterator[list[tuple[str, ReLoRALinear]]]:
+    def _batches(self) -> Iterator[list[tuple[str, ReLoRALayer]]]:
         """The wrapped layers, as many at once as :data:`ENTRIES_AT_ONCE` allows: a few large messages instead of many small ones."""
-        batch: list[tuple[str, ReLoRALinear]] = []
+        batch: list[tuple[str, ReLoRALayer]] = []
         entries = 0
         for name, layer in relora_layers(self.model):
             more = sum(factor.numel() for factor in layer.factors().values())
@@ -254,7 +254,7 @@ class ReLoRAOptimizer(ZeroProxy):
             entries += more
         yield batch
 
-    def _merge(self, name: str, layer: ReLoRALinear, factors: dict[str, Tensor]) -> MergeStats:
+    def _merge(self, name: str, layer: ReLoRALayer, factors: dict[str, Tensor]) -> MergeStats:
         """Merges one layer, from its factors' masters: all of it here, or this rank's rows into the master of W, whose rounding
         all ranks then hold."""
         assert layer.weight is not None, "refused with the settings"
@@ -265,7 +265,7 @@ class ReLoRAOptimizer(ZeroProxy):
 
         return layer.weight.merge(change) if self.frozen_master is None else self.frozen_master.merge(name, change)
 
-    def _reinitialise(self, name: str, layer: ReLoRALinear) -> None:
+    def _reinitialise(self, name: str, layer: ReLoRALayer) -> None:
         """Fresh factors for one layer, in the masters and in the module's copies."""
         device, kind = layer.lora_A.device, self.settings.init
         fresh = initial_A(layer.rank, layer.in_features, name=name, seed=self.seed, restart=self.restarts, kind=kind)
@@ -278,7 +278,7 @@ class ReLoRAOptimizer(ZeroProxy):
             # The reference sets it to 0 at a merge; with B = 0 neither of the two would have a gradient from then on.
             self.masters.write(f"{name}.lora_scaling", torch.ones_like(layer.lora_scaling, dtype=torch.float32))
 
-    def _residual_factors(self, name: str, layer: ReLoRALinear, start: Tensor) -> tuple[Tensor, Tensor]:
+    def _residual_factors(self, name: str, layer: ReLoRALayer, start: Tensor) -> tuple[Tensor, Tensor]:
         """Factors whose product is the rank-r part of what rounding lost of this layer; the master notes that they hold it."""
         master = self.frozen_master
         assert master is not None, "refused with the settings"

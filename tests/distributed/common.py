@@ -14,6 +14,7 @@ import relora_ds
 VOCAB = 61
 GLOBAL_BATCH = 12
 """Divides over 1, 2, 3 and 4 ranks."""
+WITH_VOCABULARY = ["all-linear", "output-head", "input-embedding"]
 
 
 def tiny_llama(seed: int = 0, **changes: Any) -> nn.Module:

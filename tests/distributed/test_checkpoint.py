@@ -100,7 +100,7 @@ def losses(folder: Path) -> dict[int, float]:
     ("before", "after", "stage", "frozen", "contained"),
     [
         (4, 2, 2, {}, False),
-        (2, 3, 2, INT8 | {"master": "sharded"}, False),
+        (2, 3, 2, INT8 | {"master": "sharded", "targets": common.WITH_VOCABULARY}, False),
         (2, 1, 1, INT8, False),
         (1, 2, 2, {"dtype": "bf16", "master": "sharded"}, True),
         (1, 4, 1, {"master": "sharded"}, False),
@@ -118,7 +118,8 @@ def test_resume_on_another_number_of_ranks(
     content["train"]["micro_batch"] = 1
     tolerance = 1e-3 if frozen.get("init") == "residual" else 1e-5
     content["deepspeed"] = {"zero_optimization": {"stage": stage}}
-    content["relora"] |= {"init": frozen.pop("init", "kaiming"), "frozen": frozen}
+    others = {key: frozen.pop(key) for key in ("init", "targets") if key in frozen}
+    content["relora"] |= {"frozen": frozen, **others}
     content["checkpoint"] = {"self_contained": contained}
     whole, moved = at(content, tmp_path / "whole"), at(content, tmp_path / "moved")
     run(before, train_here, whole)

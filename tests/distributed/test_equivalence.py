@@ -40,6 +40,13 @@ class PlainLoRA(nn.Module):
         return F.linear(x, self.frozen) + (ALPHA / RANK) * (x @ self.down.T @ self.up.T)
 
 
+class PlainEmbedding(PlainLoRA):
+    """LoRA on an embedding: rows of the whole sum."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return (self.frozen + (ALPHA / RANK) * (self.up @ self.down))[ids]
+
+
 def smallest_to_zero(values: torch.Tensor, by: torch.Tensor, ratio: float) -> None:
     """Zeroes floor(ratio n) entries of ``values``: those where ``by`` is smallest; of equals, the later ones."""
     keep = torch.sort(by.flatten().abs(), descending=True, stable=True).indices[: by.numel() - math.floor(ratio * by.numel())]
@@ -48,14 +55,14 @@ def smallest_to_zero(values: torch.Tensor, by: torch.Tensor, ratio: float) -> No
     values.mul_(mask.view_as(values))
 
 
-def plain_relora(reset: dict[str, Any]) -> dict[str, Any]:
+def plain_relora(reset: dict[str, Any], with_vocabulary: bool = False) -> dict[str, Any]:
     """One process, plain PyTorch: the algorithm of the paper, step by step, on the whole global batch."""
     model = common.tiny_llama()
     adapters = []
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name != "lm_head":
+        if isinstance(module, (nn.Linear, nn.Embedding)) and (with_vocabulary or name not in ("lm_head", "model.embed_tokens")):
             parent = model.get_submodule(name.rpartition(".")[0])
-            adapter = PlainLoRA(module.weight, name)
+            adapter = (PlainLoRA if isinstance(module, nn.Linear) else PlainEmbedding)(module.weight, name)
             setattr(parent, name.rpartition(".")[2], adapter)
             adapters.append(adapter)
     factors = [p for adapter in adapters for p in (adapter.down, adapter.up)]
@@ -94,15 +101,18 @@ def plain_relora(reset: dict[str, Any]) -> dict[str, Any]:
     return {"losses": losses, "weights": {adapter.name: adapter.frozen.clone() for adapter in adapters}}
 
 
-def zero_relora(reset: dict[str, Any], stage: int, accumulation: int) -> dict[str, Any]:
+def zero_relora(reset: dict[str, Any], stage: int, accumulation: int, with_vocabulary: bool = False) -> dict[str, Any]:
     """The same through relora_ds.initialize, in the loop that a user of DeepSpeed has."""
     config = common.deepspeed_config(lr=LR, stage=stage, accumulation=accumulation)
     engine, optimizer, _, _ = relora_ds.initialize(
         model=common.tiny_llama(),
         config=config,
-        relora={"rank": RANK, "alpha": ALPHA, "restart_every": EVERY, "restart_warmup": RAMP, "reset": reset},
+        relora={
+            "rank": RANK, "alpha": ALPHA, "restart_every": EVERY, "restart_warmup": RAMP, "reset": reset,
+            "targets": common.WITH_VOCABULARY if with_vocabulary else "all-linear",
+        },
         seed=SEED,
-    )
+    )  # fmt: skip
     losses = [common.train_update(engine, update % 2) for update in range(1, UPDATES + 1)]
     result = {
         "losses": losses,
@@ -122,13 +132,22 @@ RESETS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("reset", "stage", "accumulation"),
-    [("default", 2, 1), ("joint", 2, 1), ("full", 2, 1), ("default", 1, 1), ("default", 2, 3), ("default", 1, 2)],
+    ("reset", "stage", "accumulation", "with_vocabulary"),
+    [
+        ("default", 2, 1, False),
+        ("joint", 2, 1, False),
+        ("full", 2, 1, False),
+        ("default", 1, 1, False),
+        ("default", 2, 3, False),
+        ("default", 1, 2, False),
+        ("default", 2, 1, True),
+    ],
 )
-def test_zero_equals_a_plain_loop(reset: str, stage: int, accumulation: int) -> None:
+def test_zero_equals_a_plain_loop(reset: str, stage: int, accumulation: int, with_vocabulary: bool) -> None:
     """Two ranks, fp32, over two restarts: only the order of sums differs, so 1e-5 holds over these few updates."""
-    plain = plain_relora(RESETS[reset])
-    for result in run(2, zero_relora, RESETS[reset], stage, accumulation):
+    plain = plain_relora(RESETS[reset], with_vocabulary)
+    assert ("model.embed_tokens" in plain["weights"]) == ("lm_head" in plain["weights"]) == with_vocabulary
+    for result in run(2, zero_relora, RESETS[reset], stage, accumulation, with_vocabulary):
         assert result["restarts"] == 2
         assert result["losses"] == pytest.approx(plain["losses"], rel=1e-5)
         assert plain["losses"][-1] < plain["losses"][0]

@@ -86,7 +86,15 @@ def test_a_run_starts_from_a_plain_deepspeed_checkpoint(settings: dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    "relora", [{}, {"frozen": {"dtype": "int8", "group_size": 16, "master": "sharded"}, "trainable_scaling": True}]
+    "relora",
+    [
+        {},
+        {
+            "frozen": {"dtype": "int8", "group_size": 16, "master": "sharded"},
+            "trainable_scaling": True,
+            "targets": common.WITH_VOCABULARY,
+        },
+    ],
 )
 def test_current_factors_as_a_peft_adapter(settings: dict[str, Any], tmp_path: Path, relora: dict[str, Any]) -> None:
     """PEFT's model over the exported base computes what the run's does; from any checkpoint."""

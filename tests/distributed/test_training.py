@@ -28,9 +28,11 @@ from relora_ds.traffic import CountedGroup
 from relora_ds.train import Trainer, TrainingError
 from relora_ds.train import train as train_run
 from relora_ds.zero import ZeroState
+from tests.distributed.common import WITH_VOCABULARY
 from tests.distributed.pool import run
 
 CPU = torch.device("cpu")
+INT8 = {"dtype": "int8", "group_size": 16}
 
 
 @pytest.fixture
@@ -104,9 +106,9 @@ def test_an_error_of_a_rank_is_recorded(content: dict[str, Any], tmp_path: Path)
     ("dtype", "stage", "keep_moments", "frozen"),
     [
         ("fp32", 2, True, {}),
-        ("bf16", 2, False, {"master": "sharded"}),
-        ("fp32", 1, False, {"dtype": "int8", "group_size": 16}),
-        ("fp32", 2, False, {"dtype": "int8", "group_size": 16, "master": "sharded", "init": "residual"}),
+        ("bf16", 2, False, {"master": "sharded", "targets": WITH_VOCABULARY}),
+        ("fp32", 1, False, INT8),
+        ("fp32", 2, False, {**INT8, "master": "sharded", "init": "residual", "targets": WITH_VOCABULARY}),
         ("fp32", 2, False, {"dtype": "bf16"}),
         ("fp32", 2, False, {"dtype": "fp32", "master": "sharded", "master_device": "device"}),
     ],
@@ -117,7 +119,8 @@ def test_kill_and_resume_to_the_last_digit(
     """Killed in the full-rank phase, just after the change of phase, right after a restart and in a re-warmup."""
     content["deepspeed"] = {"zero_optimization": {"stage": stage}}
     frozen = dict(frozen)
-    content["relora"] |= {"keep_moments": keep_moments, "init": frozen.pop("init", "kaiming"), "frozen": frozen}
+    others = {key: frozen.pop(key) for key in ("init", "targets") if key in frozen}
+    content["relora"] |= {"keep_moments": keep_moments, "frozen": frozen, **others}
     if dtype == "bf16":
         content["deepspeed"]["bf16"] = {"enabled": True}
     whole = at(content, tmp_path / "whole")
@@ -357,7 +360,7 @@ def test_earlier_run_and_hugging_face_folder_as_warm_starts(content: dict[str, A
 @pytest.mark.parametrize("method", ["full", "control", "lora", "low_rank"])
 def test_the_other_arms_of_the_paper(content: dict[str, Any], tmp_path: Path, method: str) -> None:
     """On the recipe of a ReLoRA run: killed, resumed to the last digit, no restarts; the export has the run's perplexity."""
-    content["relora"] |= {"trainable_scaling": True, "init": "orthonormal"}
+    content["relora"] |= {"trainable_scaling": True, "init": "orthonormal", "targets": WITH_VOCABULARY}
     content["method"] = method
     whole, pieces = at(content, tmp_path / "whole"), at(content, tmp_path / "pieces", checkpoint_every=1)
     assert run(2, train_here, whole) == [EXIT_DONE, EXIT_DONE]
@@ -379,6 +382,7 @@ def test_the_other_arms_of_the_paper(content: dict[str, Any], tmp_path: Path, me
 
 def test_low_rank_trains_as_many_parameters_as_lora_and_stores_no_weight(content: dict[str, Any]) -> None:
     content["method"] = "low_rank"
+    content["relora"]["targets"] = WITH_VOCABULARY
     model = phases.initial_model(check(parse(content), Path("recipe.yaml"), 1), CPU, "lora")
     assert all(layer.weight is None for _, layer in lora.relora_layers(model))
     content["method"] = "lora"

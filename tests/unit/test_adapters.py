@@ -22,15 +22,15 @@ from relora_ds.weights import Source
 
 CPU = torch.device("cpu")
 KINDS = ["llama", "gpt2"]
+UNTIED = ["llama", "gpt2 untied"]
+VOCABULARY = ["all-linear", "output-head", "input-embedding"]
 
 
 def tiny(kind: str, **changes: Any) -> PreTrainedModel:
     torch.manual_seed(0)
-    if kind == "gpt2":
-        config = GPT2Config(
-            vocab_size=61, n_positions=32, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, **changes
-        )
-        return GPT2LMHeadModel(config).eval()
+    if kind.startswith("gpt2"):
+        changes = {"tie_word_embeddings": kind != "gpt2 untied", "resid_pdrop": 0.0, "embd_pdrop": 0.0, **changes}
+        return GPT2LMHeadModel(GPT2Config(vocab_size=61, n_positions=32, n_embd=32, n_layer=2, n_head=2, **changes)).eval()
     sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     return LlamaForCausalLM(LlamaConfig(**sizes, **changes)).eval()
 
@@ -44,25 +44,25 @@ def randomise(module: torch.nn.Module) -> None:
     """Factors of some size, so that every one of them matters for the output."""
     generator = torch.Generator().manual_seed(1)
     for name, param in module.named_parameters():
-        if "lora_A" in name or "lora_B" in name:
+        if any(factor in name for factor in ("lora_A", "lora_B", "lora_embedding")):
             param.data = torch.randn(param.shape, generator=generator) * 0.2
 
 
-def peft_adapter(folder: Path, kind: str, **settings: Any) -> tuple[Path, PreTrainedModel]:
+def peft_adapter(folder: Path, kind: str, with_bases: bool = False, **settings: Any) -> tuple[Path, PreTrainedModel]:
     """An adapter with random factors that peft wrote, and the model into which peft merged it."""
     if "target_modules" not in settings:
         settings["target_modules"] = ["c_attn", "c_proj"] if kind == "gpt2" else ["q_proj", "v_proj", "down_proj"]
-    config = peft.LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=kind == "gpt2", **{"r": 4, "lora_alpha": 6, **settings})
+    config = peft.LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=kind != "llama", **{"r": 4, "lora_alpha": 6, **settings})
     model = peft.get_peft_model(tiny(kind), config)
     randomise(model)
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+    model.save_pretrained(str(folder), save_embedding_layers=with_bases)
     return folder, model.merge_and_unload()
 
 
-def filled(kind: str, folder: Path) -> PreTrainedModel:
-    """The tiny model with the adapter merged in, the way that a run takes its first weights."""
+def filled(kind: str, folder: Path, base: Source | None = None) -> PreTrainedModel:
+    """The tiny model, or another ``base`` of its kind, with the adapter merged in, the way that a run takes its first weights."""
     model = skeleton(tiny(kind).config, attention="eager", dtype=torch.float32, device=CPU)
-    source = adapters.peft_weights(folder, source_of(tiny(kind)), model)
+    source = adapters.peft_weights(folder, base or source_of(tiny(kind)), model)
     return fill(model, dtype=torch.float32, device=CPU, weights=source).eval()
 
 
@@ -104,6 +104,31 @@ def test_merge_takes_square_weights_the_right_way_round(tmp_path: Path) -> None:
     rewrite(folder, fan_in_fan_out=False)
     name = "transformer.h.0.attn.c_proj.weight"
     torch.testing.assert_close(filled("gpt2", folder).state_dict()[name], expected.state_dict()[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True")  # which one setting cannot say of Conv1D and head both
+@pytest.mark.parametrize("kind", UNTIED)
+@pytest.mark.parametrize("with_bases", [False, True], ids=["factors alone", "with bases"])
+def test_merge_takes_embeddings_and_head(tmp_path: Path, kind: str, with_bases: bool) -> None:
+    """peft keeps an embedding's factors transposed. It may save the weights of both beside them, which then count, as for peft."""
+    targets = ["embed_tokens", "q_proj", "lm_head"] if kind == "llama" else ["wte", "wpe", "c_attn", "lm_head"]
+    rank_pattern = {targets[0]: 3}
+    folder, expected = peft_adapter(
+        tmp_path, kind, with_bases, target_modules=targets, rank_pattern=rank_pattern, use_rslora=True
+    )
+    plain = source_of(tiny(kind))
+    brought = {key for key in load_file(folder / adapters.ADAPTER_WEIGHTS) if key.endswith("base_layer.weight")}
+    assert bool(brought) == with_bases
+
+    def other(names: Sequence[str], param: Tensor) -> Tensor:
+        is_brought = f"base_model.model.{names[0].removesuffix('.weight')}.base_layer.weight" in brought
+        return torch.zeros(param.shape) if is_brought else plain(names, param)
+
+    merged, base, changed = filled(kind, folder, other).state_dict(), tiny(kind).state_dict(), 0
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(merged[name], value, rtol=0, atol=1e-6)
+        changed += not torch.allclose(value, base[name], atol=1e-3)
+    assert changed == len(targets) + 1, "every layer of the two blocks, and each of the vocabulary's"
 
 
 def test_merge_forms_a_coarse_base_in_fp32_and_leaves_it_alone(tmp_path: Path) -> None:
@@ -159,15 +184,27 @@ REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
         retensor(lambda tensors: tensors.update({f"{Q[:-6]}x_proj.lora_A.weight": torch.zeros(4, 32)})),
         "self_attn.x_proj.lora_A.weight matches no parameter of the model",
     ),
-    "embedding": (
-        retensor(lambda tensors: tensors.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(4, 61)})),
-        "lora_embedding_A matches no parameter",
-    ),
     "embedding as a linear layer": (
         retensor(lambda tensors: tensors.update({"base_model.model.model.embed_tokens.lora_A.weight": torch.zeros(4, 61)})),
-        "is for a Embedding, not a linear layer",
+        "lora_A.weight cannot adapt model.embed_tokens, a Embedding",
+    ),
+    "linear layer as an embedding": (
+        retensor(lambda tensors: tensors.update({f"{Q}.lora_embedding_A": torch.zeros(4, 32)})),
+        r"lora_embedding_A cannot adapt model\.layers\.0\.self_attn\.q_proj, a Linear",
+    ),
+    "norm": (
+        retensor(lambda tensors: tensors.update({"base_model.model.model.norm.base_layer.weight": torch.zeros(32)})),
+        "base_layer.weight cannot adapt model.norm, a LlamaRMSNorm",
+    ),
+    "base of another shape": (
+        retensor(lambda tensors: tensors.update({f"{Q}.base_layer.weight": torch.zeros(32, 31)})),
+        r"base_layer.weight is \[32, 31\], the model and r want \[32, 32\]",
     ),
     "magnitude": (retensor(lambda tensors: tensors.update({f"{Q}.lora_magnitude_vector": torch.zeros(32)})), "magnitude_vector"),
+    "base alone": (
+        retensor(lambda tensors: tensors.update({"base_model.model.lm_head.base_layer.weight": torch.zeros(61, 32)})),
+        "lm_head.base_layer.weight has no counterpart",
+    ),
     "half": (retensor(lambda tensors: tensors.pop(f"{Q}.lora_B.weight")), "lora_A.weight has no counterpart"),
     "shape": (
         retensor(lambda tensors: tensors.update({f"{Q}.lora_B.weight": torch.zeros(31, 4)})),
@@ -272,6 +309,28 @@ def test_peft_computes_the_same_from_a_saved_adapter(
     torch.testing.assert_close(logits(filled(kind, tmp_path / "adapter")), expected, rtol=0, atol=1e-5)
     assert float((expected - plain).abs().max()) > 1e-2, "the factors must matter for this to mean anything"
     assert adapters.peft_base(tmp_path / "adapter") == str(tmp_path / "base")
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True")  # which one setting cannot say of Conv1D and head both
+@pytest.mark.parametrize("kind", UNTIED)
+@pytest.mark.parametrize("trainable_scaling", [False, True], ids=["fixed", "trainable"])
+def test_peft_computes_the_same_with_embeddings_and_head(tmp_path: Path, kind: str, trainable_scaling: bool) -> None:
+    targets = [*VOCABULARY, *(["wpe"] if kind == "gpt2 untied" else [])]
+    model, base = wrapped(kind, targets=targets, trainable_scaling=trainable_scaling), tiny(kind)
+    expected, plain = logits(model), logits(base)
+    layers = dict(lora.relora_layers(model))
+    adapters.save_adapter(tmp_path / "adapter", layers.items(), base_name="base", rank=4, alpha=6.0)
+    theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    found = [name for name, m in theirs.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    assert {name.removeprefix("base_model.model.") for name in found} == layers.keys()
+    # fp32, the scale folded in elsewhere: a few units of 1e-6 of logits up to 10, from embeddings of size 1
+    torch.testing.assert_close(logits(theirs), expected, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(logits(filled(kind, tmp_path / "adapter")), expected, rtol=1e-5, atol=2e-5)
+    assert float((expected - plain).abs().max()) > 0.1, "the factors must matter for this to mean anything"
+    tensors = load_file(tmp_path / "adapter" / adapters.ADAPTER_WEIGHTS)
+    embedded = "transformer.wte" if kind == "gpt2 untied" else "model.embed_tokens"
+    shapes = [tuple(tensors[f"base_model.model.{embedded}.lora_embedding_{letter}"].shape) for letter in "AB"]
+    assert shapes == [(4, 61), (32, 4)]
 
 
 def test_saved_factors_keep_their_dtype(tmp_path: Path) -> None:

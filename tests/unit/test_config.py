@@ -179,7 +179,7 @@ NOT_A_NAME = [
     (
         ["relora.targets=[q_proj, k_prok]"],
         "relora.targets='k_prok'",
-        "matches no linear layer of the model; did you mean 'k_proj'?",
+        "matches no linear layer or embedding of the model; did you mean 'k_proj'?",
     ),
     (["relora.targets=attention_block"], "relora.targets='attention_block'", "matches no linear layer"),
 ]

@@ -39,6 +39,15 @@ def test_factors_follow_the_group_of_their_weight() -> None:
     assert new[1]["betas"] == (0.1, 0.2)
 
 
+def test_factors_of_an_embedding_follow_its_group() -> None:
+    net = nn.Sequential(nn.Embedding(12, 8), nn.Linear(8, 8), nn.Linear(8, 12))
+    groups = [{"params": [net[0].weight], "lr": 1.0}, {"params": list(net[1:].parameters()), "lr": 2.0}]
+    wrap(net, rank=2, alpha=4, targets=["0", "2"])
+    new = regroup(net, groups, 5.0)
+    assert names_in(net, new) == [["0.lora_A", "0.lora_B"], ["1.weight", "1.bias", "2.bias"], ["2.lora_A", "2.lora_B"]]
+    assert [group["lr"] for group in new] == [5.0, 2.0, 5.0]
+
+
 def test_lora_lr_replaces_the_group_rate() -> None:
     net = model()
     groups = [{"params": list(net.parameters()), "lr": 1.0}]

@@ -306,6 +306,26 @@ def test_what_the_factors_hold_of_the_residual_is_not_added_twice() -> None:
     assert not master.held, "merged: the next factors begin anew"
 
 
+# Rows
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_that_are_looked_up_are_those_of_the_whole(dtype: str, wanted: torch.dtype) -> None:
+    store, ids = FrozenWeight(normal(40, 50), dtype, group_size=16), torch.tensor([[7, 39, 7], [0, 12, 3]])
+    rows = store.look_up(ids, wanted)
+    assert rows.dtype == wanted and torch.equal(rows, store.read()[ids].to(wanted))
+    assert store.look_up(ids[:, :0], wanted).shape == (2, 0, 50)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_looking_rows_up_converts_no_other(dtype: str) -> None:
+    store, ids = FrozenWeight(normal(4096, 64), dtype, group_size=16), torch.tensor([[7, 4000, 7], [0, 12, 3]])
+    with PeakMemory() as memory:
+        store.look_up(ids, torch.float32)
+    assert 0 < memory.peak <= 4 * ids.numel() * 64 * 4, "values, scales and two fp32 copies of six rows, at most"
+
+
 # Memory
 
 

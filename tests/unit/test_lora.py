@@ -268,11 +268,17 @@ def test_targets_by_dotted_parts_of_the_name(targets: str | list[str], expected:
 
 @pytest.mark.parametrize(
     ("targets", "hint"),
-    [(["q_pro"], "did you mean 'q_proj'?"), (["q_proj", "proj"], "did you mean"), (["embed_tokens"], ""), (["norm"], "")],
+    [
+        (["q_pro"], "did you mean 'q_proj'?"),
+        (["q_proj", "proj"], "did you mean"),
+        (["embeds_token"], "did you mean 'embed_tokens'?"),
+        (["all-linear", "all-linears"], "did you mean 'all-linear'?"),
+        (["norm"], ""),
+    ],
     ids=str,
 )
-def test_target_that_matches_no_linear_layer(targets: list[str], hint: str) -> None:
-    with pytest.raises(ConfigError, match="matches no linear layer of the model") as caught:
+def test_target_that_matches_no_layer(targets: list[str], hint: str) -> None:
+    with pytest.raises(ConfigError, match="matches no linear layer or embedding of the model") as caught:
         find_targets(build("llama"), targets)
     assert str(caught.value).startswith(f"relora.targets={targets[-1]!r}: ")
     assert hint in str(caught.value)
