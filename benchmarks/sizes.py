@@ -47,10 +47,10 @@ def row(name: str, rank: int) -> list[str]:
 
 
 def main() -> None:
-    print(
-        "| model | rank | parameters, M | trainable, M | same collectives | defaults, 1 | defaults, 8 | words low-rank | every 4 | 8 bits |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    columns = ["model", "rank", "parameters, M", "trainable, M", "same collectives", "defaults, 1", "defaults, 8"]
+    columns += ["low-rank vocabulary", "every 4", "8 bits"]
+    print(f"| {' | '.join(columns)} |")
+    print("|" + "---|" * len(columns))
     for name, (hidden, *_) in PRESETS.items():
         for rank in sorted({128, hidden // 16}):
             print(f"| {' | '.join(row(name, rank))} |")
