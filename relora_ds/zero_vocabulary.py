@@ -93,6 +93,7 @@ class VocabularyRoute:
         self.params = [p for group in zero.bit16_groups[self.first :] for p in group]
         assert {id(p) for p in self.params} == members, "the vocabulary's groups are the last, and hold nothing else"
         self.sparse = words.sparse if settings.vocabulary_rows == "seen" else None
+        self.num_sparse = 0 if self.sparse is None else self.sparse.shape[0]
         self.wire = torch.int8 if settings.vocabulary_dtype == "int8" else zero.communication_data_type
         self.updates = self.gathered = 0
         self.is_due = False
@@ -240,7 +241,9 @@ class VocabularyRoute:
         """(rows,) bool; None for all."""
         if param is not self.sparse:
             return None
-        return torch.zeros(param.shape[:1], dtype=torch.bool, device=self.comm.device) if self.seen is None else self.seen
+        if self.seen is None:
+            self.seen = torch.zeros(self.num_sparse, dtype=torch.bool, device=self.comm.device)
+        return self.seen
 
     def code(self, param: nn.Parameter) -> Tensor:
         """What this rank sends of ``param``, for all ranks: (rows, row_bytes) uint8."""
