@@ -102,7 +102,7 @@ def sum_of_own(
     starts = range(0, max(len(rows) for rows in owned), step)
     spans = [[rows[start : start + step] for rows in owned] for start in starts]
     counts = _counts(coded.shape[1], spans, seen)
-    theirs = counts if seen is None else _exchange_counts(counts, group)
+    theirs = counts if seen is None else _exchange_counts(counts, coded.device, group)
     total = torch.zeros(len(owned[rank]), width, dtype=torch.float32, device=coded.device)
     for turn, rows in enumerate(spans):
         parts = [_pack(coded, span, seen if counts[to][turn] >= 0 else None) for to, span in enumerate(rows)]
@@ -136,16 +136,14 @@ def _counts(row: int, spans: Sequence[Sequence[range]], seen: Tensor | None) -> 
     return table
 
 
-def _exchange_counts(counts: list[list[int]], group: dist.ProcessGroup | None) -> list[list[int]]:
+def _exchange_counts(counts: list[list[int]], device: torch.device, group: dist.ProcessGroup | None) -> list[list[int]]:
     """By sender and round: the counts that the others have for this rank."""
-    mine = torch.tensor(counts, dtype=torch.int64)
-    if dist.get_world_size(group) == 1:
+    if len(counts) == 1:
         return counts
-    device = "cpu" if "gloo" in dist.get_backend(group) else torch.device("cuda", torch.cuda.current_device())
-    packed = mine.to(device).flatten()
-    theirs, share = torch.empty_like(packed), [mine.shape[1]] * len(counts)
-    dist.all_to_all_single(theirs, packed, share, share, group=group)
-    return theirs.view(mine.shape).tolist()
+    mine = torch.tensor(counts, dtype=torch.int64, device=device)
+    theirs, share = torch.empty_like(mine), [mine.shape[1]] * len(counts)
+    dist.all_to_all_single(theirs.view(-1), mine.view(-1), share, share, group=group)
+    return theirs.tolist()
 
 
 def _pack(coded: Tensor, span: range, seen: Tensor | None) -> Tensor:

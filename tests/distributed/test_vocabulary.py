@@ -51,7 +51,7 @@ def build(traffic: dict[str, Any] | None, relora: dict[str, Any] | None = None, 
 # Bytes
 
 
-def bytes_of(traffic: dict[str, Any], stage: int, accumulation: int) -> dict[str, float]:
+def bytes_of(traffic: dict[str, Any], stage: int, accumulation: int) -> dict[str, Any]:
     """What an update sends on this rank for the vocabulary, and what it should by the formulas: means over as many as make a turn."""
     every, world_size = traffic.get("vocabulary_every", 1), dist.get_world_size()
     config = common.deepspeed_config(stage=stage, dtype="bf16", accumulation=accumulation)
@@ -60,10 +60,12 @@ def bytes_of(traffic: dict[str, Any], stage: int, accumulation: int) -> dict[str
     embedding = engine.module.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)
     sent_rows = 0
+    held = []
     with Wire() as wire:
         for _ in range(every):
             ids = torch.randint(0, WIDE["vocab_size"], (common.GLOBAL_BATCH, 64), generator=generator)
             train_update(engine, ids)
+            held.append(sum(value.nbytes for value in engine.optimizer.vocabulary.pending.values()))
     mine = common.my_rows(ids).unique()
     route: VocabularyRoute = engine.optimizer.vocabulary
     for rank, piece in enumerate(route.slices[embedding]):
@@ -78,6 +80,7 @@ def bytes_of(traffic: dict[str, Any], stage: int, accumulation: int) -> dict[str
         "vocabulary": wire.sent_bytes / every - 2 * share * 2 * rest,
         "formula": (of_embedding + share * entries * row + share * 2 * entries * 2) / every,
         "usual": share * 2 * entries * 4,
+        "held": [num_bytes / (2 * entries) for num_bytes in held],
     }
 
 
@@ -101,6 +104,8 @@ def test_the_vocabulary_sends_what_the_formula_says(
     sent, formula, usual = (sum(r[key] for r in results) / world_size for key in ("vocabulary", "formula", "usual"))
     assert sent == pytest.approx(formula, rel=0.02)
     assert sent < 0.8 * usual
+    always, between = 4 * ("vocabulary_dtype" in traffic), [4] * (traffic.get("vocabulary_every", 1) - 1)
+    assert results[0]["held"] == [*between, always], "bytes for each entry, between turns and after one"
 
 
 # Losses
