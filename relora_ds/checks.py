@@ -20,7 +20,7 @@ from relora_ds.lock import WAY_OUT, RunLock
 from relora_ds.manifest import Manifest
 from relora_ds.run_folder import RunFolder
 
-MATTERS = ("run.seed", "method", "model", "data", "relora", "optimizer", "train.global_batch")
+MATTERS = ("run.seed", "method", "model", "data", "relora", "optimizer", "traffic", "train.global_batch")
 """Settings that a resumed run must share with the run that it goes on with, unless the user insists …"""
 HARMLESS = (
     "model.attention",
@@ -75,6 +75,7 @@ def check(
     near = (recipe.resolve().parent, recipe.resolve().parent.parent)
     content = ds_config.read(config.deepspeed, *near)
     ds_config.refuse_unsupported(content)
+    ds_config.refuse_with_traffic(content, config.traffic)
     fitted = ds_config.fit(content, config, world_size)
     index = read_index(Path(config.data.path))
     architecture = models.hf_config(config.model, index.vocab_size)

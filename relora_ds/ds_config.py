@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from relora_ds.config import Config
+from relora_ds.config import Config, Traffic
 from relora_ds.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -164,3 +164,18 @@ def refuse_unsupported(config: Mapping[str, Any]) -> None:
             "with bf16 and stage 1 DeepSpeed takes another optimizer",
             "use stage 2",
         )
+
+
+def refuse_with_traffic(config: Mapping[str, Any], traffic: Traffic) -> None:
+    """Raises ConfigError for what the vocabulary's own way, if it has one, cannot be combined with."""
+    if not traffic.is_on:
+        return
+    stage, device = get(config, "zero_optimization.stage", 0), get(config, "zero_optimization.offload_optimizer.device")
+    if stage not in (1, 2):
+        raise ConfigError("deepspeed.zero_optimization.stage", stage, "traffic needs ZeRO stage 1 or 2", "leave traffic out")
+    if device not in (None, "none"):
+        problem = "traffic brings gradients to optimizers on the ranks' devices"
+        raise ConfigError("deepspeed.zero_optimization.offload_optimizer.device", device, problem, "leave out this or traffic")
+    if get(config, "zero_optimization.compute_grad_norm") is False:
+        problem = "traffic needs to know which updates are skipped before gradients are sent"
+        raise ConfigError("deepspeed.zero_optimization.compute_grad_norm", False, problem, "leave out this or traffic")

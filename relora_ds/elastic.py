@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,9 @@ def load(engine: Any, run: RunFolder, checkpoint: Path, tell: Callable[[str], No
     engine.global_steps, engine.skipped_steps = state["global_steps"], state["skipped_steps"]
     engine.global_samples = state["global_samples"]
     _load_restarts(optimizer, checkpoint, content)
+    vocabulary = getattr(optimizer, "vocabulary", None)
+    if vocabulary is not None:
+        vocabulary.load_shares(list(_optimizer_states(checkpoint, content)))
     return checkpoints.Progress(**content.progress)
 
 
@@ -61,16 +64,19 @@ def _load_contained_master(optimizer: ReLoRAOptimizer, checkpoint: Path, content
     """The rows of a sharded master from the ZeRO files of a self-contained checkpoint, which hold them by the old ranks."""
     master = optimizer.frozen_master
     assert master is not None
-    shares = []
-    for rank in range(content.world_size):
-        name = next(file for file in content.files if f"zero_pp_rank_{rank}_" in file)
-        state = torch.load(checkpoint / name, map_location="cpu", weights_only=False, mmap=True)
-        shares.append(optimizer.own_state(state["optimizer_state_dict"]).get("frozen_master"))
+    shares = [optimizer.own_state(state).get("frozen_master") for state in _optimizer_states(checkpoint, content)]
     whole = [share for share in shares if share is not None]
     if len(whole) == len(shares):
         master.load_shares(whole)
     else:
         master.load(None)
+
+
+def _optimizer_states(checkpoint: Path, content: Manifest) -> Iterator[dict[str, Any]]:
+    """What the optimizer of each old rank saved, in their order."""
+    for rank in range(content.world_size):
+        name = next(file for file in content.files if f"zero_pp_rank_{rank}_" in file)
+        yield torch.load(checkpoint / name, map_location="cpu", weights_only=False, mmap=True)["optimizer_state_dict"]
 
 
 def _convert_on_rank_0(run: RunFolder, checkpoint: Path, tell: Callable[[str], None]) -> Path:

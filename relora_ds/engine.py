@@ -16,12 +16,14 @@ from torch import nn
 from relora_ds import ds_config, launch
 from relora_ds.base import frozen_weights
 from relora_ds.checkpoint import load_base
-from relora_ds.config import Optimizer, ReLoRA, parse_relora
+from relora_ds.config import Optimizer, ReLoRA, Traffic, parse_relora, parse_traffic
 from relora_ds.errors import ConfigError
 from relora_ds.ledger import LEDGER, START_UP, count_everything, label
 from relora_ds.lora import LORA_GROUP, param_groups, relora_layers, wrap
 from relora_ds.optimizer import ReLoRAOptimizer
+from relora_ds.vocabulary import Words, apart, words_of
 from relora_ds.zero import route_gradients
+from relora_ds.zero_vocabulary import route_vocabulary
 
 ADAMS = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")
 
@@ -39,6 +41,7 @@ def initialize(
     config: str | Path | Mapping[str, Any] | None = None,
     *,
     relora: ReLoRA | dict[str, Any] | None = None,
+    traffic: Traffic | dict[str, Any] | None = None,
     lora_lr: float | None = None,
     seed: int = 0,
     rewarm: bool = True,
@@ -61,6 +64,8 @@ def initialize(
         config: DeepSpeed's configuration: a path or a dictionary.
         relora: the settings of :class:`relora_ds.config.ReLoRA`; None for ``deepspeed.initialize`` as it is, but for
             the way of the gradients.
+        traffic: the settings of :class:`relora_ds.config.Traffic`: how the gradients of embedding and head are sent, whose groups
+            then come last, as "vocabulary"; None for the usual way.
         lora_lr: learning rate of the factors; that of their group when None.
         seed: of the factors' initialisation.
         rewarm: whether learning rates climb from 0 again after a restart.
@@ -80,12 +85,19 @@ def initialize(
         if done:
             warnings.warn(done, stacklevel=2)
     count_everything()
+    saving = parse_traffic(traffic)
+    ds_config.refuse_with_traffic(content, saving)
     if relora is None:
+        words = Words()
+        if saving.is_on:
+            chosen = _materialise(model_parameters) or [{"params": [p for p in model.parameters() if p.requires_grad]}]
+            optimizer, groups = _groups(model, optimizer, chosen, lr_scheduler, content, None)
+            words, model_parameters = _apart(model, optimizer, groups)
         plain = deepspeed.initialize(
             args, model, optimizer, model_parameters, training_data, lr_scheduler,
             mpu=mpu, collate_fn=collate_fn, config=content, **others,
         )  # fmt: skip
-        route_gradients(plain[0])
+        _route(plain[0], saving, words)
         label(plain[0])
         return plain
 
@@ -97,16 +109,19 @@ def initialize(
         raise ConfigError(
             "relora.warm_start", settings.warm_start, "the training loop is yours", "train the model first, then initialize"
         )
-    chosen = _materialise(model_parameters)
+    given = _materialise(model_parameters)
     if not any(True for _ in relora_layers(model)):
         wrap(model, targets=settings.targets, **wrapping(settings, seed, ds_config.precision(content)))
     if optimizer is None and "optimizer" not in content:
         optimizer = adamw(Optimizer())
-    optimizer, groups = _groups(model, optimizer, chosen, lr_scheduler, content, lora_lr)
+    optimizer, groups = _groups(model, optimizer, given, lr_scheduler, content, lora_lr)
+    words = Words()
+    if saving.is_on:
+        words, groups = _apart(model, optimizer, groups)
     engine, zero, loader, scheduler = deepspeed.initialize(
         args, model, optimizer, groups, training_data, lr_scheduler, collate_fn=collate_fn, config=content, **others
     )
-    route_gradients(engine)
+    _route(engine, saving, words)
     base = type(engine.basic_optimizer).__name__
     if base not in ADAMS:
         raise ConfigError("optimizer", base, f"ReLoRA prunes Adam's moments: one of {', '.join(ADAMS)}")
@@ -196,6 +211,24 @@ def _groups(
         return optimizer, regroup(model, chosen, lora_lr)
     decay = ds_config.get(content, "optimizer.params.weight_decay")
     return optimizer, param_groups(model, weight_decay=decay, lora_lr=lora_lr)
+
+
+def _apart(model: nn.Module, optimizer: Any, groups: list[dict[str, Any]] | None) -> tuple[Words, list[dict[str, Any]] | None]:
+    """The vocabulary that is in the groups (None: in the optimizer's own), and the groups with it apart."""
+    held = optimizer.param_groups if groups is None else groups
+    words = words_of(model).among(p for group in held for p in group["params"])
+    split = apart(held, words.params)
+    if groups is None:
+        optimizer.param_groups[:] = split
+        return words, None
+    return words, split
+
+
+def _route(engine: Any, settings: Traffic, words: Words) -> None:
+    """Gives a fresh engine's gradients their ways."""
+    route = route_gradients(engine)
+    if words.params:
+        route_vocabulary(engine, words, settings, route)
 
 
 def regroup(model: nn.Module, groups: list[dict[str, Any]], lora_lr: float | None) -> list[dict[str, Any]]:

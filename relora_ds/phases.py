@@ -84,7 +84,11 @@ def full_engine(model: nn.Module, checked: Checked) -> Any:
     """A plain DeepSpeed engine that trains every parameter."""
     groups = _groups(model, checked.config)
     engine, *_ = initialize(
-        model=model, optimizer=adamw(checked.config.optimizer), model_parameters=groups, config=checked.deepspeed
+        model=model,
+        optimizer=adamw(checked.config.optimizer),
+        model_parameters=groups,
+        config=checked.deepspeed,
+        traffic=checked.config.traffic,
     )
     return engine
 
@@ -111,6 +115,7 @@ def lora_engine(model: nn.Module, checked: Checked, exact_rows: dict[str, Tensor
         model_parameters=_groups(model, config),
         config=checked.deepspeed,
         relora=settings,
+        traffic=config.traffic,
         seed=config.run.seed,
         rewarm=config.optimizer.schedule == "jagged",
     )

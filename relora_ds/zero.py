@@ -1,4 +1,4 @@
-"""The one file that touches the inside of DeepSpeed's ZeRO optimizer (stages 1 and 2).
+"""The inside of DeepSpeed's ZeRO optimizer (stages 1 and 2), which only this file and zero_vocabulary.py touch.
 
 ZeRO keeps, for every parameter group, one flat fp32 master of all its parameters, cut into equal partitions: each rank owns one, with
 Adam's moments beside it. A parameter is therefore a *fragment* on the ranks that own a piece of it, and absent on the others. After
@@ -116,14 +116,14 @@ def route_gradients(engine: Any) -> GradientRoute | None:
     zero = engine.optimizer
     if type(zero) is not DeepSpeedZeroOptimizer or not getattr(zero, "reduce_scatter", False):
         return None
-    problem = _unroutable(zero, engine)
+    problem = unroutable(zero, engine)
     if problem:
         warnings.warn(f"gradients go DeepSpeed's way, which sends 1.5 times the bytes or more: {problem}", stacklevel=3)
         return None
     return GradientRoute(zero, on_cpu=get_accelerator().device_name() == "cpu", defer=engine.managed_gradient_accumulation())
 
 
-def _unroutable(zero: Any, engine: Any) -> str:
+def unroutable(zero: Any, engine: Any) -> str:
     """Why the gradients of this optimizer have to go DeepSpeed's way; empty when they need not."""
     missing = [name for name in REDUCTION if not hasattr(zero, name)]
     if missing:
