@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from relora_ds import ds_config, formulas, nic, phases
 from relora_ds import model as models
 from relora_ds.checks import Checked
-from relora_ds.config import Config
+from relora_ds.config import Config, Traffic
 from relora_ds.data import TokenDataset, rank_micro_batches
 from relora_ds.engine import adamw
 from relora_ds.formulas import Way
@@ -29,6 +30,8 @@ from relora_ds.launch import Place
 from relora_ds.ledger import GRADIENT, LEDGER, LOSS, START_UP, by_purpose, count_everything, label
 from relora_ds.lora import param_groups
 from relora_ds.optimizer import ReLoRAOptimizer
+from relora_ds.rows import row_bytes
+from relora_ds.zero_vocabulary import VocabularyRoute
 
 ARMS = {
     "recipe": "the recipe",
@@ -39,7 +42,6 @@ ARMS = {
 }
 """What can be compared. ``full`` goes the recipe's way with all parameters: the same collectives."""
 BASELINE = "zero2"
-WARM_UP = 1
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class Steps:
         updates_between_restarts: how many.
         way, stage, widths: for the formula; widths are those of gradients and parameters on the wire, in bytes.
         close: frees what can be freed.
+        vocabulary: what the formula is told of embedding and head, where ``traffic`` gives them a way of their own.
     """
 
     micro_batch: Callable[[Tensor, bool], Tensor]
@@ -96,6 +99,7 @@ class Steps:
     stage: int
     widths: tuple[float, float]
     close: Callable[[], None]
+    vocabulary: dict[str, Any] = field(default_factory=dict)
     restart: Callable[[], object] | None = None
     updates_between_restarts: int = 0
 
@@ -106,17 +110,19 @@ def arms_of(config: Config, chosen: Iterable[str] = ARMS) -> list[str]:
 
 
 def measure(arm: str, checked: Checked, place: Place, device: torch.device, updates: int) -> Measurement:
-    """Trains ``updates`` updates after one to warm up. Every rank calls it."""
+    """Trains ``updates`` updates after one to warm up, or whole turns of ``traffic.vocabulary_every``. Every rank calls it."""
     config = checked.config
+    turn = config.traffic.vocabulary_every
+    updates = turn * math.ceil(updates / turn)
     with LEDGER.purpose(START_UP):
         steps = _STARTS[arm](checked, device)
     data = TokenDataset(Path(config.data.path), "train", config.data.sequence_length, seed=config.run.seed)
     train = partial(_train, steps, data, checked, place, device)
-    for update in range(1, WARM_UP + 1):
+    for update in range(1, turn + 1):
         train(update)
     with _observed(place, device) as seen:
         started = time.perf_counter()
-        for update in range(WARM_UP + 1, WARM_UP + updates + 1):
+        for update in range(turn + 1, turn + updates + 1):
             train(update)
         seconds = (time.perf_counter() - started) / updates
     counted = {purpose: value / updates for purpose, value in seen.counted.items()}
@@ -130,7 +136,7 @@ def measure(arm: str, checked: Checked, place: Place, device: torch.device, upda
     gradient_width, parameter_width = steps.widths
     formula = formulas.update_bytes(
         trainable, world_size=place.world_size, gradient_width=gradient_width, parameter_width=parameter_width, stage=steps.stage,
-        accumulation=accumulation(config, place.world_size), way=steps.way,
+        accumulation=accumulation(config, place.world_size), way=steps.way, **steps.vocabulary,
     )  # fmt: skip
     tokens = config.train.global_batch * config.data.sequence_length
     steps.close()
@@ -198,7 +204,22 @@ def _engine_steps(engine: Any, way: Way, *, restart: Callable[[], object] | None
 
     wire, stage = engine.communication_data_type, engine.zero_optimization_stage()
     widths = (float(wire.itemsize), float(next(engine.module.parameters()).element_size()))
-    return Steps(micro_batch, engine.module, way, stage, widths, engine.destroy, restart, between)
+    vocabulary = _told_of_vocabulary(getattr(engine.optimizer, "vocabulary", None), widths[0])
+    return Steps(micro_batch, engine.module, way, stage, widths, engine.destroy, vocabulary, restart, between)
+
+
+def _told_of_vocabulary(route: VocabularyRoute | None, width: float) -> dict[str, Any]:
+    """Rows that are not sent because no token was theirs depend on the data: the formula takes them as sent."""
+    if route is None:
+        return {}
+    numel = sum(param.numel() for param in route.params)
+    coded = sum(param.shape[0] * row_bytes(param.shape[1], torch.int8) for param in route.params) / numel
+    is_int8 = route.settings.vocabulary_dtype == "int8"
+    return {
+        "vocabulary_numel": numel,
+        "vocabulary_every": route.settings.vocabulary_every,
+        "vocabulary_gradient_width": coded if is_int8 else width,
+    }
 
 
 def _recipe(checked: Checked, device: torch.device) -> Steps:
@@ -214,7 +235,7 @@ def _recipe(checked: Checked, device: torch.device) -> Steps:
 
 def _full_rank(checked: Checked) -> Checked:
     """The recipe with all parameters trained, on the model itself (the control's is narrower)."""
-    config = checked.config.model_copy(update={"method": "full"})
+    config = checked.config.model_copy(update={"method": "full", "traffic": Traffic()})
     return replace(checked, config=config, architecture=models.hf_config(config.model, checked.index.vocab_size))
 
 
@@ -284,7 +305,7 @@ def compare(
     """Measures the arms one after the other; every rank calls it. ``tell`` hears what it is at."""
     results = []
     for arm in arms:
-        tell(f"{ARMS[arm]}: {updates} updates after {WARM_UP} to warm up")
+        tell(f"{ARMS[arm]}: {updates} updates, after one to warm up")
         results.append(measure(arm, checked, place, device, updates))
         gc.collect()
         if device.type == "cuda":
