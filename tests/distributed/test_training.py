@@ -23,8 +23,8 @@ from relora_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from relora_ds.evaluate import evaluate
 from relora_ds.export import export
 from relora_ds.frozen import FrozenWeight
+from relora_ds.ledger import CountedGroup
 from relora_ds.run_folder import RunFolder
-from relora_ds.traffic import CountedGroup
 from relora_ds.train import Trainer, TrainingError
 from relora_ds.train import train as train_run
 from relora_ds.zero import ZeroState
