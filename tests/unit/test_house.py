@@ -31,7 +31,18 @@ def test_one_place_alone(pattern: str, home: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["schedule.py", "pruning.py", "reinit.py", "lora.py", "frozen.py", "config.py", "manifest.py", "slurm_script.py"]
+    "module",
+    [
+        "schedule.py",
+        "pruning.py",
+        "reinit.py",
+        "lora.py",
+        "frozen.py",
+        "config.py",
+        "manifest.py",
+        "slurm_script.py",
+        "formulas.py",
+    ],
 )
 def test_pure_modules_know_of_no_ranks(module: str) -> None:
     assert not re.search(r"torch\.distributed|deepspeed\b(?!\.json|:)", _code(PACKAGE / module))
