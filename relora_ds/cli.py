@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from relora_ds import __version__, cli_slurm, launch
+from relora_ds import __version__, cli_plan, cli_slurm, launch
 from relora_ds.config import Config, load
 from relora_ds.errors import EXIT_BAD_CONFIG, EXIT_DONE, EXIT_FAILED, ConfigError, RestartError, refuse_rest
 from relora_ds.run_folder import RunFolder
@@ -84,6 +84,7 @@ def build_parser() -> Parser:
     report.add_argument("--out", type=Path, help="folder to write to (default: the run's folder; report/ for several)")
     report.set_defaults(run=run_report)
 
+    cli_plan.add_command(commands)
     cli_slurm.add_commands(commands, Parser)
     return parser
 

@@ -206,6 +206,8 @@ class Replay:
                 if step > 0:
                     self.look("backward pass")
                 continue
+            added = self.waiting.get(step, 0)  # to what waited: by now the gradient of this micro batch alone is gone
+            self.add("activations", -added)
             if self.engine.stage == 1 or is_last:
                 self.make_buckets()
             if within:
@@ -213,6 +215,7 @@ class Replay:
             elif step not in self.waiting:
                 self.waiting[step] = self.numels[step] * self.engine.width
                 self.add("gradients", self.waiting[step])
+            self.add("activations", added)
         if is_last:
             if not within:
                 for name in self.numels:
