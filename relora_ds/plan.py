@@ -33,8 +33,8 @@ UNKNOWN = {
 """Settings whose memory is not foretold."""
 NOTES = {
     "cuda": (
-        "From the code, not measured on a GPU; against CPU engines see benchmarks/plan.md. CUDA's context, NCCL's buffers, what kernels"
-        " take inside, and gaps between allocations come on top. Time: the given share of the GPU's peak, the link's rate."
+        "From the code, not measured on a GPU; against CPU engines see benchmarks/plan.md. CUDA's context, NCCL's buffers, what "
+        "kernels take inside, and gaps between allocations come on top. Time: the given share of the GPU's peak, the link's rate."
     ),
     "cpu": "Measured against CPU engines in benchmarks/plan.md. What kernels and gloo take inside themselves comes on top.",
 }
