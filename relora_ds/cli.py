@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from relora_ds import __version__, cli_slurm, cli_traffic, launch
+from relora_ds import __version__, cli_plan, cli_slurm, cli_traffic, launch
 from relora_ds.config import Config, load
 from relora_ds.errors import EXIT_BAD_CONFIG, EXIT_DONE, EXIT_FAILED, ConfigError, RestartError, refuse_rest
 from relora_ds.run_folder import RunFolder
@@ -85,6 +85,7 @@ def build_parser() -> Parser:
     report.set_defaults(run=run_report)
 
     cli_traffic.add_command(commands)
+    cli_plan.add_command(commands)
     cli_slurm.add_commands(commands, Parser)
     return parser
 

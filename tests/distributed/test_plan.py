@@ -1,0 +1,156 @@
+"""What ``relora-ds plan`` foretells, against engines: the memory at most, by moment, and the bytes of an update."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import LlamaConfig
+
+import relora_ds
+from relora_ds import footprint, formulas, lora, rehearsal
+from relora_ds import model as models
+from relora_ds.config import Optimizer, parse_relora
+from relora_ds.ds_config import DTYPES
+from relora_ds.engine import adamw
+from relora_ds.plan import WIDTHS
+from tests.distributed import common
+from tests.distributed.pool import run
+from tests.memory import PeakMemory
+from tests.wire import Wire
+
+SIZES = {"vocab_size": 1024, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+"""About 0.5M parameters: weights, states, gradients and activations of two samples of 48 tokens are all within a factor of five."""
+LORA = {"rank": 12, "restart_every": 1000, "restart_warmup": 0}
+INT8 = {**LORA, "frozen": {"dtype": "int8"}}
+BUCKET = 300_000
+MICRO_BATCH, LENGTH = 2, 48
+
+
+def case(**changes: Any) -> dict[str, Any]:
+    plain = {
+        "world_size": 1, "stage": 2, "accumulation": 1, "dtype": "bf16", "relora": LORA, "checkpointing": False, "zero": {},
+        "sizes": SIZES, "micro_batch": MICRO_BATCH, "length": LENGTH, "bucket": BUCKET,
+    }  # fmt: skip
+    return {**plain, **changes}
+
+
+def config_of(of: dict[str, Any]) -> dict[str, Any]:
+    zero = {"reduce_bucket_size": of["bucket"], **of["zero"]}
+    config = common.deepspeed_config(stage=of["stage"], dtype=of["dtype"], accumulation=of["accumulation"], **zero)
+    del config["optimizer"]
+    return {**config, "train_batch_size": of["micro_batch"] * of["accumulation"] * of["world_size"]}
+
+
+def measured(of: dict[str, Any]) -> dict[str, int]:
+    """The most bytes of live tensors on this rank, of building, two updates and a restart; the model counts from its making."""
+    gc.collect()
+    peaks: dict[str, int] = {}
+
+    def over(moment: str, memory: PeakMemory) -> None:
+        peaks[moment] = max(peaks.get(moment, 0), memory.peak)
+        memory.peak = memory.live
+
+    with PeakMemory() as memory:
+        architecture = LlamaConfig(**of["sizes"], bos_token_id=None, eos_token_id=None)
+        model = models.build(architecture, attention="sdpa", dtype=DTYPES[of["dtype"]], device=torch.device("cpu")).train()
+        if of["checkpointing"]:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if of["relora"]:
+            settings = parse_relora(of["relora"])
+            shard = (dist.get_rank(), dist.get_world_size()) if settings.frozen.master == "sharded" else None
+            lora.wrap(model, rank=settings.rank, alpha=settings.alpha, frozen=settings.frozen, shard=shard)
+        gc.collect()
+        memory.peak = memory.live
+        engine, *_ = relora_ds.initialize(
+            model=model, config=config_of(of), optimizer=adamw(Optimizer()), relora=of["relora"],
+            model_parameters=None if of["relora"] else lora.param_groups(model),
+        )  # fmt: skip
+        over("start", memory)
+        for _ in range(2):
+            for micro in range(of["accumulation"]):
+                ids = torch.randint(0, of["sizes"]["vocab_size"], (of["micro_batch"], of["length"]))
+                loss = engine(input_ids=ids, labels=ids).loss
+                engine.backward(loss)
+                if micro == of["accumulation"] - 1:
+                    over("backward pass and exchange", memory)
+                engine.step()
+            over("step", memory)
+        if of["relora"]:
+            engine.optimizer.restart()
+            over("restart", memory)
+    common.end(engine)
+    return peaks
+
+
+def foretold(of: dict[str, Any]) -> dict[str, int]:
+    settings = parse_relora(of["relora"]) if of["relora"] else None
+    if settings is not None and settings.frozen.dtype == "auto":
+        settings = settings.model_copy(update={"frozen": settings.frozen.model_copy(update={"dtype": of["dtype"]})})
+    rehearsed = rehearsal.build(
+        LlamaConfig(**of["sizes"], bos_token_id=None, eos_token_id=None), dtype=DTYPES[of["dtype"]], settings=settings,
+        gradient_checkpointing=of["checkpointing"], on_cuda=False,
+    )  # fmt: skip
+    width = WIDTHS[of["dtype"]]
+    engine = footprint.Engine(
+        world_size=of["world_size"], stage=of["stage"], accumulation=of["accumulation"], width=width, wire=width,
+        bucket=of["bucket"], overlap=of["zero"].get("overlap_comm", False), on_cuda=False,
+    )  # fmt: skip
+    trace = rehearsed.run(of["micro_batch"], of["length"])
+    frozen = settings.frozen if settings is not None else None
+    peaks = footprint.peaks(rehearsed, engine, trace, frozen, restarts=settings is not None)
+    totals = {moment: peak.total for moment, peak in peaks.items()}
+    totals["backward pass and exchange"] = max(totals.pop("backward pass"), totals.pop("exchange"))
+    return totals
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        case(relora=None, dtype="fp32"),
+        case(relora=INT8, accumulation=3),
+        case(world_size=2, relora=INT8, checkpointing=True),
+        case(world_size=2, stage=1, accumulation=3),
+        case(world_size=2, relora=None, zero={"overlap_comm": True}),
+        case(world_size=2, dtype="fp32", accumulation=3, relora={**LORA, "frozen": {"dtype": "int8", "master": "sharded"}}),
+    ],
+    ids=["full", "int8, accumulation", "int8, checkpointing", "stage 1, accumulation", "full, overlap", "sharded, accumulation"],
+)
+def test_memory_at_most(of: dict[str, Any]) -> None:
+    """Within 5% at every moment, so also at the highest: what is left are scalars, positions and hashes."""
+    by_rank = run(of["world_size"], measured, of)
+    told = foretold(of)
+    assert set(told) == set(by_rank[0])
+    for moment, num_bytes in told.items():
+        assert num_bytes == pytest.approx(max(peaks[moment] for peaks in by_rank), rel=0.05), moment
+
+
+def sent(stage: int, accumulation: int, own_way: bool) -> tuple[int, float, float]:
+    """(trainable parameters, bytes of an update on this rank, of them norms and flags)."""
+    config = common.deepspeed_config(stage=stage, dtype="bf16", accumulation=accumulation, reduce_scatter=not own_way)
+    model = common.tiny_llama(vocab_size=4096, hidden_size=128, intermediate_size=352)
+    engine, *_ = relora_ds.initialize(model=model, config=config, relora={**LORA, "rank": 8})
+    trainable = sum(p.numel() for p in engine.module.parameters() if p.requires_grad)
+    micro_batches = common.my_rows(common.batch(0)).chunk(accumulation)
+    with Wire() as wire:
+        for ids in micro_batches:
+            engine.backward(engine(input_ids=ids, labels=ids).loss)
+            engine.step()
+    common.end(engine)
+    return trainable, wire.sent_bytes, wire.scalar_bytes
+
+
+@pytest.mark.parametrize(
+    ("way", "stage", "accumulation"), [("owner", 2, 3), ("owner", 1, 1), ("all-reduce", 2, 3), ("all-reduce", 1, 3)]
+)
+def test_bytes_of_an_update(way: formulas.Way, stage: int, accumulation: int) -> None:
+    results = run(2, sent, stage, accumulation, way == "all-reduce")
+    told = formulas.update_bytes(
+        results[0][0], world_size=2, gradient_width=2, parameter_width=2, stage=stage, accumulation=accumulation, way=way
+    )
+    mean = sum(num_bytes for _, num_bytes, _ in results) / 2  # a rank that owns a little more sends a little less
+    assert mean == pytest.approx(told.gradient + told.parameters, rel=0.02)
+    assert results[0][2] == pytest.approx(told.norm)
