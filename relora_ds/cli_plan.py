@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,13 @@ from typing import Any
 from relora_ds import launch
 from relora_ds.config import load
 from relora_ds.errors import EXIT_DONE, ConfigError, nearest, refuse_rest
+from relora_ds.tables import aligned
+from relora_ds.units import parse_bytes
 
 GPUS = {
     "h100": (989, 80), "h200": (989, 141), "a100": (312, 80), "l40s": (362, 48), "v100": (125, 32), "rtx4090": (165, 24),
 }  # fmt: skip
 """Peak of dense bf16 products (V100: fp16) in teraflops, and memory in GB (of the largest version), by the vendors' data sheets."""
-BYTES = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 PHASES = {"full": "full-rank phase", "lora": "LoRA phase"}
 
 
@@ -61,7 +61,8 @@ def run_plan(options: argparse.Namespace, rest: Sequence[str]) -> int:
         raise ConfigError("--gpu", options.gpu, "unknown GPU", f"{nearest(options.gpu, GPUS)}; or say --tflops and --gpu-memory")
     launch.quiet_libraries()
     tflops, memory = GPUS[options.gpu]
-    link, gpu_memory = rate(options.link), size(options.gpu_memory) if options.gpu_memory else memory * 1e9
+    link = parse_bytes(options.link, "--link")
+    gpu_memory = parse_bytes(options.gpu_memory, "--gpu-memory") if options.gpu_memory else memory * 1e9
     config = load(options.recipe, overrides)
     from relora_ds.plan import Machine, Planner  # imports torch
 
@@ -72,22 +73,6 @@ def run_plan(options: argparse.Namespace, rest: Sequence[str]) -> int:
     answer = Planner(config, Path(options.recipe), machine, options.vocab_size).answer()
     print(json.dumps(answer, indent=2) if options.json else "\n".join(tables(answer)))
     return EXIT_DONE
-
-
-def rate(text: str) -> float:
-    """``100Mbit``, ``1Gbit``, ``25GB/s`` -> bytes per second; raises ConfigError."""
-    found = re.fullmatch(r"([\d.]+)\s*([KMGT]?)(bit(?:/s)?|B/s)", text)
-    if not found or found[1].count(".") > 1 or not (number := float(found[1])):
-        raise ConfigError("--link", text, "is no rate", "write 100Mbit, 1Gbit or 25GB/s")
-    return number * BYTES[found[2]] / (8 if found[3].startswith("bit") else 1)
-
-
-def size(text: str) -> float:
-    """``80GB``, ``40GiB`` -> bytes; raises ConfigError."""
-    found = re.fullmatch(r"([\d.]+)\s*((?:[KMGT]i?)?)B", text)
-    if not found or found[1].count(".") > 1 or not (number := float(found[1])):
-        raise ConfigError("--gpu-memory", text, "is no size", "write 80GB or 40GiB")
-    return number * BYTES[found[2]]
 
 
 def tables(answer: Mapping[str, Any]) -> list[str]:
@@ -108,7 +93,7 @@ def tables(answer: Mapping[str, Any]) -> list[str]:
     if answer["restart"]:
         restart = answer["restart"]
         lines.append(
-            f"A restart, every {restart['every']:,} updates, sends at most {restart['bytes'] / 1e6:,.1f} MB: "
+            f"A restart, every {restart['every']:,} updates, sends {restart['bytes'] / 1e6:,.1f} MB: "
             f"{restart['link_s']:.3f} s on a node's link."
         )
     return [*lines, "", *advice_table(answer["advice"]), "", answer["note"]]
@@ -161,19 +146,6 @@ def advice_table(advice: Mapping[str, Any]) -> list[str]:
         label += ", gradient checkpointing" if choice["gradient_checkpointing"] else ""
         rows.append([label, str(choice["micro_batch"] or "none"), _gb(choice["bytes"])])
     return [f"This recipe {'fits' if advice['fits'] else 'does not fit'}.", *aligned(rows), *advice["hints"]]
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns under each other: text on the left, figures on the right."""
-    count = max(len(row) for row in rows)
-    widths = [max((len(row[column]) for row in rows if column < len(row)), default=0) for column in range(count)]
-    return [
-        "  ".join(
-            cell.ljust(width) if not column else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=False))
-        )
-        for row in rows
-    ]
 
 
 def _gb(num_bytes: float | None) -> str:

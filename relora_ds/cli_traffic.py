@@ -13,6 +13,7 @@ from relora_ds import launch
 from relora_ds.config import Run, load
 from relora_ds.errors import EXIT_DONE, ConfigError, nearest, refuse_rest
 from relora_ds.metrics import say
+from relora_ds.tables import aligned
 from relora_ds.units import parse_bytes
 
 LINKS = "100Mbit,1Gbit,10Gbit"
@@ -56,7 +57,7 @@ def run_traffic(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from relora_ds import ds_config
     from relora_ds.checks import check
     from relora_ds.comparison import ARMS, arms_of, compare
-    from relora_ds.comparison_table import NOTE, aligned, table, write
+    from relora_ds.comparison_table import NOTE, table, write
 
     chosen = [name.strip() for name in options.arms.split(",")]
     for name in chosen:
@@ -88,7 +89,7 @@ def run_traffic(options: argparse.Namespace, rest: Sequence[str]) -> int:
             "versions": _versions(),
         }
         write(out, results, links, about)
-        print(aligned(table(results, links)))
+        print("\n".join(aligned(table(results, links))))
         print(f"\n{NOTE}")
         print(f"wrote {out}/comparison.md, .png and .json", file=sys.stderr)
     launch.leave_process_group()

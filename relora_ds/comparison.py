@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from relora_ds import ds_config, formulas, nic, phases
+from relora_ds import ds_config, foretold, formulas, nic, phases
 from relora_ds import model as models
 from relora_ds.checks import Checked
 from relora_ds.config import Config, Traffic
@@ -30,8 +30,6 @@ from relora_ds.launch import Place
 from relora_ds.ledger import GRADIENT, LEDGER, LOSS, START_UP, by_purpose, count_everything, label
 from relora_ds.lora import param_groups
 from relora_ds.optimizer import ReLoRAOptimizer
-from relora_ds.rows import row_bytes
-from relora_ds.zero_vocabulary import VocabularyRoute
 
 ARMS = {
     "recipe": "the recipe",
@@ -52,7 +50,7 @@ class Measurement:
         arm: a key of :data:`ARMS`.
         trainable: parameters.
         counted: sent as rings send, by purpose; ``restart`` is one restart over the updates between two.
-        formula: gradients and parameters as :func:`relora_ds.formulas.update_bytes` foretells them, with norms and losses.
+        formula: what :mod:`relora_ds.formulas` foretells.
         wire: what the interfaces sent (over all nodes, divided by the ranks).
         tokens: of one update.
         seconds: of one update, as measured here.
@@ -65,11 +63,6 @@ class Measurement:
     wire: float
     tokens: int
     seconds: float
-
-    @property
-    def update_bytes(self) -> float:
-        """Without restarts, as ``formula``."""
-        return sum(value for purpose, value in self.counted.items() if purpose != "restart")
 
     @property
     def total_bytes(self) -> float:
@@ -128,19 +121,21 @@ def measure(arm: str, checked: Checked, place: Place, device: torch.device, upda
     counted = {purpose: value / updates for purpose, value in seen.counted.items()}
     wire = seen.wire / updates
     trainable = sum(p.numel() for p in steps.model.parameters() if p.requires_grad)
+    restart_formula = 0.0
     if steps.restart is not None and steps.updates_between_restarts:
         with _observed(place, device) as of_restart:
             steps.restart()
         counted["restart"] = sum(of_restart.counted.values()) / steps.updates_between_restarts
+        restart_formula = foretold.restart(steps.model, config.lora_settings, place.world_size) / steps.updates_between_restarts
         wire += of_restart.wire / steps.updates_between_restarts
     gradient_width, parameter_width = steps.widths
-    formula = formulas.update_bytes(
+    formula = restart_formula + formulas.update_bytes(
         trainable, world_size=place.world_size, gradient_width=gradient_width, parameter_width=parameter_width, stage=steps.stage,
         accumulation=accumulation(config, place.world_size), way=steps.way, **steps.vocabulary,
-    )  # fmt: skip
+    ).total  # fmt: skip
     tokens = config.train.global_batch * config.data.sequence_length
     steps.close()
-    return Measurement(arm, trainable, counted, formula.total, wire, tokens, seconds)
+    return Measurement(arm, trainable, counted, formula, wire, tokens, seconds)
 
 
 def accumulation(config: Config, world_size: int) -> int:
@@ -204,22 +199,9 @@ def _engine_steps(engine: Any, way: Way, *, restart: Callable[[], object] | None
 
     wire, stage = engine.communication_data_type, engine.zero_optimization_stage()
     widths = (float(wire.itemsize), float(next(engine.module.parameters()).element_size()))
-    vocabulary = _told_of_vocabulary(getattr(engine.optimizer, "vocabulary", None), widths[0])
+    route = getattr(engine.optimizer, "vocabulary", None)
+    vocabulary = {} if route is None else foretold.vocabulary(route.params, route.settings, widths[0])
     return Steps(micro_batch, engine.module, way, stage, widths, engine.destroy, vocabulary, restart, between)
-
-
-def _told_of_vocabulary(route: VocabularyRoute | None, width: float) -> dict[str, Any]:
-    """Rows that are not sent because no token was theirs depend on the data: the formula takes them as sent."""
-    if route is None:
-        return {}
-    numel = sum(param.numel() for param in route.params)
-    coded = sum(param.shape[0] * row_bytes(param.shape[1], torch.int8) for param in route.params) / numel
-    is_int8 = route.settings.vocabulary_dtype == "int8"
-    return {
-        "vocabulary_numel": numel,
-        "vocabulary_every": route.settings.vocabulary_every,
-        "vocabulary_gradient_width": coded if is_int8 else width,
-    }
 
 
 def _recipe(checked: Checked, device: torch.device) -> Steps:

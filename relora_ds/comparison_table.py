@@ -12,14 +12,15 @@ from matplotlib.figure import Figure
 
 from relora_ds.comparison import ARMS, BASELINE, Measurement
 from relora_ds.run_folder import write_atomically
+from relora_ds.tables import markdown
 from relora_ds.units import human_bytes
 
 PARTS = {"gradient": "#0072B2", "parameters": "#56B4E9", "restart": "#D55E00", "norm, loss": "0.4"}
 """What an update's bytes are drawn and listed as; colours of Okabe and Ito."""
 NOTE = """Bytes that a rank sends in an update, on the mean over the ranks. Counted: the collectives' tensors, as rings send them.
-Restarts: one, divided by the updates between two. The formula leaves them out, and is held against the rest. On the wire: what
-the interfaces of all nodes sent, headers included, divided by the ranks; what stays inside a node is not there, and what
-others sent is. Seconds at a speed: those measured here, and the bytes at that speed on top."""
+Restarts: one, divided by the updates between two. On the wire: what the interfaces of all nodes sent, headers included, divided
+by the ranks; what stays inside a node is not there, and what others sent is. Seconds at a speed: those measured here, and the
+bytes at that speed on top."""
 
 
 def parts(result: Measurement) -> dict[str, float]:
@@ -47,7 +48,7 @@ def table(results: Sequence[Measurement], links: Mapping[str, float]) -> list[li
             human_bytes(result.total_bytes),
             human_bytes(result.total_bytes / result.tokens),
             share,
-            _ratio(result.update_bytes, result.formula),
+            _ratio(result.total_bytes, result.formula),
             _ratio(result.wire, result.total_bytes),
             f"{result.seconds:.3f}",
             *(f"{result.seconds + result.total_bytes / speed:.3f}" for speed in links.values()),
@@ -59,28 +60,14 @@ def _ratio(value: float, against: float) -> str:
     return f"{value / against:.4f}" if against else "–"
 
 
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """For a terminal: the first column to the left, the others to the right."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    rows = [
-        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(pairs))
-        for pairs in (list(zip(line, widths, strict=True)) for line in lines)
-    ]
-    return "\n".join(row.rstrip() for row in rows)
-
-
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    rows = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
 def write(out: Path, results: Sequence[Measurement], links: Mapping[str, float], about: Mapping[str, Any]) -> None:
     """Writes comparison.json, comparison.md and comparison.png into ``out``; ``about`` tells of machine and settings."""
     out.mkdir(parents=True, exist_ok=True)
     content = {"about": dict(about), "links_bytes_per_s": dict(links), "arms": [result.as_dict() for result in results]}
     write_atomically(out / "comparison.json", json.dumps(content, indent=1))
     told = "\n".join(f"- {key}: {value}" for key, value in about.items())
-    text = f"# Traffic of an update\n\n{told}\n\n{markdown(table(results, links))}\n\n{NOTE}\n\n![bytes](comparison.png)\n"
+    rows = "\n".join(markdown(table(results, links)))
+    text = f"# Traffic of an update\n\n{told}\n\n{rows}\n\n{NOTE}\n\n![bytes](comparison.png)\n"
     write_atomically(out / "comparison.md", text)
     _draw(out / "comparison.png", results)
 

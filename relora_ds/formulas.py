@@ -17,8 +17,10 @@ LOSS_BYTES = 32
 """All-reduced in each update: the mean loss and three flags in fp64."""
 TIME_BYTES, TIMES_EVERY = 8, 20
 """Of each rank's own seconds, which go with the loss in every 20th update."""
-RESTART_SMALL_BYTES = 64 * 1024
-"""Of a restart, at most: counts of the pruning, figures, checksums."""
+COUNTS_BYTES = 8 * 16 * 4
+"""All-reduced for each tensor in one choice of what survives a restart: eight digits of 16 values, counted in int32."""
+RESTART_SCALARS, CHOICE_SCALARS = 40, 56
+"""Bytes of checksums and figures, all-reduced in every restart, and for every choice."""
 
 
 @dataclass(frozen=True)
@@ -89,20 +91,20 @@ def update_bytes(
 
 
 def restart_bytes(
-    lora_numel: int, *, world_size: int, width: float, master: Literal["none", "sharded"], frozen_bytes: float
+    lora_numel: int, *, num_tensors: int, choices: int, width: float, world_size: int, gathered_bytes: float = 0.0
 ) -> float:
-    """What one rank sends in one restart, at most.
+    """What one rank sends in one restart, on the mean over the ranks.
 
     Args:
         lora_numel: entries of all factors.
+        num_tensors: the factors.
+        choices: how often what survives is chosen by counting: 1 for joint masks, 2 for independent ones, 0 where nothing is ranked.
+        width: bytes that the module's copy of a master lacks: 2 of a 16-bit one, 0 in fp32.
         world_size: number of ranks N.
-        width: bytes in which the factors' masters travel (4).
-        master: of the frozen weights.
-        frozen_bytes: of the stored frozen weights with their scales; sent where a sharded master is rounded into them.
+        gathered_bytes: of the stored frozen weights with their scales, where a sharded master is rounded into them.
     """
-    if world_size == 1:
-        return 0.0
-    return RESTART_SMALL_BYTES + width * lora_numel + (share(world_size) * frozen_bytes if master == "sharded" else 0.0)
+    reduced = RESTART_SCALARS + choices * (CHOICE_SCALARS + COUNTS_BYTES * num_tensors)
+    return share(world_size) * (2 * reduced + width * lora_numel + gathered_bytes)
 
 
 def update_flops(

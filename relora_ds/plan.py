@@ -11,13 +11,14 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from relora_ds import ds_config, footprint, formulas, lora, rehearsal
+from relora_ds import ds_config, footprint, foretold, formulas, lora, rehearsal
 from relora_ds import model as models
 from relora_ds.config import Config, ReLoRA
 from relora_ds.data import read_index
 from relora_ds.errors import ConfigError
 from relora_ds.footprint import Engine, Peak
 from relora_ds.formulas import Bytes, Way
+from relora_ds.vocabulary import words_of
 
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
 FREE = 0.1
@@ -89,7 +90,9 @@ class Phase:
     def __post_init__(self) -> None:
         self.traces: dict[int, rehearsal.Trace] = {}
         self.restart: Peak | None = None
-        self.trainable = sum(p.numel() for p in self.rehearsed.model.parameters() if p.requires_grad)
+        trained = [p for p in self.rehearsed.model.parameters() if p.requires_grad]
+        self.words = words_of(self.rehearsed.model).among(trained).params
+        self.trainable = sum(p.numel() for p in trained)
 
     def trace(self, micro_batch: int) -> rehearsal.Trace:
         """On the line through micro batches of 2 and 3, where both do the same; one sample alone may do less."""
@@ -115,8 +118,11 @@ class Phase:
         trained = frozen = head = 0
         output = self.rehearsed.model.get_output_embeddings()
         for module in self.rehearsed.model.modules():
-            if isinstance(module, lora.ReLoRALinear):
-                trained += module.lora_A.numel() + module.lora_B.numel()
+            if isinstance(module, lora.ReLoRALayer):
+                trained += module.lora_A.numel()
+                if isinstance(module, lora.ReLoRAEmbedding):
+                    continue  # W and B are looked up
+                trained += module.lora_B.numel()
                 frozen += 0 if module.weight is None else module.in_features * module.out_features
             elif isinstance(module, (nn.Linear, Conv1D)):
                 trained += module.weight.numel()
@@ -217,6 +223,7 @@ class Planner:
         sent = formulas.update_bytes(
             phase.trainable, world_size=engine.world_size, gradient_width=engine.wire, parameter_width=engine.width,
             stage=engine.stage, accumulation=engine.accumulation, way=way,
+            **(foretold.vocabulary(phase.words, self.config.traffic, engine.wire) if way == "owner" else {}),
         )  # fmt: skip
         tokens = train.global_batch * self.config.data.sequence_length
         flops = phase.flops(tokens, recomputes=self.config.model.gradient_checkpointing)
@@ -262,17 +269,13 @@ class Planner:
         }
 
     def restart(self) -> dict[str, float] | None:
-        """Bytes, at most, and seconds on the link."""
+        """Bytes, and seconds on the link."""
         settings = self.config.lora_settings
         if "lora" not in self.names() or settings.restart_every is None:
             return None
         phase = self.phase("lora")
-        layers = [layer for _, layer in lora.relora_layers(phase.rehearsed.model)]
-        sent = formulas.restart_bytes(
-            sum(factor.numel() for layer in layers for factor in layer.factors().values()), world_size=self.machine.gpus,
-            width=footprint.FP32, master=settings.frozen.master,
-            frozen_bytes=sum(layer.weight.stored_bytes for layer in layers if layer.weight is not None),
-        )  # fmt: skip
+        with phase.rehearsed.mode:
+            sent = foretold.restart(phase.rehearsed.model, settings, self.machine.gpus)
         crosses = self.machine.gpus > self.machine.gpus_per_node
         return {"bytes": sent, "link_s": sent / self.machine.link if crosses else 0.0, "every": settings.restart_every}
 

@@ -29,7 +29,7 @@ Mark = str
 """The name of a parameter whose gradient is complete, and about to be taken."""
 
 
-class Ledger(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """Notes the storages that operations make and free while it is entered; those that were there before do not count.
 
     Attributes:
@@ -67,7 +67,7 @@ class Ledger(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Trace:
-    """What one micro batch makes and frees; see :class:`Ledger`."""
+    """What one micro batch makes and frees; see :class:`Recorder`."""
 
     sizes: tuple[int, ...]
     steps: tuple[int | Mark, ...]
@@ -96,15 +96,15 @@ class Rehearsed:
         names = {param: name for name, param in self.model.named_parameters() if param.requires_grad}
         collecting = gc.isenabled()
         gc.disable()  # what ends must end when it is let go, in every run alike
-        ledger = Ledger()
+        recorder = Recorder()
 
         def take(param: nn.Parameter) -> None:
-            ledger.steps.append(names[param])
+            recorder.steps.append(names[param])
             param.grad = None
 
         hooks = [param.register_post_accumulate_grad_hook(take) for param in names]
         try:
-            with _one_sequence_a_sample(), self.mode, ledger:
+            with _one_sequence_a_sample(), self.mode, recorder:
                 ids = torch.zeros(micro_batch, sequence_length, dtype=torch.int64)
                 self.model(input_ids=ids, labels=ids).loss.backward()
         finally:
@@ -112,13 +112,13 @@ class Rehearsed:
                 hook.remove()
             if collecting:
                 gc.enable()
-        return Trace(tuple(ledger.sizes), tuple(ledger.steps))
+        return Trace(tuple(recorder.sizes), tuple(recorder.steps))
 
     def peak_of(self, work: Callable[[], object]) -> int:
         """The most bytes that ``work`` makes at once."""
-        with self.mode, Ledger() as ledger:
+        with self.mode, Recorder() as recorder:
             work()
-        return ledger.peak
+        return recorder.peak
 
 
 @contextmanager

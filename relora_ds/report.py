@@ -22,6 +22,7 @@ from matplotlib.lines import Line2D
 
 from relora_ds.errors import ConfigError
 from relora_ds.run_folder import read_traffic
+from relora_ds.tables import markdown
 from relora_ds.units import human_bytes
 
 Record = dict[str, Any]
@@ -290,13 +291,11 @@ def _scale(axis: Axes, runs: Sequence[Run], key: str) -> None:
 
 def _table(columns: dict[str, str], rows: Iterable[Sequence[object]]) -> list[str]:
     cells = [[_text(value, pattern) for value, pattern in zip(row, columns.values(), strict=True)] for row in rows]
-    lines = [[name.replace("_", " ") for name in columns], ["---"] * len(columns), *cells]
-    return [f"| {' | '.join(line)} |" for line in lines]
+    return markdown([[name.replace("_", " ") for name in columns], *cells])
 
 
 def _text(value: object, pattern: str) -> str:
-    # A bar, which a folder may have in its name, would start another column.
-    return "–" if isinstance(value, float) and math.isnan(value) else format(value, pattern).replace("|", r"\|")
+    return "–" if isinstance(value, float) and math.isnan(value) else format(value, pattern)
 
 
 def _run_row(run: Run) -> list[object]:

@@ -11,9 +11,8 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
-from relora_ds import cli, cli_plan, rehearsal
+from relora_ds import cli, rehearsal
 from relora_ds.config import Frozen, Model, ReLoRA
-from relora_ds.errors import ConfigError
 from relora_ds.formulas import Bytes
 from relora_ds.model import build, hf_config, preset_config
 from relora_ds.plan import Machine, Phase
@@ -115,14 +114,6 @@ def test_bad_input_is_one_line(words: list[str], key: str, recipe: Path, capsys:
     assert cli.main(["plan", str(recipe), *words]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"relora-ds: error: {key}=") and error.count("\n") == 1
-
-
-def test_units() -> None:
-    assert [cli_plan.rate(text) for text in ("100Mbit", "1Gbit", "25GB/s")] == [12.5e6, 125e6, 25e9]
-    assert [cli_plan.size(text) for text in ("80GB", "40GiB")] == [80e9, 40 * 2**30]
-    for text in ("1.2.3Gbit", "Gbit", "0Gbit", "10GB"):
-        with pytest.raises(ConfigError, match="is no rate"):
-            cli_plan.rate(text)
 
 
 def test_a_link_carries_what_one_rank_sends_and_gloo_more() -> None:
