@@ -270,8 +270,8 @@ def exchange_bytes(layout: Layout, engine: Engine, names: Sequence[str]) -> int:
     """What the reduction of a bucket takes at most beside the bucket itself.
 
     On a CPU (:func:`relora_ds.reduction.means_of_own`): what is packed, what is received, and the fp32 sum, of one round; with the
-    packed and the summed of the round before. On CUDA DeepSpeed reduces to one owner after the other, in a copy of what is that
-    owner's where it does not lie in one piece.
+    sum of the round before and, while packing, what was packed then. On CUDA DeepSpeed reduces to one owner after the other, in a
+    copy of what is that owner's where it does not lie in one piece.
     """
     slices: list[list[int]] = []
     for name in names:
@@ -289,15 +289,15 @@ def exchange_bytes(layout: Layout, engine: Engine, names: Sequence[str]) -> int:
         cast = engine.wire if engine.wire != engine.width else 0
         return max(sum(pieces) * ((engine.width if len(pieces) > 1 else 0) + cast) for pieces in by_owner.values())
     limit = max(1, ROUND // engine.world_size)
-    most = before = 0
+    most = packed_before = total_before = 0
     for turn in rounds([rank for rank, _ in slices], [entries for _, entries in slices], engine.world_size, limit):
         sizes = [sum(cut.numel for cut in cuts) for cuts in turn]
         packed, own = engine.wire * sum(sizes), sizes[layout.rank]
         cast = packed if engine.wire != engine.width else 0
         received = engine.wire * engine.world_size * own if engine.world_size > 1 else 0
         total = FP32 * own if engine.world_size > 1 or engine.wire != FP32 else 0
-        most = max(most, before + cast + packed, before + packed + received + total)
-        before = packed + total
+        most = max(most, packed_before + total_before + cast + packed, total_before + packed + received + total)
+        packed_before, total_before = packed, total
     return most
 
 

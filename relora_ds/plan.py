@@ -39,6 +39,7 @@ NOTES = {
     ),
     "cpu": "Measured against CPU engines in benchmarks/plan.md. What kernels and gloo take inside themselves comes on top.",
 }
+CHANGE = " The change of phase, which holds the weights twice, is not foretold."
 
 
 @dataclass(frozen=True)
@@ -265,7 +266,7 @@ class Planner:
             "full_rank_by_defaults": baseline,
             "restart": self.restart(),
             "advice": self.advice(totals[phase, moment]),
-            "note": NOTES["cuda" if self.machine.on_cuda else "cpu"],
+            "note": NOTES["cuda" if self.machine.on_cuda else "cpu"] + (CHANGE if len(names) > 1 else ""),
         }
 
     def restart(self) -> dict[str, float] | None:
