@@ -25,6 +25,8 @@ from relora_ds.rehearsal import Rehearsed, Trace, num_bytes
 FP32 = 4
 NORM_WIDTH = 8
 """Gradient norms are taken in fp64, one parameter's at a time."""
+GATHERED = {4: 4, 2: 8}
+"""Bytes an entry of gathering the masters of a batch of layers, by those of the module's copies: theirs in fp32, laid end to end."""
 PRUNE_KEYS, PRUNE_WORK = 4, 16
 """Bytes an entry of the selection of moments: of the keys of all that this rank owns, and of what comes and goes for one tensor."""
 
@@ -348,14 +350,15 @@ def start(layout: Layout, engine: Engine, parts: Mapping[str, int], sharded: int
 
 def restart(rehearsed: Rehearsed, layout: Layout, engine: Engine, parts: Mapping[str, int], frozen: Frozen) -> Peak:
     """The most at a restart: merging one layer, choosing which moments stay, or comparing checksums."""
-    layers: dict[object, lora.ReLoRALayer] = {}  # one of each shape
-    for _, layer in lora.relora_layers(rehearsed.model):
-        if layer.weight is not None:
-            layers.setdefault((layer.weight.shape, layer.rank), layer)
-    work = [0]
-    for layer in layers.values():
-        work.append(rehearsed.peak_of(_merge(rehearsed, layer, engine, frozen)))
-        work.append(rehearsed.peak_of(partial(_checksums, layer)))
+    work, seen = [0], set()
+    for batch in lora.layer_batches(rehearsed.model):
+        gathered = sum(factor.numel() for _, layer in batch for factor in layer.factors().values())
+        work.append(GATHERED[engine.width] * gathered)
+        for _, layer in batch:
+            if layer.weight is not None and (kind := (gathered, layer.weight.shape, layer.rank)) not in seen:
+                seen.add(kind)
+                work.append(FP32 * gathered + rehearsed.peak_of(_merge(rehearsed, layer, engine, frozen)))
+                work.append(rehearsed.peak_of(partial(_checksums, layer)))
     factors = next((group for group in layout.groups if any("lora_" in name for name in group.numels)), None)
     if factors is not None:
         work.append(PRUNE_KEYS * factors.partition + PRUNE_WORK * min(max(factors.numels.values()), factors.partition))
@@ -373,9 +376,11 @@ def _merge(rehearsed: Rehearsed, layer: lora.ReLoRALayer, engine: Engine, frozen
             )
         merge = partial(master.merge, "")
 
-    def work() -> None:
+    with rehearsed.mode:
         factors = {name: torch.empty(factor.shape) for name, factor in layer.factors().items()}
-        lora_b = factors.pop("lora_B")
+    lora_b = factors.pop("lora_B")
+
+    def work() -> None:
         merge(lambda rows: layer.delta(lora_B=lora_b[rows], **factors))
 
     return work
@@ -386,7 +391,9 @@ def _checksums(layer: lora.ReLoRALayer) -> None:
         checksum(tensor)
 
 
-def peaks(rehearsed: Rehearsed, engine: Engine, trace: Trace, frozen: Frozen | None, *, restarts: bool) -> dict[str, Peak]:
+def peaks(
+    rehearsed: Rehearsed, engine: Engine, trace: Trace, frozen: Frozen | None, *, restarts: bool, pending: int = 0
+) -> dict[str, Peak]:
     """The most that one GPU holds in a phase, by moment: start, backward pass, exchange, step, restart.
 
     Args:
@@ -395,9 +402,10 @@ def peaks(rehearsed: Rehearsed, engine: Engine, trace: Trace, frozen: Frozen | N
         trace: of a micro batch.
         frozen: how frozen weights are kept; None in the full-rank phase.
         restarts: whether factors are merged in this phase.
+        pending: bytes of the vocabulary's gradients that wait for their turn, or of what 8 bits lost of them.
     """
     layout = Layout.of(rehearsed.model, engine.world_size)
-    parts = held(rehearsed, layout, engine, frozen)
+    parts = held(rehearsed, layout, engine, frozen) | ({"vocabulary's sums": pending} if pending else {})
     sharded = sharded_bytes(rehearsed, engine.world_size) if frozen is not None and frozen.master == "sharded" else 0
     found = {"start": start(layout, engine, parts, sharded)}
     for seen in layout.heaviest(engine):

@@ -31,14 +31,12 @@ from relora_ds.config import ReLoRA
 from relora_ds.errors import RestartError
 from relora_ds.frozen import MergeStats, ShardedMaster, checksum, stored_tensors
 from relora_ds.ledger import LEDGER, RESTART, VERIFY
-from relora_ds.lora import ReLoRALayer, relora_layers
+from relora_ds.lora import ReLoRALayer, layer_batches, relora_layers
 from relora_ds.reinit import initial_A, principal_inputs
 from relora_ds.schedule import rewarmup_factor
 from relora_ds.zero import ZeroProxy, ZeroState, data_parallel_group
 
 STATE_KEY = "relora_ds"
-ENTRIES_AT_ONCE = 1 << 22
-"""Of factors whose masters are gathered together, but for a layer with more: 16 MiB in fp32."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +227,7 @@ class ReLoRAOptimizer(ZeroProxy):
         """Layer by layer, so that no more than one layer's change exists in fp32 at a time. Returns the figures by layer type."""
         stats: dict[str, MergeStats] = {}
         copies_serve = self.masters.copies_serve()
-        for layers in self._batches():
+        for layers in layer_batches(self.model):
             names = [f"{name}.{key}" for name, layer in layers for key in layer.factors()]
             masters = (
                 self.masters.gather_by_copies(names) if copies_serve else {name: self.masters.gather(name) for name in names}
@@ -240,19 +238,6 @@ class ReLoRAOptimizer(ZeroProxy):
                 stats[kind] = stats[kind] + figures if kind in stats else figures
                 self._reinitialise(name, layer)
         return stats if self.frozen_master is None else self._sum_over_ranks(stats)
-
-    def _batches(self) -> Iterator[list[tuple[str, ReLoRALayer]]]:
-        """The wrapped layers, as many at once as :data:`ENTRIES_AT_ONCE` allows: a few large messages instead of many small ones."""
-        batch: list[tuple[str, ReLoRALayer]] = []
-        entries = 0
-        for name, layer in relora_layers(self.model):
-            more = sum(factor.numel() for factor in layer.factors().values())
-            if batch and entries + more > ENTRIES_AT_ONCE:
-                yield batch
-                batch, entries = [], 0
-            batch.append((name, layer))
-            entries += more
-        yield batch
 
     def _merge(self, name: str, layer: ReLoRALayer, factors: dict[str, Tensor]) -> MergeStats:
         """Merges one layer, from its factors' masters: all of it here, or this rank's rows into the master of W, whose rounding

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from relora_ds import ds_config, footprint, foretold, formulas, lora, rehearsal
 from relora_ds import model as models
-from relora_ds.config import Config, ReLoRA
+from relora_ds.config import Config, ReLoRA, Traffic
 from relora_ds.data import read_index
 from relora_ds.errors import ConfigError
 from relora_ds.footprint import Engine, Peak
@@ -105,12 +105,14 @@ class Phase:
             self.traces[micro_batch] = self.rehearsed.run(micro_batch, self.sequence_length)
         return self.traces[micro_batch]
 
-    def peaks(self, engine: Engine, micro_batch: int) -> dict[str, Peak]:
+    def peaks(self, engine: Engine, micro_batch: int, traffic: Traffic) -> dict[str, Peak]:
         frozen = None if self.settings is None else self.settings.frozen
         restarts = self.settings is not None and self.settings.restart_every is not None
+        keeps = traffic.vocabulary_every > 1 or traffic.vocabulary_dtype == "int8"
         found = footprint.peaks(
-            self.rehearsed, engine, self.trace(micro_batch), frozen, restarts=restarts and self.restart is None
-        )
+            self.rehearsed, engine, self.trace(micro_batch), frozen, restarts=restarts and self.restart is None,
+            pending=footprint.FP32 * sum(p.numel() for p in self.words) if keeps else 0,
+        )  # fmt: skip
         self.restart = found.get("restart", self.restart)
         return found if self.restart is None else {**found, "restart": self.restart}
 
@@ -245,7 +247,7 @@ class Planner:
         engine, names = self.engine(), self.names()
         memory, update = {}, {}
         for name in names:
-            peaks = self.phase(name).peaks(engine, self.config.train.micro_batch)
+            peaks = self.phase(name).peaks(engine, self.config.train.micro_batch, self.config.traffic)
             memory[name] = {moment: dict(peak.parts) for moment, peak in peaks.items()}
             update[name] = self.cost(self.phase(name), "owner")
         baseline = self.cost(self.phase("full", target=self.config.method == "control"), "all-reduce")
@@ -283,7 +285,7 @@ class Planner:
     def peak(self, micro_batch: int, stage: int, frozen: str | None, checkpointing: bool) -> int:
         engine = replace(self.engine(micro_batch), stage=stage)
         phases = [self.phase(name, frozen=frozen, checkpointing=checkpointing) for name in self.names()]
-        return max(peak.total for phase in phases for peak in phase.peaks(engine, micro_batch).values())
+        return max(peak.total for phase in phases for peak in phase.peaks(engine, micro_batch, self.config.traffic).values())
 
     def largest(self, stage: int, frozen: str | None, checkpointing: bool) -> tuple[int, int] | None:
         """The largest micro batch that fits, of those that divide what a rank has of the global batch, with its peak."""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from relora_ds import optimizer as optimizer_module
+from relora_ds import lora
 from relora_ds.frozen import FrozenWeight
 from relora_ds.lora import relora_layers
 from tests.distributed import common
@@ -186,12 +186,12 @@ def peak_of_a_merge(frozen: dict[str, Any], num_layers: int) -> dict[str, int]:
     relora = {"rank": 2, "restart_every": 1000, "restart_warmup": 0, "frozen": frozen}
     engine = common.build(common.tiny_llama(**sizes), relora, lr=1e-2)
     common.train_update(engine, 0)
-    kept, optimizer_module.ENTRIES_AT_ONCE = optimizer_module.ENTRIES_AT_ONCE, 1 << 13  # else all layers are one batch here
+    kept, lora.ENTRIES_AT_ONCE = lora.ENTRIES_AT_ONCE, 1 << 13  # else all layers are one batch here
     try:
         with PeakMemory() as memory:
             engine.optimizer._merge_and_reinitialise()
     finally:
-        optimizer_module.ENTRIES_AT_ONCE = kept
+        lora.ENTRIES_AT_ONCE = kept
     result = {"peak": memory.peak}
     if engine.optimizer.frozen_master is not None:
         result["master"] = sum(rows.nbytes for rows in engine.optimizer.frozen_master.rows.values())
