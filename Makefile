@@ -7,6 +7,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 NPROC  ?= 2
+JOBS   := tests/integration/test_slurm_jobs.py
 
 .PHONY: install train test check format clean
 
@@ -30,8 +31,10 @@ train: $(STAMP) data/demo/index.json
 	$(BIN)/relora-ds report runs/demo
 
 test: $(STAMP)
-	@echo "==> running the test suite"
-	$(BIN)/python -m pytest
+	@echo "==> running the test suite; the jobs on a SLURM cluster, which mostly wait, go on beside it"
+	@$(BIN)/python -m pytest $(JOBS) >.jobs.log 2>&1 & jobs=$$!; trap "kill $$jobs 2>/dev/null" EXIT; \
+	$(BIN)/python -m pytest --ignore=$(JOBS); rest=$$?; \
+	echo "==> waiting for the jobs"; wait $$jobs; jobs=$$?; cat .jobs.log; exit $$((rest | jobs))
 
 check: $(STAMP)
 	@echo "==> format, lint, types"
@@ -44,5 +47,5 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) data/demo runs/demo .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) data/demo runs/demo .pytest_cache .mypy_cache .ruff_cache .jobs.log build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

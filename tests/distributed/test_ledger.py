@@ -45,7 +45,7 @@ def every_operation() -> dict[str, tuple[int, int, float]]:
     dist.barrier()
     counted = LEDGER.since(before)
     return {
-        f"{kind.operation} {kind.dtype} {kind.group}": (tally.calls, tally.payload_bytes, tally.wire_bytes)
+        f"{kind.operation} {kind.dtype} {kind.group}": (tally.calls, tally.payload_bytes, round(tally.wire_bytes, 6))
         for kind, tally in counted.items()
     }
 
