@@ -1,6 +1,6 @@
 """What counting every collective costs, in time of an update.
 
-    python -m benchmarks.counting
+    python -c "from benchmarks.counting import main; main()"
 
 Two ranks over gloo train the demo's model. The time that counting adds to one collective (a counted no-op less a plain one) times the
 collectives of an update, over the time of an update.
@@ -49,7 +49,3 @@ def main() -> None:
     share = result["calls"] * result["per_call"] / result["seconds"]
     print(f"{result['calls']:.0f} collectives and {result['seconds'] * 1e3:.1f} ms an update")
     print(f"{result['per_call'] * 1e6:.2f} us to count one: {share:.3%} of an update")
-
-
-if __name__ == "__main__":
-    main()
