@@ -142,6 +142,12 @@ def test_from_text_to_report(recipe: Recipe, tmp_path: Path) -> None:
     path = recipe("run", data={"path": str(tmp_path / "tokens")})
     relora("train", path, "--nproc", 2)
     last = metrics(tmp_path / "run")[-1]
+    (start,) = json.loads((tmp_path / "run" / "traffic.json").read_text())["starts"]
+    (node,) = start["nodes"]
+    assert (start["first_update"], start["last_update"]) == (1, 30)
+    assert node["sent_bytes"] > node["counted_bytes"] > 30 * start["wire_bytes_per_update"] * 2 > 0, (
+        "both ranks' bytes, restarts beside"
+    )
     told = relora("eval", tmp_path / "run").stdout
     match = re.search(r"perplexity ([\d.]+) over", told)
     assert match and float(match[1]) == pytest.approx(last["eval_perplexity"], rel=1e-4)
@@ -149,7 +155,7 @@ def test_from_text_to_report(recipe: Recipe, tmp_path: Path) -> None:
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in (tmp_path / "exported").iterdir()}
     relora("report", tmp_path / "run")
     page = (tmp_path / "run" / "report.md").read_text()
-    assert "restart" in page
+    assert "restart" in page and "## Traffic of run" in page
     assert len(list((tmp_path / "run" / "plots").glob("*.png"))) == 3
     again = relora("train", path, "--nproc", 2)
     assert "resuming from" in again.stderr and metrics(tmp_path / "run")[-1] == last, "nothing is left to do"

@@ -11,9 +11,10 @@ from tests.integration.conftest import command, relora
 
 
 def read_steps(file: Path) -> tuple[str, list[int]]:
-    """The run id and the steps of the history records in a .wandb file."""
+    """The run id and the steps of the history records in a .wandb file; each tells the bytes of its update."""
     wandb = Path(sys.executable).parent / "wandb"
     records = [json.loads(line) for line in command([wandb, "leet", "inspect", "--json", file]).stdout.splitlines()]
+    assert all("train/sent_bytes" in json.dumps(record) for record in records if "train/loss" in json.dumps(record))
     run_id = next(record["run"]["run_id"] for record in records if record["type"] == "run")
     return run_id, [record["history"]["step"]["num"] for record in records if record["type"] == "history"]
 
