@@ -77,12 +77,10 @@ def train_here(content: dict[str, Any], kill_after: int | None = None, stop_afte
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """A log without the times, which differ from run to run."""
+    """A log without what differs from run to run: times, and the bytes of updates after a resume (times travel, too)."""
+    volatile = ("tokens_per_s", "seconds", "sent_bytes")
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    return [
-        {key: value for key, value in record.items() if key not in ("tokens_per_s", "seconds", "sent_bytes")}
-        for record in records
-    ]
+    return [{key: value for key, value in record.items() if key not in volatile} for record in records]
 
 
 def at(content: dict[str, Any], folder: Path, **train: Any) -> dict[str, Any]:
