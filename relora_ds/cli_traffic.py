@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from relora_ds import launch
 from relora_ds.config import Run, load
@@ -15,6 +14,9 @@ from relora_ds.errors import EXIT_DONE, ConfigError, nearest, refuse_rest
 from relora_ds.metrics import say
 from relora_ds.tables import aligned
 from relora_ds.units import parse_bytes
+
+if TYPE_CHECKING:  # it imports torch
+    from relora_ds.checks import Checked
 
 LINKS = "100Mbit,1Gbit,10Gbit"
 
@@ -34,64 +36,85 @@ def add_command(parent: Any) -> None:
 
 def run_traffic(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """In the launching process: check, then start the ranks. In a rank: check, join the others, measure."""
-    overrides = list(options.overrides)
-    for word in rest:
-        if word.startswith("-"):
-            refuse_rest([word], ["--nproc", "--updates", "--arms", "--link", "--out"])
-        overrides.append(word)
+    overrides = options.overrides = [*options.overrides, *(word for word in rest if not word.startswith("-"))]
+    refuse_rest([word for word in rest if word.startswith("-")], ["--nproc", "--updates", "--arms", "--link", "--out"])
     launch.quiet_libraries()
     place = launch.discover()
+    num_processes = _num_processes(options, place)
     links = {name.strip(): parse_bytes(name, "--link") for name in options.link.split(",")}
+    arms = _arms(options)
     out = options.out or Path("traffic") / Path(options.recipe).stem
+    checked = _check(options.recipe, overrides, out, num_processes, is_main=place is None or place.is_main)
+    if place is not None:
+        return _measure(checked, place, arms, options, links, out)
+    launch.check_devices(num_processes)
+    say(f"starting {num_processes} processes")
+    words = ["traffic", options.recipe, *overrides, "--updates", str(options.updates), "--arms", options.arms]
+    return launch.spawn([*words, "--link", options.link, "--out", str(out)], num_processes)
+
+
+def _num_processes(options: argparse.Namespace, place: launch.Place | None) -> int:
+    """Ranks of the job. Raises ConfigError for numbers that cannot be, and where a launcher has decided it already."""
     for name, value in (("--nproc", options.nproc), ("--updates", options.updates)):
         if value is not None and value < 1:
             raise ConfigError(name, value, "must be at least 1")
     if place is not None and options.nproc is not None:
         raise ConfigError("--nproc", options.nproc, f"this process was started by {place.launcher}, which sets their number")
-    num_processes = place.world_size if place else options.nproc or max(2, launch.default_num_processes())
-    if num_processes < 2:
-        raise ConfigError("--nproc", num_processes, "one process sends nothing", "use at least 2")
+    count: int = place.world_size if place else options.nproc or max(2, launch.default_num_processes())
+    if count < 2:
+        raise ConfigError("--nproc", count, "one process sends nothing", "use at least 2")
+    return count
 
-    import torch
 
-    from relora_ds import ds_config
-    from relora_ds.checks import check
-    from relora_ds.comparison import ARMS, arms_of, compare
-    from relora_ds.comparison_table import NOTE, table, write
+def _arms(options: argparse.Namespace) -> list[str]:
+    from relora_ds.comparison import ARMS
 
     chosen = [name.strip() for name in options.arms.split(",")]
     for name in chosen:
         if name not in ARMS:
             raise ConfigError("--arms", name, "no such way to train", nearest(name, ARMS))
-    recipe = load(options.recipe, overrides)
-    recipe = recipe.model_copy(update={"run": Run(dir=str(out), seed=recipe.run.seed)})  # no run is written, or gone on with
-    checked = check(recipe, Path(options.recipe), num_processes)
-    if ds_config.precision(checked.deepspeed) == "bf16" and not torch.cuda.is_available():
-        done = launch.guard_bf16()
-        if done and (place is None or place.is_main):
-            say(done)
-    if place is None:
-        launch.check_devices(num_processes)
-        say(f"starting {num_processes} processes")
-        words = ["traffic", options.recipe, *overrides, "--updates", str(options.updates), "--arms", options.arms]
-        return launch.spawn([*words, "--link", options.link, "--out", str(out)], num_processes)
+    return chosen
 
+
+def _check(recipe: str, overrides: Sequence[str], out: Path, num_processes: int, *, is_main: bool) -> Checked:
+    """Judges the recipe, and makes bf16 safe on this CPU before any product is formed. Raises ConfigError."""
+    import torch
+
+    from relora_ds import ds_config
+    from relora_ds.checks import check
+
+    config = load(recipe, overrides)
+    config = config.model_copy(update={"run": Run(dir=str(out), seed=config.run.seed)})  # no run is written, or gone on with
+    checked = check(config, Path(recipe), num_processes)
+    on_cpu = not torch.cuda.is_available()
+    if ds_config.precision(checked.deepspeed) == "bf16" and on_cpu and (done := launch.guard_bf16()) and is_main:
+        say(done)
+    return checked
+
+
+def _measure(
+    checked: Checked, place: launch.Place, arms: Sequence[str], options: argparse.Namespace, links: dict[str, float], out: Path
+) -> int:
+    """This process is a rank: join the others, measure, and leave together; rank 0 tells."""
+    from relora_ds.comparison import accumulation, arms_of, compare
+    from relora_ds.comparison_table import NOTE, table, write
+
+    config = checked.config
     device = launch.start_process_group(place)
-    results = compare(
-        checked, place, device, arms_of(recipe, chosen), options.updates, say if place.is_main else lambda text: None
-    )
+    tell = say if place.is_main else lambda text: None
+    results = compare(checked, place, device, arms_of(config, arms), options.updates, tell)
     if place.is_main:
         about = {
-            "recipe": " ".join([options.recipe, *overrides]),
+            "recipe": " ".join([options.recipe, *options.overrides]),
             "ranks": f"{place.world_size} on {math.ceil(place.world_size / place.local_world_size)} node(s), {device.type}",
-            "global batch": f"{recipe.train.global_batch} x {recipe.data.sequence_length} tokens",
-            "micro batches": f"{recipe.train.global_batch // (recipe.train.micro_batch * place.world_size)} of an update on a rank",
+            "global batch": f"{config.train.global_batch} x {config.data.sequence_length} tokens",
+            "micro batches": f"{accumulation(config, place.world_size)} of an update on a rank",
             "versions": _versions(),
         }
         write(out, results, links, about)
         print("\n".join(aligned(table(results, links))))
         print(f"\n{NOTE}")
-        print(f"wrote {out}/comparison.md, .png and .json", file=sys.stderr)
+        say(f"wrote {out}/comparison.md, .png and .json")
     launch.leave_process_group()
     return EXIT_DONE
 

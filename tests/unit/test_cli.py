@@ -69,7 +69,10 @@ def spawned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], int]]:
         ("train.updates=many", "train.updates='many': input should be a valid integer"),
         ("optimizer.schedule=jaged", "optimizer.schedule='jaged': not one of the valid names; did you mean 'jagged'?"),
         ("relora.warm_start=20", "relora.warm_start=20: not shorter than the run of 20 updates"),
-        ("relora.targets=qproj", "relora.targets='qproj': matches no linear layer or embedding of the model; did you mean 'q_proj'?"),
+        (
+            "relora.targets=qproj",
+            "relora.targets='qproj': matches no linear layer or embedding of the model; did you mean 'q_proj'?",
+        ),
         (
             "deepspeed.zero_optimization.stage=3",
             "deepspeed.zero_optimization.stage=3: ReLoRA runs on ZeRO stage 1 or 2; set it to 2",
