@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import os
 import pickle
 import socket
@@ -21,9 +22,22 @@ from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
+from relora_ds import launch
+
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 180.0
+ISA = "ONEDNN_MAX_CPU_ISA"
 _pools: dict[int, Pool] = {}
+
+
+@functools.cache
+def safe_isa() -> dict[str, str]:
+    """What bf16 products need on this CPU, found out once for all workers: each would have to start a process for it."""
+    if ISA in os.environ:
+        return {}
+    launch.guard_bf16()
+    found = os.environ.pop(ISA, None)
+    return {} if found is None else {ISA: found}
 
 
 class RankError(AssertionError):
@@ -43,7 +57,7 @@ class Pool:
         self.processes = []
         for rank in range(world_size):
             env = dict(
-                os.environ,
+                os.environ | safe_isa(),
                 RANK=str(rank),
                 LOCAL_RANK=str(rank),
                 WORLD_SIZE=str(world_size),
@@ -106,8 +120,6 @@ def close_all() -> None:
 
 def _serve(address: str) -> None:
     import torch
-
-    from relora_ds import launch
 
     torch.set_num_threads(1)
     place = launch.discover()
