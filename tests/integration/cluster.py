@@ -81,7 +81,7 @@ SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=2,bf_interval=2,bf_continue,batch_sched_delay=0
 MinJobAge=3600
-KillWait=5
+KillWait=20
 MessageTimeout=10
 SlurmdTimeout=10
 ReturnToService=2
