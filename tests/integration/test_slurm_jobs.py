@@ -1,7 +1,7 @@
 """Jobs that take care of themselves, on a real SLURM: submitted, stopped, requeued, hit, and finished.
 
-Most of a job's time here is waiting: for SLURM to miss a node, for credentials to expire. So each of these stories has a cluster of
-its own, and two are played at once.
+Most of a job's time here is waiting: for SLURM to miss a node, for credentials to expire. So `make test` plays these stories, one after
+the other, each on a cluster of its own, beside all other tests.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "short": {},
     "long": {"train": TRAIN, "relora": RELORA_LONG},
 }
-AT_ONCE = 2
+AT_ONCE = 1
 SLOW_LINK = "2mbit"
 """So that 300 updates take longer than a minute, without work for the cores."""
 
