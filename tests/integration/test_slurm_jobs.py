@@ -1,7 +1,7 @@
 """Jobs that take care of themselves, on a real SLURM: submitted, stopped, requeued, hit, and finished.
 
-Most of a job's time here is waiting: for SLURM to miss a node, for credentials to expire. So `make test` plays these stories, one after
-the other, each on a cluster of its own, beside all other tests.
+Most of a job's time here is waiting: for SLURM to miss a node, for credentials to expire. So `make test` plays these stories, one
+after the other, each on a cluster of its own, beside all other tests.
 """
 
 from __future__ import annotations
