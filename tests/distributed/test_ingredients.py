@@ -187,12 +187,15 @@ def peak_of_a_merge(frozen: dict[str, Any], num_layers: int) -> dict[str, int]:
     engine = common.build(common.tiny_llama(**sizes), relora, lr=1e-2)
     common.train_update(engine, 0)
     kept, lora.ENTRIES_AT_ONCE = lora.ENTRIES_AT_ONCE, 1 << 13  # else all layers are one batch here
+    peaks = []
     try:
-        with PeakMemory() as memory:
-            engine.optimizer._merge_and_reinitialise()
+        for _ in range(3):  # the least of them: on busy cores gloo's threads may let go of a tensor late
+            with PeakMemory() as memory:
+                engine.optimizer._merge_and_reinitialise()
+            peaks.append(memory.peak)
     finally:
         lora.ENTRIES_AT_ONCE = kept
-    result = {"peak": memory.peak}
+    result = {"peak": min(peaks)}
     if engine.optimizer.frozen_master is not None:
         result["master"] = sum(rows.nbytes for rows in engine.optimizer.frozen_master.rows.values())
         result["frozen"] = sum(layer.weight.values.numel() for _, layer in relora_layers(engine.module))
