@@ -189,7 +189,7 @@ def peak_of_a_merge(frozen: dict[str, Any], num_layers: int) -> dict[str, int]:
     kept, lora.ENTRIES_AT_ONCE = lora.ENTRIES_AT_ONCE, 1 << 13  # else all layers are one batch here
     peaks = []
     try:
-        for _ in range(3):  # the least of them: on busy cores gloo's threads may let go of a tensor late
+        for _ in range(10):  # the least of them: on busy cores gloo's threads may let go of a tensor late
             with PeakMemory() as memory:
                 engine.optimizer._merge_and_reinitialise()
             peaks.append(memory.peak)

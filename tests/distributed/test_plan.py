@@ -129,7 +129,9 @@ def test_memory_at_most(of: dict[str, Any]) -> None:
     """Within 5% at every moment, so also at the highest: what is left are scalars, positions and hashes."""
     told, most = foretold(of), highest(of)
     assert set(told) == set(most)
-    if told != pytest.approx(most, rel=0.05):  # once more: on busy cores gloo's threads may let go of a tensor late
+    for _ in range(3):  # the least of them: on busy cores gloo's threads may let go of a tensor late
+        if told == pytest.approx(most, rel=0.05):
+            break
         again = highest(of)
         most = {moment: min(num_bytes, again[moment]) for moment, num_bytes in most.items()}
     assert told == pytest.approx(most, rel=0.05)
