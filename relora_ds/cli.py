@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from relora_ds import __version__, cli_plan, cli_slurm, cli_traffic, launch
 from relora_ds.config import Config, load
-from relora_ds.errors import EXIT_BAD_CONFIG, EXIT_DONE, EXIT_FAILED, ConfigError, RestartError, refuse_rest
+from relora_ds.errors import EXIT_BAD_CONFIG, EXIT_DONE, EXIT_FAILED, ConfigError, RestartError, refuse_rest, with_rest
 from relora_ds.run_folder import RunFolder
 from relora_ds.slurm_client import SlurmError
 from relora_ds.slurm_events import write_outcome
@@ -129,20 +129,10 @@ def run_prepare(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """In the launching process: check, then start the ranks. In a rank: check, join the others, train."""
-    overrides = list(options.overrides)
-    for word in rest:  # overrides may stand behind options
-        if word.startswith("-"):
-            refuse_rest([word], ["--nproc", "--allow-changed", "--trust"])
-        overrides.append(word)
+    overrides = with_rest(options.overrides, rest, ["--nproc", "--allow-changed", "--trust"])
     launch.quiet_libraries()
     place = launch.discover()
-    if place is not None and options.nproc is not None:
-        raise ConfigError(
-            "--nproc", options.nproc, f"this process was started by {place.launcher}, which sets the number of processes"
-        )
-    if options.nproc is not None and options.nproc < 1:
-        raise ConfigError("--nproc", options.nproc, "must be at least 1")
-
+    launch.check_nproc(options.nproc, place)
     recipe = load(options.recipe, overrides)
     if place is None:
         return _train_here(options, recipe, overrides)

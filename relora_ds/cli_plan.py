@@ -10,7 +10,7 @@ from typing import Any
 
 from relora_ds import launch
 from relora_ds.config import load
-from relora_ds.errors import EXIT_DONE, ConfigError, nearest, refuse_rest
+from relora_ds.errors import EXIT_DONE, ConfigError, nearest, with_rest
 from relora_ds.tables import aligned
 from relora_ds.units import parse_bytes
 
@@ -40,11 +40,9 @@ def add_command(parent: Any) -> None:
 
 
 def run_plan(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    overrides = list(options.overrides)
-    for word in rest:  # overrides may stand behind options
-        if word.startswith("-"):
-            refuse_rest([word], ["--gpus", "--gpus-per-node", "--link", "--gpu", "--gpu-memory", "--tflops", "--mfu", "--json"])
-        overrides.append(word)
+    overrides = with_rest(
+        options.overrides, rest, ["--gpus", "--gpus-per-node", "--link", "--gpu", "--gpu-memory", "--tflops", "--mfu", "--json"]
+    )
     for key, value, most in (("--gpus", options.gpus, 10_000), ("--gpus-per-node", options.gpus_per_node, 10_000)):
         if value is not None and not 1 <= value <= most:
             raise ConfigError(key, value, f"must be 1 to {most:,}")

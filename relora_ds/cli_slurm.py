@@ -14,7 +14,7 @@ from typing import Any
 
 from relora_ds import launch
 from relora_ds.config import Config, load
-from relora_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, refuse_rest
+from relora_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, refuse_rest, with_rest
 from relora_ds.metrics import say
 from relora_ds.run_folder import RunFolder
 from relora_ds.slurm_script import SITE_FILE, RequeueBy, Settings, describe, option_name, read_site, settings
@@ -132,11 +132,7 @@ def read_place(place: Path) -> Config:
 
 
 def run_submit(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    overrides = list(options.overrides)
-    for word in rest:  # overrides may stand behind options
-        if word.startswith("-"):
-            refuse_rest([word], [option_name(name) for name in Settings.model_fields])
-        overrides.append(word)
+    overrides = with_rest(options.overrides, rest, [option_name(name) for name in Settings.model_fields])
     site = options.site or Path.home() / SITE_FILE
     if options.site is not None and not site.is_file():
         raise ConfigError("--site", str(site), "no such file")

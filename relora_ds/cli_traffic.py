@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from relora_ds import launch
 from relora_ds.config import Run, load
-from relora_ds.errors import EXIT_DONE, ConfigError, nearest, refuse_rest
+from relora_ds.errors import EXIT_DONE, ConfigError, nearest, with_rest
 from relora_ds.metrics import say
 from relora_ds.tables import aligned
 from relora_ds.units import parse_bytes
@@ -36,8 +36,7 @@ def add_command(parent: Any) -> None:
 
 def run_traffic(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """In the launching process: check, then start the ranks. In a rank: check, join the others, measure."""
-    overrides = options.overrides = [*options.overrides, *(word for word in rest if not word.startswith("-"))]
-    refuse_rest([word for word in rest if word.startswith("-")], ["--nproc", "--updates", "--arms", "--link", "--out"])
+    overrides = options.overrides = with_rest(options.overrides, rest, ["--nproc", "--updates", "--arms", "--link", "--out"])
     launch.quiet_libraries()
     place = launch.discover()
     num_processes = _num_processes(options, place)
@@ -55,11 +54,9 @@ def run_traffic(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _num_processes(options: argparse.Namespace, place: launch.Place | None) -> int:
     """Ranks of the job. Raises ConfigError for numbers that cannot be, and where a launcher has decided it already."""
-    for name, value in (("--nproc", options.nproc), ("--updates", options.updates)):
-        if value is not None and value < 1:
-            raise ConfigError(name, value, "must be at least 1")
-    if place is not None and options.nproc is not None:
-        raise ConfigError("--nproc", options.nproc, f"this process was started by {place.launcher}, which sets their number")
+    if options.updates < 1:
+        raise ConfigError("--updates", options.updates, "must be at least 1")
+    launch.check_nproc(options.nproc, place)
     count: int = place.world_size if place else options.nproc or max(2, launch.default_num_processes())
     if count < 2:
         raise ConfigError("--nproc", count, "one process sends nothing", "use at least 2")

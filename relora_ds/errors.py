@@ -58,3 +58,13 @@ def refuse_rest(rest: Sequence[str], known: Sequence[str] = ()) -> None:
             "unknown option",
             nearest(rest[0], known) if known else "",
         )
+
+
+def with_rest(overrides: Sequence[str], rest: Sequence[str], known: Sequence[str]) -> list[str]:
+    """The ``key.sub=value`` words of a command line, those behind its options included, which argparse leaves over.
+
+    Raises:
+        ConfigError: one of the rest is an option that the command does not have; with the nearest of ``known``.
+    """
+    refuse_rest([word for word in rest if word.startswith("-")], known)
+    return [*overrides, *rest]

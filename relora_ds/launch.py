@@ -215,6 +215,14 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\..*")
 
 
+def check_nproc(nproc: int | None, place: Place | None) -> None:
+    """Raises ConfigError for a ``--nproc`` that cannot be, and where a launcher has decided it already."""
+    if nproc is not None and place is not None:
+        raise ConfigError("--nproc", nproc, f"this process was started by {place.launcher}, which sets the number of processes")
+    if nproc is not None and nproc < 1:
+        raise ConfigError("--nproc", nproc, "must be at least 1")
+
+
 def check_devices(num_processes: int) -> None:
     """Raises ConfigError when this machine has GPUs, but fewer than processes."""
     import torch
