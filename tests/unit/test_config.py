@@ -9,10 +9,8 @@ import pytest
 import yaml
 
 from relora_ds import config, ds_config
-from relora_ds import manifest as manifests
 from relora_ds.checks import Checked, check
 from relora_ds.errors import ConfigError, nearest
-from relora_ds.manifest import Manifest
 from relora_ds.model import num_parameters
 from relora_ds.schedule import Interval
 
@@ -414,88 +412,6 @@ def test_deepspeed_file_that_is_no_json_object(recipe: Path, tmp_path: Path, tex
     line = refusal(recipe, "deepspeed=broken.json")
     assert line.startswith(f"deepspeed={str(tmp_path / 'broken.json')!r}: ")
     assert problem in line
-
-
-# Resuming
-
-
-@pytest.fixture
-def checkpointed(recipe: Path) -> Path:
-    """``recipe``, of which two ranks have written a checkpoint."""
-    started = config.load(recipe)
-    newest = Path(started.run.dir) / "checkpoints" / "update_0000008"
-    newest.mkdir(parents=True)
-    (Path(started.run.dir) / "config.yaml").write_text(config.dump(started))
-    content = Manifest(
-        update=8, phase="lora", restarts=1, lora_updates=8, world_size=2, zero_stage=2, precision="fp32", config_sha256="",
-        data={}, rng={}, progress={}, base=None, versions={},
-    )  # fmt: skip
-    manifests.write(newest, content)
-    return recipe
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        [],
-        ["train.updates=40"],
-        ["train.eval_every=5"],
-        ["wandb.mode=disabled"],
-        ["train.micro_batch=4"],
-        ["model.gradient_checkpointing=true"],
-        ["relora.frozen.verify_every=3"],
-        ["checkpoint={async: false, self_contained: true}"],
-    ],
-)
-def test_a_run_goes_on_with_what_may_change(checkpointed: Path, overrides: list[str]) -> None:
-    judge(checkpointed, *overrides, ranks=2)
-
-
-@pytest.mark.parametrize(
-    ("override", "key_and_value", "before"),
-    [
-        ("run.seed=2", "run.seed=2", "has 1"),
-        ("relora.rank=8", "relora.rank=8", "has 4"),
-        ("relora.frozen.dtype=int8", "relora.frozen.dtype='int8'", "has 'auto'"),
-        ("optimizer.lr=0.5", "optimizer.lr=0.5", "has 0.002"),
-        ("train.global_batch=16", "train.global_batch=16", "has 8"),
-        ("method=lora", "method='lora'", "has 'relora'"),
-        ("deepspeed.bf16={enabled: true}", "deepspeed='bf16'", "has 'fp32'"),
-    ],
-)
-def test_a_run_does_not_go_on_as_another_one(checkpointed: Path, override: str, key_and_value: str, before: str) -> None:
-    line = refusal(checkpointed, override, ranks=2)
-    key = key_and_value.partition("=")[0]
-    assert line.startswith(f"{key_and_value}: ")
-    assert before in line
-    assert line.endswith(f"name another run.dir, or insist: --allow-changed {key}")
-    read = config.load(checkpointed, [override])
-    assert check(read, checkpointed, 2, [key]).config == read
-    assert check(read, checkpointed, 2, [key.partition(".")[0]]).config == read, "a section insists on all that is in it"
-
-
-def test_all_the_differences_are_listed(checkpointed: Path) -> None:
-    line = refusal(checkpointed, "relora.rank=8", "optimizer.lr=0.5", "train.eval_every=3", ranks=2)
-    assert "relora.rank=8: the run in" in line and "; optimizer.lr was 0.002 and is 0.5;" in line
-    assert line.endswith("insist: --allow-changed relora.rank --allow-changed optimizer.lr")
-    assert "eval_every" not in line
-    with pytest.raises(ConfigError, match=r"^optimizer\.lr=0\.5: .*has 0\.002; name another"):
-        check(config.load(checkpointed, ["relora.rank=8", "optimizer.lr=0.5"]), checkpointed, 2, ["relora.rank"])
-
-
-@pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 2), (2, 2), (4, 2), (8, 1)])
-def test_a_run_goes_on_with_another_number_of_ranks(checkpointed: Path, ranks: int, micro_batch: int) -> None:
-    """The global batch of 8 stays; the micro batch of 2 gives way where it must."""
-    checked = judge(checkpointed, ranks=ranks)
-    assert checked.config.train.micro_batch == micro_batch
-    assert checked.deepspeed["train_batch_size"] == 8
-    assert checked.deepspeed["gradient_accumulation_steps"] * micro_batch * ranks == 8
-
-
-@pytest.mark.parametrize("ranks", [3, 16])
-def test_ranks_over_which_the_global_batch_does_not_divide(checkpointed: Path, ranks: int) -> None:
-    line = refusal(checkpointed, ranks=ranks)
-    assert line == f"--nproc={ranks}: train.global_batch=8 does not divide over so many ranks; go on with 1, 2, 4, 8"
 
 
 # What a configuration says
