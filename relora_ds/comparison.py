@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +29,7 @@ from relora_ds.launch import Place
 from relora_ds.ledger import GRADIENT, LEDGER, LOSS, START_UP, by_purpose, count_everything, label
 from relora_ds.lora import param_groups
 from relora_ds.optimizer import ReLoRAOptimizer
+from relora_ds.zero_release import collect, release
 
 ARMS = {
     "recipe": "the recipe",
@@ -201,7 +201,7 @@ def _engine_steps(engine: Any, way: Way, *, restart: Callable[[], object] | None
     widths = (float(wire.itemsize), float(next(engine.module.parameters()).element_size()))
     route = getattr(engine.optimizer, "vocabulary", None)
     vocabulary = {} if route is None else foretold.vocabulary(route.params, route.settings, widths[0])
-    return Steps(micro_batch, engine.module, way, stage, widths, engine.destroy, vocabulary, restart, between)
+    return Steps(micro_batch, engine.module, way, stage, widths, partial(release, engine), vocabulary, restart, between)
 
 
 def _recipe(checked: Checked, device: torch.device) -> Steps:
@@ -289,7 +289,5 @@ def compare(
     for arm in arms:
         tell(f"{ARMS[arm]}: {updates} updates, after one to warm up")
         results.append(measure(arm, checked, place, device, updates))
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        collect()
     return results

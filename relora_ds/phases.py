@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from relora_ds.frozen import own_rows
 from relora_ds.run_folder import RunFolder
 from relora_ds.weights import Source, blank, pretrained
 from relora_ds.zero import ZeroState, data_parallel_group
+from relora_ds.zero_release import collect, release
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,21 @@ class Carried:
     master: Tensor
     moments: dict[str, Tensor]
     step: int
+
+
+@dataclass(frozen=True)
+class HandOver:
+    """What is left of the full-rank phase, in host memory.
+
+    Attributes:
+        model: not wrapped yet.
+        carried: by name of the parameter, those that will not be frozen.
+        exact_rows: (own rows, in) fp32 of each weight that will be frozen, where a sharded master is to begin with them.
+    """
+
+    model: nn.Module
+    carried: dict[str, Carried]
+    exact_rows: dict[str, Tensor] | None
 
 
 def initial_model(checked: Checked, device: torch.device, phase: str, *, is_resumed: bool = False) -> nn.Module:
@@ -93,22 +108,10 @@ def full_engine(model: nn.Module, checked: Checked) -> Any:
     return engine
 
 
-def lora_engine(model: nn.Module, checked: Checked, exact_rows: dict[str, Tensor] | None = None) -> Any:
-    """An engine that trains the factors, embeddings, norms and head, and restarts the factors inside ``step()``.
-
-    Args:
-        model: wrapped in place, where it is not wrapped yet.
-        checked: the recipe.
-        exact_rows: this rank's rows of the frozen weights in fp32, where more is known of them than ``model`` holds.
-    """
+def lora_engine(model: nn.Module, checked: Checked) -> Any:
+    """An engine that trains the factors, embeddings, norms and head of a wrapped model, and restarts the factors in ``step()``."""
     config = checked.config
     settings = config.lora_settings.model_copy(update={"warm_start": 0})
-    precision = ds_config.precision(checked.deepspeed)
-    if not any(True for _ in lora.relora_layers(model)):
-        lora.wrap(model, targets=settings.targets, **wrapping(settings, config.run.seed, precision))
-    for name, layer in lora.relora_layers(model):
-        if exact_rows is not None and layer.weight is not None:
-            layer.weight.exact_rows = exact_rows[name]
     engine, *_ = initialize(
         model=model,
         optimizer=adamw(config.optimizer),
@@ -122,26 +125,46 @@ def lora_engine(model: nn.Module, checked: Checked, exact_rows: dict[str, Tensor
     return engine
 
 
-def change_phase(engine: Any, checked: Checked, device: torch.device) -> Any:
-    """Ends the full-rank phase and begins the LoRA phase with its weights; returns the new engine.
+def end_full_rank(engine: Any, checked: Checked, device: torch.device) -> HandOver:
+    """Ends the full-rank phase: what the LoRA phase begins with, in host memory; nothing of the engine is left on the device.
+
+    The caller still holds the engine, an empty shell: it has to let go of it before :func:`begin_lora`.
 
     Embeddings, norms, biases and head go on with their fp32 masters, so no precision is lost; their moments go along when
     ``relora.keep_moments`` says so, and start from zero otherwise, as in the paper.
     """
-    settings = checked.config.relora
-    targets = lora.find_targets(engine.module, settings.targets)
+    settings, model = checked.config.relora, engine.module
+    targets = lora.find_targets(model, settings.targets)
     carried = _take_along(engine, targets, device, moments=settings.keep_moments)
     exact_rows = _exact_rows(engine, targets, device) if settings.frozen.master == "sharded" else None
-    model = engine.module
-    engine.destroy()
-    del engine
-    for param in model.parameters():  # their storage is the old engine's flat buffer, which must not outlive it
-        param.data = param.data.clone()
-        param.grad = None
-    gc.collect()
-    engine = lora_engine(model, checked, exact_rows)
-    _hand_over(engine, carried, device)
+    release(engine, keep_on="cpu")
+    return HandOver(model, carried, exact_rows)
+
+
+def begin_lora(before: HandOver, checked: Checked, device: torch.device) -> Any:
+    """Begins the LoRA phase with the weights of the full-rank phase; returns the new engine.
+
+    The weights come to the device one layer at a time, each of which is stored as it will be kept before the next one comes.
+    """
+    collect()  # the old engine's shell, of which nobody knows any more
+    _wrap_from_host(before, checked, device)
+    engine = lora_engine(before.model.to(device), checked)
+    _hand_over(engine, before.carried, device)
     return engine
+
+
+def _wrap_from_host(before: HandOver, checked: Checked, device: torch.device) -> None:
+    """Wraps the target layers of a model in host memory; of the exact rows each layer gets its own."""
+    settings = checked.config.lora_settings
+    how = wrapping(settings, checked.config.run.seed, ds_config.precision(checked.deepspeed))
+    targets = list(lora.find_targets(before.model, settings.targets).items())
+    while targets:
+        name, module = targets.pop()
+        lora.wrap_layers(before.model, {name: module.to(device)}, **how)
+        del module  # or its weight would stay in memory
+        layer = before.model.get_submodule(name)
+        if before.exact_rows is not None and layer.weight is not None:
+            layer.weight.exact_rows = before.exact_rows.pop(name)
 
 
 @torch.no_grad()

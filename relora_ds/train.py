@@ -152,7 +152,9 @@ class Trainer:
         if self.phase == "full" and self.config.phase_of(update) == "lora":
             self.tell(f"the full-rank phase is over after update {update - 1}: adding LoRA factors")
             self.watchdog.beat("the full-rank phase")
-            self.engine = phases.change_phase(self.engine, self.checked, self.device)
+            before = phases.end_full_rank(self.engine, self.checked, self.device)
+            self.engine = None  # the last reference: nothing of it is to be there when the next one is built
+            self.engine = phases.begin_lora(before, self.checked, self.device)
             self.phase = "lora"
             self.watchdog.beat("the change of phase")
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import relora_ds
+from relora_ds.zero_release import release
 
 VOCAB = 61
 GLOBAL_BATCH = 12
@@ -107,4 +108,4 @@ def set_lr(engine: Any, lr: float) -> None:
 
 def end(engine: Any) -> None:
     """Frees an engine, so that the next test of this process starts clean."""
-    engine.destroy()
+    release(engine)

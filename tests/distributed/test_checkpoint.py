@@ -21,6 +21,7 @@ from relora_ds.export import export, load_merged
 from relora_ds.lora import relora_layers
 from relora_ds.run_folder import RunFolder
 from relora_ds.train import Trainer
+from relora_ds.zero_release import release
 from tests.distributed import common
 from tests.distributed.pool import run
 from tests.distributed.test_training import at, read_log, train_here
@@ -160,7 +161,7 @@ def state_after_loading(content: dict[str, Any]) -> dict[str, torch.Tensor]:
     for name, layer in relora_layers(trainer.engine.module):
         state[f"{name} merged"] = layer.weight.values.clone()
     trainer.close(exit_code=1)
-    trainer.engine.destroy()
+    release(trainer.engine)
     return state
 
 

@@ -28,6 +28,7 @@ from relora_ds.run_folder import RunFolder
 from relora_ds.train import Trainer, TrainingError
 from relora_ds.train import train as train_run
 from relora_ds.zero import ZeroState
+from relora_ds.zero_release import release
 from tests.distributed.common import WITH_VOCABULARY
 from tests.distributed.pool import run
 
@@ -219,7 +220,7 @@ def moments_over_the_change(content: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for when in ("before", "after"):
         if when == "after":
-            trainer.engine = phases.change_phase(trainer.engine, trainer.checked, CPU)
+            trainer.enter_phase(6)
         zero = getattr(trainer.engine.optimizer, "zero", trainer.engine.optimizer)
         params = {name: p for name, p in trainer.engine.module.named_parameters() if name in names}
         state = ZeroState(zero, params, CountedGroup(None, CPU))
@@ -238,7 +239,7 @@ def moments_over_the_change(content: dict[str, Any]) -> dict[str, Any]:
             ).loss,
         }
     found["trainable"] = sorted(name for name, p in trainer.engine.module.named_parameters() if p.requires_grad)
-    trainer.engine.destroy()
+    release(trainer.engine)
     return found
 
 
@@ -271,10 +272,10 @@ def master_over_the_change(content: dict[str, Any]) -> dict[str, Any]:
     name = "model.layers.1.mlp.up_proj"
     weight = trainer.engine.module.get_submodule(name).weight
     before = ZeroState(trainer.engine.optimizer, {name: weight}, CountedGroup(None, CPU)).gather(name)
-    trainer.engine = phases.change_phase(trainer.engine, trainer.checked, CPU)
+    trainer.enter_phase(6)
     master = trainer.engine.optimizer.frozen_master
     result = {"before": before, "rows": master.rows[name], "own": master.own(name), "stored": master.weights[name].read()}
-    trainer.engine.destroy()
+    release(trainer.engine)
     return result
 
 

@@ -1,0 +1,179 @@
+"""The change of phase gives back all that the full-rank engine held, before the LoRA engine is built."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+
+import relora_ds
+from relora_ds import launch, phases
+from relora_ds.checks import check
+from relora_ds.config import Optimizer, parse
+from relora_ds.engine import adamw
+from relora_ds.train import Trainer
+from relora_ds.zero_release import release
+from tests.distributed import common
+from tests.distributed.pool import run
+
+CPU = torch.device("cpu")
+WARM_START = 2
+INT8 = {"dtype": "int8", "group_size": 16}
+
+
+@pytest.fixture
+def content(settings: dict[str, Any]) -> dict[str, Any]:
+    """A warm start of two updates, then six with factors; larger layers, so that what is kept would show."""
+    content = copy.deepcopy(settings)
+    content["model"]["config"] |= {"hidden_size": 64, "intermediate_size": 160}
+    content["relora"] = {"rank": 2, "alpha": 8, "warm_start": WARM_START, "restart_every": 4, "restart_warmup": 1}
+    content["train"] = {"updates": 8, "global_batch": 4, "micro_batch": 1}
+    content["wandb"] = {"mode": "disabled"}
+    return content
+
+
+def trainer_of(content: dict[str, Any]) -> Trainer:
+    place = launch.discover()
+    assert place is not None
+    return Trainer(check(parse(content), Path("recipe.yaml"), place.world_size), place, CPU)
+
+
+def end(trainer: Trainer) -> None:
+    trainer.close(exit_code=1)
+    release(trainer.engine)
+
+
+def live_bytes() -> int:
+    """Of all storages that Python's tensors refer to."""
+    gc.collect()
+    storages = {}
+    for value in gc.get_objects():
+        if issubclass(type(value), torch.Tensor) and value.device.type == "cpu" and not torch._is_functional_tensor(value):
+            storage = value.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
+    return sum(storages.values())
+
+
+def what_lives_on(content: dict[str, Any]) -> dict[str, bool]:
+    """What of the full-rank engine is alive when the next engine is about to be built."""
+    trainer = trainer_of(content)
+    for update in range(1, WARM_START + 1):
+        trainer.update(update, False)
+    zero = trainer.engine.optimizer
+    refs = {
+        "engine": weakref.ref(trainer.engine),
+        "optimizer": weakref.ref(zero),
+        "inner optimizer": weakref.ref(zero.optimizer),
+        "master": weakref.ref(zero.single_partition_of_fp32_groups[0]),
+        "moment": weakref.ref(zero.optimizer.state[zero.single_partition_of_fp32_groups[0]]["exp_avg"]),
+        "flat weights": weakref.ref(zero.bit16_groups_flat[0]),
+    }
+    del zero
+    found: dict[str, bool] = {}
+    build = phases.lora_engine
+
+    def watched(*args: Any) -> Any:
+        found.update({name: ref() is not None for name, ref in refs.items()})
+        return build(*args)
+
+    phases.lora_engine = watched  # type: ignore[assignment]
+    try:
+        trainer.enter_phase(WARM_START + 1)
+    finally:
+        phases.lora_engine = build
+    end(trainer)
+    return found
+
+
+@pytest.mark.parametrize("traffic", [{}, {"vocabulary_every": 2}])
+def test_nothing_of_the_old_engine_is_left_when_the_new_one_is_built(content: dict[str, Any], traffic: dict[str, Any]) -> None:
+    content["traffic"] = traffic
+    for found in run(2, what_lives_on, content):
+        assert found and not any(found.values()), found
+
+
+def bytes_after(content: dict[str, Any], updates: int) -> int:
+    """Live bytes of this rank after so many updates of a run, beside what there was before; leaves a checkpoint in its folder."""
+    before = live_bytes()
+    trainer = trainer_of(content)
+    for update in range(trainer.done.update + 1, updates + 1):
+        trainer.enter_phase(update)
+        trainer.update(update, False)
+    here = live_bytes() - before
+    trainer.save(wait=True)
+    end(trainer)
+    return here
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(
+    ("dtype", "frozen"),
+    [("fp32", {}), ("bf16", {}), ("fp32", INT8), ("bf16", {**INT8, "master": "sharded"})],
+    ids=["fp32", "bf16", "int8", "int8 and a sharded master"],
+)
+def test_as_many_bytes_as_the_same_run_resumed(content: dict[str, Any], stage: int, dtype: str, frozen: dict[str, Any]) -> None:
+    """A run that changed its phase, and the same run resumed in the LoRA phase, one update later each: 2% for the odds and ends."""
+    content["deepspeed"] = {"zero_optimization": {"stage": stage}, **({"bf16": {"enabled": True}} if dtype == "bf16" else {})}
+    content["relora"]["frozen"] = frozen
+    changed = run(2, bytes_after, content, WARM_START + 1)
+    resumed = run(2, bytes_after, content, WARM_START + 2)
+    for over_the_change, alone in zip(changed, resumed, strict=True):
+        assert over_the_change == pytest.approx(alone, rel=0.02)
+
+
+def updates_over_a_collection(content: dict[str, Any]) -> list[bool]:
+    """Two updates of the LoRA phase, a collection, two more; whether the embedding's master was still found, and moved."""
+    trainer = trainer_of(content)
+    for update in range(1, WARM_START + 3):
+        trainer.enter_phase(update)
+        trainer.update(update, False)
+    embedding = trainer.engine.module.get_input_embeddings().weight
+    gc.collect()
+    found = [getattr(embedding, "_hp_mapping", None) is not None]
+    before = embedding.detach().clone()
+    for update in range(WARM_START + 3, WARM_START + 5):
+        trainer.update(update, False)
+    found.append(not torch.equal(before, embedding))
+    end(trainer)
+    return found
+
+
+def test_the_new_engine_outlives_the_old_ones_collection(content: dict[str, Any]) -> None:
+    """The embedding is the same parameter in both engines: what ends the old one must not take its address from the new one."""
+    content["traffic"] = {"vocabulary_every": 2}
+    content["relora"] |= {"restart_every": 6, "restart_warmup": 0}
+    results = run(2, updates_over_a_collection, content)
+    assert any(found[0] for found in results), "some rank owns a piece of the embedding"
+    assert all(found[1] for found in results)
+
+
+def own_warm_start() -> dict[str, Any]:
+    """A script's own full-rank training, then relora_ds on the same module: what lives on, and whether it trains."""
+    model = common.tiny_llama()
+    config = common.deepspeed_config()
+    del config["optimizer"]
+    engine = deepspeed.initialize(model=model, optimizer=adamw(Optimizer(lr=1e-2)), config=config)[0]
+    common.train_update(engine, 0)
+    zero = weakref.ref(engine.optimizer)
+    release(engine)
+    del engine
+    gc.collect()
+    alive = zero() is not None
+    engine, *_ = relora_ds.initialize(
+        model=model, config=common.deepspeed_config(), relora={"rank": 3, "restart_every": 4, "restart_warmup": 1}
+    )
+    losses = [common.train_update(engine, 0) for _ in range(6)]
+    common.end(engine)
+    return {"alive": alive, "losses": losses}
+
+
+def test_a_script_of_ones_own_can_go_on_with_the_module() -> None:
+    for result in run(2, own_warm_start):
+        assert not result["alive"]
+        assert result["losses"][-1] < result["losses"][0]
