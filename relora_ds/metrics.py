@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 from relora_ds.config import Config
-from relora_ds.run_folder import Log, RunFolder, write_atomically
+from relora_ds.run_folder import Log, RunFolder, finite, write_atomically
 from relora_ds.units import human_bytes
 
 LINE_EVERY_S = 5.0
@@ -100,7 +100,7 @@ class Metrics:
 
     def _to_wandb(self, section: str, record: dict[str, Any]) -> None:
         if self.wandb is not None:
-            values = {f"{section}/{key}": value for key, value in record.items() if key != "update" and value is not None}
+            values = {f"{section}/{key}": value for key, value in finite(record).items() if key != "update" and value is not None}
             self.wandb.log(values, step=record["update"])
 
 

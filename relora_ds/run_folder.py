@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -110,9 +111,18 @@ def read_traffic(path: Path) -> list[dict[str, Any]]:
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Appends one JSON object as a line, in one write."""
+    """Appends one JSON object as a line, in one write; numbers that JSON cannot hold (NaN, infinities) become null."""
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(json.dumps(finite(record), allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """``value`` with None in the place of each number in it that is not finite: Python would write NaN, which is no JSON."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 class Log:

@@ -22,8 +22,9 @@ from relora_ds.config import dump
 from relora_ds.data import TokenDataset, rank_micro_batches
 from relora_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, RestartError
 from relora_ds.evaluate import evaluate
+from relora_ds.finite import not_finite
 from relora_ds.launch import Place
-from relora_ds.ledger import LEDGER, LOSS, START_UP
+from relora_ds.ledger import CHECKPOINT, LEDGER, LOSS, START_UP
 from relora_ds.lock import RunLock
 from relora_ds.lora import LORA_GROUP
 from relora_ds.metrics import Metrics, say
@@ -150,6 +151,7 @@ class Trainer:
     def enter_phase(self, update: int) -> None:
         """Changes to the LoRA phase when ``update`` is its first."""
         if self.phase == "full" and self.config.phase_of(update) == "lora":
+            self._refuse_not_finite()
             self.tell(f"the full-rank phase is over after update {update - 1}: adding LoRA factors")
             self.watchdog.beat("the full-rank phase")
             before = phases.end_full_rank(self.engine, self.checked, self.device)
@@ -183,6 +185,8 @@ class Trainer:
         mean_loss, stopping, save_failed, is_lost = self._agree(loss / len(micro_batches), stop_requested)
         if is_lost:
             raise FencedError(f"another job has taken over {self.folder.path}; this one writes no more")
+        if not math.isfinite(mean_loss):
+            self._refuse_not_finite()
         self._account(update, mean_loss, time.perf_counter() - started)
         self.watchdog.beat("an update")
         if save_failed:
@@ -235,9 +239,9 @@ class Trainer:
             record = {
                 "update": update,
                 "phase": self.phase,
-                "loss": loss if math.isfinite(loss) else None,
+                "loss": loss,
                 "lr": next(rate for name, rate in rates.items() if name != LORA_GROUP),
-                "grad_norm": _finite(self.engine.get_global_grad_norm()),
+                "grad_norm": math.nan if (norm := self.engine.get_global_grad_norm()) is None else float(norm),
                 "tokens": self.done.tokens,
                 "tokens_per_s": tokens / seconds,
                 "restarts": self.restarts,
@@ -280,6 +284,7 @@ class Trainer:
     def save(self, *, wait: bool) -> None:
         """Begins to write a checkpoint, when the one before is complete; waits for it if asked, or if it is not asynchronous."""
         self._finish_save()
+        self._refuse_not_finite()
         manifest = checkpoints.describe(self.engine, self.config, self.done, self.phase)
         self.saver.start(self.engine, manifest, asdict(self.done))
         self.traffic.write(self.done.update)
@@ -288,6 +293,19 @@ class Trainer:
         if wait and self.failed_saves:
             raise TrainingError(
                 f"the last checkpoint could not be written; the newest is {checkpoints.newest(self.folder) or 'none'}"
+            )
+
+    def _refuse_not_finite(self) -> None:
+        """Stops a run whose weights are no numbers any more: it would neither recover nor say so, and no checkpoint may hold them."""
+        broken = not_finite(self.engine.module)
+        found = torch.tensor(broken is not None, dtype=torch.int32, device=self.device)
+        with LEDGER.purpose(CHECKPOINT):
+            dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        if found.item():
+            raise TrainingError(
+                f"the weights are not finite since update {self.done.update} ({broken or 'on another rank'}): lower optimizer.lr, or "
+                f"clip gradients (optimizer.grad_clip={self.config.optimizer.grad_clip:g}); the newest checkpoint is "
+                f"{checkpoints.newest(self.folder) or 'none'}"
             )
 
     def _finish_save(self) -> None:
@@ -391,9 +409,3 @@ class Trainer:
             if resume_from
             else f"training {self.config.total_updates} updates into {self.folder.path}"
         )
-
-
-def _finite(value: Any) -> float | None:
-    """A number that JSON can hold."""
-    number = float("nan") if value is None else float(value)
-    return number if math.isfinite(number) else None

@@ -101,6 +101,9 @@ def check_internals(zero: Any) -> None:
                 refuse("a parameter's fragment is not where its address says in the flat fp32 partition")
             piece = mapping.lp_fragment_address
             copy = param.data.reshape(-1)[piece.start : piece.start + piece.numel]
+            if not bool(torch.isfinite(copy).all()):
+                name = zero.param_names.get(param, "a parameter") if hasattr(zero, "param_names") else "a parameter"
+                raise ConfigError("model", name, "its weights are not finite", "begin with others")
             if not torch.equal(mapping.hp_fragment.to(copy.device, copy.dtype), copy):
                 refuse("a parameter's master is not where its address says: the module's copy holds other values")
     if zero.single_partition_of_fp32_groups[0].dtype != torch.float32:

@@ -301,7 +301,7 @@ def diverge(content: dict[str, Any]) -> str:
 
 def test_too_many_skipped_updates_stop_the_run(content: dict[str, Any], tmp_path: Path) -> None:
     content["relora"]["warm_start"] = 0
-    content["optimizer"] = {"lr": 1e38, "grad_clip": 0.0, "schedule": "constant"}
+    content["optimizer"] = {"lr": 1e20, "grad_clip": 0.0, "schedule": "constant"}
     settings = at(content, tmp_path / "run", max_skipped=3, checkpoint_every=1)
     for message in run(2, diverge, settings):
         assert "3 updates in a row had a non-finite gradient" in message
@@ -309,6 +309,28 @@ def test_too_many_skipped_updates_stop_the_run(content: dict[str, Any], tmp_path
     assert sum(record.get("skipped", False) for record in records) == 3
     assert records[-1]["loss"] is None or math.isfinite(records[-1]["loss"])
     assert faults.read(tmp_path / "run") == [], "no rank is to blame"
+
+
+def no_constant(name: str) -> float:
+    raise AssertionError(f"{name} is no JSON")
+
+
+@pytest.mark.parametrize(("dtype", "checkpoint_every"), [("fp32", 1), ("bf16", None)])
+def test_weights_that_are_not_finite_stop_the_run(
+    content: dict[str, Any], tmp_path: Path, dtype: str, checkpoint_every: int | None
+) -> None:
+    """Found when they were to be saved, or at the change of phase; told in one line, and no checkpoint holds them."""
+    content["relora"] |= {"warm_start": 1}
+    content["optimizer"] = {"lr": 1e38, "grad_clip": 0.0, "schedule": "constant"}
+    if dtype == "bf16":
+        content["deepspeed"]["bf16"] = {"enabled": True}
+    settings = at(content, tmp_path / "run", checkpoint_every=checkpoint_every)
+    for message in run(2, diverge, settings):
+        assert message.startswith("the weights are not finite since update 1 (")
+        assert "lower optimizer.lr" in message and message.endswith("the newest checkpoint is none")
+    assert checkpoints.find_all(RunFolder(tmp_path / "run")) == []
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=no_constant)
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,12 @@ def test_truncate_log_drops_a_line_cut_off_by_a_kill(tmp_path: Path, cut_off: st
     assert read_updates(path) == [1, 2, 3, 4]
 
 
+def test_numbers_that_json_cannot_hold_are_null(tmp_path: Path) -> None:
+    path = tmp_path / "restarts.jsonl"
+    append_line(path, {"update": 1, "merge_error": float("nan"), "by_layer_type": {"q_proj": {"merged_change": float("inf")}}})
+    assert path.read_text() == '{"update": 1, "merge_error": null, "by_layer_type": {"q_proj": {"merged_change": null}}}\n'
+
+
 def test_a_log_waits_for_a_disk_that_refuses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a line finds room: it is taken back, and the lines come in order once there is room again."""
     told: list[str] = []
