@@ -9,9 +9,10 @@ from relora_ds.errors import ConfigError, RestartError
 if TYPE_CHECKING:
     from relora_ds.engine import initialize
     from relora_ds.optimizer import ReLoRAOptimizer
+    from relora_ds.zero_release import release
 
 __version__ = "0.1.0"
-__all__ = ["ConfigError", "ReLoRAOptimizer", "RestartError", "__version__", "initialize"]
+__all__ = ["ConfigError", "ReLoRAOptimizer", "RestartError", "__version__", "initialize", "release"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,4 +25,8 @@ def __getattr__(name: str) -> Any:
         from relora_ds.optimizer import ReLoRAOptimizer
 
         return ReLoRAOptimizer
+    if name == "release":
+        from relora_ds.zero_release import release
+
+        return release
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from relora_ds import ds_config, footprint, foretold, formulas, lora, rehearsal
+from relora_ds import change_footprint, ds_config, footprint, foretold, formulas, lora, rehearsal
 from relora_ds import model as models
 from relora_ds.config import Config, ReLoRA, Traffic
 from relora_ds.data import read_index
@@ -39,7 +39,6 @@ NOTES = {
     ),
     "cpu": "Measured against CPU engines in benchmarks/plan.md. What kernels and gloo take inside themselves comes on top.",
 }
-CHANGE = " The change of phase, which holds the weights twice, is not foretold."
 
 
 @dataclass(frozen=True)
@@ -169,6 +168,7 @@ class Planner:
                 "data.sequence_length", config.data.sequence_length, f"longer than the model's {positions} positions"
             )
         self.phases: dict[tuple[Any, ...], Phase] = {}
+        self.changes: dict[tuple[Any, ...], Peak] = {}
 
     def architecture(self) -> PretrainedConfig:
         """Of the model that is trained: a narrower one for ``control``."""
@@ -248,6 +248,8 @@ class Planner:
         memory, update = {}, {}
         for name in names:
             peaks = self.phase(name).peaks(engine, self.config.train.micro_batch, self.config.traffic)
+            if name == "lora" and "full" in names:
+                peaks[change_footprint.MOMENT] = self.change(engine)
             memory[name] = {moment: dict(peak.parts) for moment, peak in peaks.items()}
             update[name] = self.cost(self.phase(name), "owner")
         baseline = self.cost(self.phase("full", target=self.config.method == "control"), "all-reduce")
@@ -268,8 +270,19 @@ class Planner:
             "full_rank_by_defaults": baseline,
             "restart": self.restart(),
             "advice": self.advice(totals[phase, moment]),
-            "note": NOTES["cuda" if self.machine.on_cuda else "cpu"] + (CHANGE if len(names) > 1 else ""),
+            "note": NOTES["cuda" if self.machine.on_cuda else "cpu"],
         }
+
+    def change(self, engine: Engine, *, frozen: str | None = None, checkpointing: bool | None = None) -> Peak:
+        """The most at the change of phase; the phases are those of :meth:`phase` with the same choices."""
+        before, after = (self.phase(name, frozen=frozen, checkpointing=checkpointing) for name in ("full", "lora"))
+        assert after.settings is not None
+        key = (id(before), id(after), engine.stage)
+        if key not in self.changes:
+            self.changes[key] = change_footprint.change_of_phase(
+                before.rehearsed, after.rehearsed, engine, after.settings.frozen, keep_moments=after.settings.keep_moments
+            )
+        return self.changes[key]
 
     def restart(self) -> dict[str, float] | None:
         """Bytes, and seconds on the link."""
@@ -285,7 +298,8 @@ class Planner:
     def peak(self, micro_batch: int, stage: int, frozen: str | None, checkpointing: bool) -> int:
         engine = replace(self.engine(micro_batch), stage=stage)
         phases = [self.phase(name, frozen=frozen, checkpointing=checkpointing) for name in self.names()]
-        return max(peak.total for phase in phases for peak in phase.peaks(engine, micro_batch, self.config.traffic).values())
+        most = max(peak.total for phase in phases for peak in phase.peaks(engine, micro_batch, self.config.traffic).values())
+        return most if len(phases) == 1 else max(most, self.change(engine, frozen=frozen, checkpointing=checkpointing).total)
 
     def largest(self, stage: int, frozen: str | None, checkpointing: bool) -> tuple[int, int] | None:
         """The largest micro batch that fits, of those that divide what a rank has of the global batch, with its peak."""
