@@ -2,8 +2,8 @@
 
     python -c "from benchmarks.phase_memory import main; main()"
 
-Two ranks over gloo. Bytes are those of live tensors, counted at the dispatcher, and the most of them at once, on rank 0; what there was
-before the run does not count. ``main()`` runs on older versions of the project, too, for a comparison.
+Two ranks over gloo. Bytes are those of live tensors, counted at the dispatcher, and the most of them at once, on rank 0; what was
+there before the run does not count. ``main()`` runs on older versions of the project, too, for a comparison.
 """
 
 from __future__ import annotations
