@@ -6,6 +6,7 @@ weights_only reader: tensors, numbers, text and their containers, and the few cl
 
 from __future__ import annotations
 
+import functools
 import pickle
 import re
 import zipfile
@@ -15,20 +16,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.config import ZeroStageEnum
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.utils.tensor_fragment import fragment_address
 
 from relora_ds.errors import ConfigError
 
-KNOWN = (ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address)
-"""What DeepSpeed puts into optimizer states beside tensors and numbers: an enumeration, two classes of numbers (the second under fp16
-alone), and where a parameter lies in its shard. Making any of them runs nothing but assignments."""
 WAY_OUT = "pass --trust if you trust whoever wrote it"
 WAY_OUT_OF_SCRIPTS = (
     "pass trust=True to relora_ds.initialize if you trust whoever wrote it, or name classes of your own in client_state to "
     "torch.serialization.add_safe_globals"
 )
+
+
+@functools.cache
+def known() -> tuple[type, ...]:
+    """What DeepSpeed puts into optimizer states beside tensors and numbers. Making any of these runs nothing but assignments.
+
+    An enumeration, two classes of numbers (the second under fp16 alone), and where a parameter lies in its shard.
+    """
+    # Here: it takes seconds, and not every command that may open a file needs DeepSpeed.
+    from deepspeed.runtime.config import ZeroStageEnum
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address
 
 
 def read(path: Path, *, trust: bool = False, key: str = "CHECKPOINT", way_out: str = WAY_OUT) -> Any:
@@ -69,9 +78,9 @@ def guarded(*, trust: bool = False, key: str = "CHECKPOINT", way_out: str = WAY_
 def _load(file: Any, *, trust: bool, key: str, way_out: str, **how: Any) -> Any:
     if trust:
         return torch.serialization.load(file, weights_only=False, **how)
-    known = [one for one in KNOWN if one not in torch.serialization.get_safe_globals()]  # those of the user's stay his
+    added = [one for one in known() if one not in torch.serialization.get_safe_globals()]  # what the user named stays named
     try:
-        with torch.serialization.safe_globals(known):
+        with torch.serialization.safe_globals(added):
             return torch.serialization.load(file, weights_only=True, **how)
     except OSError:
         raise
