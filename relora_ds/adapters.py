@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from relora_ds import unpickle
 from relora_ds.errors import ConfigError
 from relora_ds.lora import ReLoRAEmbedding, ReLoRALayer
 from relora_ds.run_folder import write_atomically
@@ -295,17 +296,10 @@ def save_adapter(out: Path, layers: Iterable[tuple[str, ReLoRALayer]], *, base_n
     write_atomically(out / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")  # last: it makes the folder an adapter
 
 
-def check_deepspeed(folder: Path, *, trust: bool) -> Path:
-    """The folder of the tag that would be read. Raises ConfigError where there is none, or the user does not trust its pickles."""
+def check_deepspeed(folder: Path, *, trust: bool) -> None:
+    """Raises ConfigError where there is no checkpoint, or where its files could run something and the user does not trust them."""
     tag = _find_tag(folder)
-    if not trust:
-        raise ConfigError(
-            "model.weights",
-            str(folder),
-            "is a pickle that could run anything, and has no manifest to verify it by",
-            "pass --trust if you trust whoever wrote it",
-        )
-    return tag
+    unpickle.check([tag / MODEL_STATES, *sorted(tag.glob("*_optim_states.pt"))], trust=trust, key="model.weights")
 
 
 def deepspeed_weights(folder: Path, model: PreTrainedModel, *, trust: bool) -> Source:
@@ -317,18 +311,20 @@ def deepspeed_weights(folder: Path, model: PreTrainedModel, *, trust: bool) -> S
     Args:
         folder: given to ``engine.save_checkpoint`` (of several tags the one that ``latest`` names), or a tag's folder in it.
         model: with or without weights: its parameters are what must be there.
-        trust: whether the files, which are pickles, may be opened.
+        trust: whether files are opened that could run something, because the user trusts whoever wrote them.
 
     Raises:
-        ConfigError: not trusted; split over model-parallel or ZeRO-3 ranks; unreadable; or not this model's weights.
+        ConfigError: could run something; split over model-parallel or ZeRO-3 ranks; unreadable; or not this model's weights.
     """
-    tag = check_deepspeed(folder, trust=trust)
+    tag = _find_tag(folder)
     try:
-        content = torch.load(tag / MODEL_STATES, map_location="cpu", weights_only=False, mmap=True)
+        content = unpickle.read(tag / MODEL_STATES, trust=trust, key="model.weights")
         # Both: ZeRO 1 saves no frozen parameters with its masters.
-        state: dict[str, Tensor] = {**content["module"], **_masters(tag)}
+        state: dict[str, Tensor] = {**content["module"], **_masters(tag, trust)}
         buffers = list(content.get("buffer_names") or ())
-    except Exception as error:  # a pickle can fail in any way
+    except ConfigError:
+        raise
+    except Exception as error:  # DeepSpeed's reader, or a pickle that is trusted, can fail in any way
         problem = f"cannot be read: {type(error).__name__}: {error}"[:400]
         raise ConfigError("model.weights", str(folder), problem) from None
     return _state_source(folder, {_strip(name): value for name, value in state.items()}, {*map(_strip, buffers)}, model)
@@ -354,7 +350,7 @@ def _find_tag(folder: Path) -> Path:
     return tag
 
 
-def _masters(tag: Path) -> dict[str, Tensor]:
+def _masters(tag: Path, trust: bool) -> dict[str, Tensor]:
     """ZeRO's fp32 masters by parameter; empty where there are none.
 
     Raises:
@@ -366,7 +362,8 @@ def _masters(tag: Path) -> dict[str, Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # lines and a progress bar on every rank
+        silent = redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO())  # lines and a progress bar on every rank
+        with silent[0], silent[1], unpickle.guarded(trust=trust, key="model.weights"):
             return get_fp32_state_dict_from_zero_checkpoint(str(tag.parent), tag=tag.name)
     except ValueError as error:
         if "is not a zero checkpoint" not in str(error):

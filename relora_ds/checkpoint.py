@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from relora_ds import __version__, ds_config
+from relora_ds import __version__, ds_config, unpickle
 from relora_ds import base as bases
 from relora_ds import manifest as manifests
 from relora_ds.config import Config, dump
@@ -212,13 +212,21 @@ def load_base(optimizer: ReLoRAOptimizer, checkpoint: Path) -> None:
     raise ConfigError("CHECKPOINT", str(checkpoint), problem, "keep base/ beside checkpoints/")
 
 
-def read_model_state(checkpoint: Path) -> dict[str, torch.Tensor]:
+def check_pickles(checkpoint: Path, *, trust: bool) -> None:
+    """Raises ConfigError for a file of a checkpoint that could run something when it is opened; contents of tensors are not read."""
+    names = [name for name in read_manifest(checkpoint).files if name.endswith(".pt")]
+    unpickle.check([checkpoint / name for name in names], trust=trust)
+
+
+def read_model_state(checkpoint: Path, *, trust: bool = False) -> dict[str, torch.Tensor]:
     """The module's weights in a checkpoint, on the CPU, in the dtype that the engine held them in; not the frozen ones of a base.
 
-    The file is a pickle, which can run anything: it is opened only when the manifest lists it with the checksum that it has.
+    Args:
+        checkpoint: its folder.
+        trust: whether the user trusts whoever wrote it.
 
     Raises:
-        ConfigError: there is no such manifest, or it lists another content.
+        ConfigError: there is no manifest, it lists another content, or the file could run something.
     """
     path = checkpoint / MODEL_STATES
     files = read_manifest(checkpoint).files
@@ -227,8 +235,7 @@ def read_model_state(checkpoint: Path) -> dict[str, torch.Tensor]:
         problem = next(manifests.faults(checkpoint, {MODEL_STATES: files[MODEL_STATES]}), "")
     if problem:
         raise ConfigError("CHECKPOINT", str(checkpoint), problem, "take another checkpoint")
-    content = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
-    return content["module"]
+    return unpickle.read(path, trust=trust)["module"]
 
 
 def locate(place: Path) -> tuple[RunFolder, Path]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from relora_ds import adapters, ds_config, lora
+from relora_ds import adapters, ds_config, lora, unpickle
 from relora_ds import checkpoint as checkpoints
 from relora_ds import model as models
 from relora_ds.config import Config
@@ -41,7 +41,8 @@ class Checked:
         deepspeed: DeepSpeed's configuration, fitted to the recipe and the number of ranks.
         architecture: the Hugging Face configuration of the model.
         index: of the token folder.
-        trust: whether the user trusts pickles that no manifest lists.
+        trust: whether the user trusts whoever wrote the checkpoints that it begins from, so that pickles are opened that could run
+            something.
     """
 
     config: Config
@@ -66,7 +67,7 @@ def check(
         recipe: its file; DeepSpeed's JSON is also looked for beside it and one folder up.
         world_size: ranks of the job.
         allow_changed: settings, or sections, in which a resumed run may differ from what it was, because the user insists.
-        trust: whether pickles may be opened that no manifest lists.
+        trust: as in :class:`Checked`.
         on_cuda: whether the ranks have GPUs; None: as this machine, which will run them.
     """
     resumed = _check_resume(config, world_size, allow_changed)
@@ -92,9 +93,18 @@ def check(
             architecture = models.control_config(architecture, lora.num_trainable(model, layers, config.relora.rank))
     if resumed is not None and resumed.precision != ds_config.precision(fitted):
         _refuse_changes([("deepspeed", resumed.precision, ds_config.precision(fitted))], config.run.dir, allow_changed)
-    if config.model.weights is not None and resumed is None:
-        adapters.check_deepspeed(Path(config.model.weights), trust=trust)
+    if resumed is None:
+        _check_start(config, trust)
     return Checked(config, fitted, architecture, index, trust)
+
+
+def _check_start(config: Config, trust: bool) -> None:
+    """Raises ConfigError where the weights that a new run starts from are a checkpoint that could run something."""
+    if config.model.weights is not None:
+        adapters.check_deepspeed(Path(config.model.weights), trust=trust)
+    start = checkpoints.newest(RunFolder(Path(config.model.path))) if config.model.path is not None else None
+    if start is not None:
+        unpickle.check([start / checkpoints.MODEL_STATES], trust=trust, key="model.path")
 
 
 def _check_data(config: Config, index: TokenIndex, architecture: PretrainedConfig) -> None:

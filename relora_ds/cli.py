@@ -65,6 +65,7 @@ def build_parser() -> Parser:
     evaluation.add_argument("--data", type=Path, help="another token folder than the run's")
     evaluation.add_argument("--max-tokens", type=int, help="evaluate on so many held-out tokens (default: the run's setting)")
     evaluation.add_argument("--batch-size", type=int, help="sequences of one forward pass (default: the run's micro batch)")
+    cli_slurm.add_trust(evaluation)
     evaluation.set_defaults(run=run_eval)
 
     export = commands.add_parser("export", help="merged weights as a Hugging Face folder")
@@ -72,6 +73,7 @@ def build_parser() -> Parser:
     export.add_argument("out", metavar="OUT", type=Path)
     export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: the one it was trained in")
     export.add_argument("--adapter", action="store_true", help="as a PEFT adapter of the current factors, its base beside it")
+    cli_slurm.add_trust(export)
     export.set_defaults(run=run_export)
 
     listing = commands.add_parser("checkpoints", help="a run's checkpoints: size, what each needs, whether it is whole")
@@ -223,7 +225,7 @@ def run_eval(options: argparse.Namespace, rest: Sequence[str]) -> int:
     folder, checkpoint = locate(options.place)
     settings = folder.read_config()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_merged(checkpoint, device=device, attention=settings.model.attention)
+    model = load_merged(checkpoint, device=device, attention=settings.model.attention, trust=options.trust)
     data = TokenDataset(options.data or Path(settings.data.path), "validation", settings.data.sequence_length, shuffle=False)
     result = evaluate(
         model, data, batch_size=options.batch_size or settings.train.micro_batch, device=device,
@@ -240,7 +242,8 @@ def run_export(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from relora_ds.export import export, export_adapter
 
     write = export_adapter if options.adapter else export
-    print(f"wrote {write(options.place, options.out, dtype=DTYPES[options.dtype] if options.dtype else None)}")
+    dtype = DTYPES[options.dtype] if options.dtype else None
+    print(f"wrote {write(options.place, options.out, dtype=dtype, trust=options.trust)}")
     return EXIT_DONE
 
 

@@ -102,7 +102,12 @@ def add_insisting(parser: argparse.ArgumentParser) -> None:
         "--allow-changed", metavar="KEY", action="append", default=[],
         help="resume although this setting, or section, is not what it was; may be given several times",
     )  # fmt: skip
-    parser.add_argument("--trust", action="store_true", help="open DeepSpeed's pickles of model.weights, which no manifest lists")
+    add_trust(parser)
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Adds the option by which a user vouches for whoever wrote a checkpoint."""
+    parser.add_argument("--trust", action="store_true", help="unpickle whatever a checkpoint holds, which can run anything")
 
 
 def insisted(options: argparse.Namespace) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from relora_ds import ds_config, launch
+from relora_ds import ds_config, launch, unpickle
 from relora_ds.base import frozen_weights
 from relora_ds.checkpoint import load_base
 from relora_ds.config import Optimizer, ReLoRA, Traffic, parse_relora, parse_traffic
@@ -45,6 +45,7 @@ def initialize(
     lora_lr: float | None = None,
     seed: int = 0,
     rewarm: bool = True,
+    trust: bool = False,
     **others: Any,
 ) -> tuple[Any, Any, Any, Any]:
     """``deepspeed.initialize`` for a model that is trained by ReLoRA.
@@ -69,6 +70,9 @@ def initialize(
         lora_lr: learning rate of the factors; that of their group when None.
         seed: of the factors' initialisation.
         rewarm: whether learning rates climb from 0 again after a restart.
+        trust: whether ``engine.load_checkpoint`` unpickles whatever is in a checkpoint, which can run anything, because you trust
+            whoever wrote it. Without it a checkpoint holds tensors, numbers, text and containers of them, also in your
+            ``client_state``; classes of your own there are named to ``torch.serialization.add_safe_globals`` instead.
 
     Returns:
         (engine, optimizer, dataloader, scheduler).
@@ -99,6 +103,7 @@ def initialize(
         )  # fmt: skip
         _route(plain[0], saving, words)
         label(plain[0])
+        plain[0].load_checkpoint = _reader(plain[0], trust)
         return plain
 
     settings = parse_relora(relora)
@@ -127,16 +132,18 @@ def initialize(
         raise ConfigError("optimizer", base, f"ReLoRA prunes Adam's moments: one of {', '.join(ADAMS)}")
     engine.optimizer = ReLoRAOptimizer(zero, engine.module, settings, seed=seed, rewarm=rewarm)
     label(engine)
-    engine.load_checkpoint = _with_base(engine, engine.load_checkpoint)
+    engine.load_checkpoint = _reader(engine, trust)
     return engine, engine.optimizer, loader, scheduler
 
 
-def _with_base(engine: Any, load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """``load_checkpoint`` that also brings the frozen weights of a checkpoint whose base holds them."""
+def _reader(engine: Any, trust: bool) -> Callable[..., Any]:
+    """The engine's ``load_checkpoint`` that runs nothing, and brings the frozen weights of a checkpoint whose base holds them."""
+    load_checkpoint = engine.load_checkpoint
 
     @functools.wraps(load_checkpoint)
     def load(*args: Any, **kwargs: Any) -> Any:
-        path, client_state = load_checkpoint(*args, **kwargs)
+        with unpickle.guarded(trust=trust, way_out=unpickle.WAY_OUT_OF_SCRIPTS):
+            path, client_state = load_checkpoint(*args, **kwargs)
         if path is not None and not all(weight.was_loaded for weight in frozen_weights(engine.optimizer).values()):
             load_base(engine.optimizer, Path(path).parent)
         return path, client_state

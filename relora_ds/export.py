@@ -20,7 +20,12 @@ from relora_ds.weights import Source
 
 
 def load_merged(
-    place: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", attention: str = "auto"
+    place: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    attention: str = "auto",
+    trust: bool = False,
 ) -> PreTrainedModel:
     """The model of a run, or of one of its checkpoints, with W + s·B·A merged: an ordinary Hugging Face model.
 
@@ -29,6 +34,7 @@ def load_merged(
         dtype: of the result; None for the one it was trained in (the engine's, where the weights are int8).
         device: of the result.
         attention: as in the recipe's ``model.attention``.
+        trust: whether a pickle is opened that could run something, because the user trusts whoever wrote it.
     """
     folder, checkpoint = checkpoints.locate(place)
     trained_in = _trained_in(folder)
@@ -38,13 +44,13 @@ def load_merged(
         attention=attention,
         dtype=dtype or trained_in,
         device=torch.device(device),
-        weights=merged_weights(checkpoint),
+        weights=merged_weights(checkpoint, trust=trust),
     ).eval()
 
 
-def merged_weights(place: Path) -> Source:
+def merged_weights(place: Path, *, trust: bool = False) -> Source:
     """The weights of a run, or of one of its checkpoints, merged in fp32 one at a time; what is not asked for stays on disk."""
-    model = stored_model(place)
+    model = stored_model(place, trust=trust)
     layers = {f"{name}.weight": layer for name, layer in lora.relora_layers(model)}
 
     def read(names: Sequence[str], _param: torch.Tensor) -> torch.Tensor:
@@ -57,11 +63,11 @@ def merged_weights(place: Path) -> Source:
     return read
 
 
-def stored_model(place: Path) -> PreTrainedModel:
+def stored_model(place: Path, *, trust: bool = False) -> PreTrainedModel:
     """The model of a run, or of one of its checkpoints, as it was trained, wrapped in its LoRA phase, over files that stay on disk.
 
     Raises:
-        ConfigError: no such checkpoint, one that is damaged, or another model's.
+        ConfigError: no such checkpoint, one that is damaged or could run something, or another model's.
     """
     run, checkpoint = checkpoints.locate(place)
     content = checkpoints.read_manifest(checkpoint)
@@ -76,7 +82,7 @@ def stored_model(place: Path) -> PreTrainedModel:
             frozen=settings.frozen,
             trainable_scaling=settings.trainable_scaling,
         )
-    state = checkpoints.read_model_state(checkpoint)
+    state = checkpoints.read_model_state(checkpoint, trust=trust)
     if content.base is not None:
         state |= _base_tensors(checkpoint, content)
     try:
@@ -94,18 +100,19 @@ def _base_tensors(checkpoint: Path, content: Manifest) -> dict[str, torch.Tensor
     return Base(checkpoints.base_folder(checkpoint, content)).state()
 
 
-def export_adapter(place: Path, out: Path, *, dtype: torch.dtype | None = None) -> Path:
+def export_adapter(place: Path, out: Path, *, dtype: torch.dtype | None = None, trust: bool = False) -> Path:
     """Writes the current A and B as a PEFT adapter, and the model that they adapt, frozen weights not merged, as ``out/base``.
 
     Args:
         place: a run's folder or one of its checkpoints, in the LoRA phase.
         out: a folder that is new or empty.
         dtype: of the base; None for the one it was trained in, or fp32 where the frozen weights are stored in another.
+        trust: as in :func:`load_merged`.
     """
     _refuse_full(out)
     run, checkpoint = checkpoints.locate(place)
     settings = run.read_config().lora_settings
-    stored = stored_model(checkpoint)
+    stored = stored_model(checkpoint, trust=trust)
     layers = dict(lora.relora_layers(stored))
     if not layers:
         raise ConfigError("RUN_DIR", str(place), "has no LoRA factors yet", "export the model")
@@ -140,18 +147,19 @@ def _save(model: PreTrainedModel, out: Path, run: RunFolder) -> None:
     model.config.use_cache = True
     model.save_pretrained(out)
     if (run.model / "tokenizer.json").is_file():
-        AutoTokenizer.from_pretrained(run.model).save_pretrained(out)
+        AutoTokenizer.from_pretrained(run.model, trust_remote_code=False).save_pretrained(out)
 
 
-def export(place: Path, out: Path, *, dtype: torch.dtype | None = None) -> Path:
+def export(place: Path, out: Path, *, dtype: torch.dtype | None = None, trust: bool = False) -> Path:
     """Writes a Hugging Face folder (config, safetensors, tokenizer) that ``AutoModelForCausalLM.from_pretrained`` loads.
 
     Args:
         place: a run's folder or one of its checkpoints.
         out: a folder that is new or empty.
         dtype: of the exported weights; None for the one they were trained in.
+        trust: as in :func:`load_merged`.
     """
     _refuse_full(out)
     run, checkpoint = checkpoints.locate(place)
-    _save(load_merged(checkpoint, dtype=dtype), out, run)
+    _save(load_merged(checkpoint, dtype=dtype, trust=trust), out, run)
     return out

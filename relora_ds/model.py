@@ -83,7 +83,7 @@ def hf_config(settings: Model, vocab_size: int) -> PretrainedConfig:
 def read_hf_config(source: str | Path, key: str) -> PretrainedConfig:
     """A configuration from a folder, a file or the hub; ``key`` is the setting that named it, for the error."""
     with explained(key, str(source), "cannot be loaded"):
-        return AutoConfig.from_pretrained(str(source))
+        return AutoConfig.from_pretrained(str(source), trust_remote_code=False)  # None would ask, and wait for an answer
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def _first_weights(checked: Checked, model: PreTrainedModel) -> str | Source | N
     if settings.weights is not None:
         return deepspeed_weights(Path(settings.weights), model, trust=checked.trust)
     if settings.path is None or RunFolder(Path(settings.path)).exists():
-        return None if settings.path is None else merged_weights(Path(settings.path))
+        return None if settings.path is None else merged_weights(Path(settings.path), trust=checked.trust)
     if not is_peft(settings.path):
         return settings.path
     base = peft_base(Path(settings.path))
@@ -104,6 +104,7 @@ def full_engine(model: nn.Module, checked: Checked) -> Any:
         model_parameters=groups,
         config=checked.deepspeed,
         traffic=checked.config.traffic,
+        trust=checked.trust,
     )
     return engine
 
@@ -121,6 +122,7 @@ def lora_engine(model: nn.Module, checked: Checked) -> Any:
         traffic=config.traffic,
         seed=config.run.seed,
         rewarm=config.optimizer.schedule == "jagged",
+        trust=checked.trust,
     )
     return engine
 

@@ -256,7 +256,7 @@ def load_tokenizer(name: str) -> tuple[Tokenizer, str]:
         if file.is_file():
             tokenizer, named = Tokenizer.from_file(str(file)), _configured_eos(file.with_name("tokenizer_config.json"))
         else:
-            wrapper = AutoTokenizer.from_pretrained(str(path))
+            wrapper = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
             tokenizer, named = wrapper.backend_tokenizer, wrapper.eos_token
     except Exception as error:  # both libraries raise many kinds, `tokenizers` nothing but this one
         raise ConfigError("--tokenizer", name, f"it cannot be loaded as a fast tokenizer ({error})") from error

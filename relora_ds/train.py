@@ -144,7 +144,7 @@ class Trainer:
         if content.world_size == self.place.world_size:
             self.done = checkpoints.load(self.engine, resume_from)
         else:
-            self.done = elastic.load(self.engine, self.folder, resume_from, self.say)
+            self.done = elastic.load(self.engine, self.folder, resume_from, self.say, trust=self.checked.trust)
         self.saver.base = content.base
 
     @LEDGER.serving(START_UP)
@@ -355,7 +355,8 @@ class Trainer:
         """Rank 0 locks the folder, looks for the checkpoint to go on from and writes the settings; all learn what it found.
 
         Raises:
-            ConfigError: another job has the folder, it cannot be written, or none of its checkpoints is whole.
+            ConfigError: another job has the folder, it cannot be written, none of its checkpoints is whole, or the newest whole one
+            could run something.
         """
         found: list[Any] = [None]
         if self.place.is_main:
@@ -383,6 +384,8 @@ class Trainer:
         if self.folder.checkpoints.is_dir():
             self.say("verifying checkpoints")
         resume_from = checkpoints.choose(self.folder, self.say)
+        if resume_from is not None:  # before any rank opens its own file: all are told, and none waits for one that refused
+            checkpoints.check_pickles(resume_from, trust=self.checked.trust)
         checkpoints.tidy(self.folder, resume_from)
         self._write_run_folder()
         return resume_from

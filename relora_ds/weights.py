@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from relora_ds import unpickle
 from relora_ds.errors import ConfigError
 
 Source = Callable[[Sequence[str], Tensor], Tensor]
@@ -93,14 +94,15 @@ def pretrained(place: str, model: PreTrainedModel) -> Source:
     transformers converts) is loaded by transformers as a whole, in fp32.
 
     Raises:
-        ConfigError: a tensor has another shape than the model wants.
+        ConfigError: a tensor has another shape than the model wants, or a pickle could run something.
         OSError, ValueError: as transformers raises them where there are no weights.
     """
     where = _find_tensors(place)
     resolved = {name: found for name, _ in model.named_parameters() if (found := _alias(name, model, where)) is not None}
     missing = [name for name, _ in model.named_parameters() if name not in resolved]
     if missing or getattr(model.config, "quantization_config", None) is not None:
-        whole = AutoModelForCausalLM.from_pretrained(place, config=model.config, dtype=torch.float32).state_dict()
+        with unpickle.guarded(key="model.path", way_out="save it as safetensors, with save_pretrained"):
+            whole = AutoModelForCausalLM.from_pretrained(place, config=model.config, dtype=torch.float32).state_dict()
         return lambda names, _param: next(whole[name] for name in names if name in whole)
 
     def read(names: Sequence[str], param: Tensor) -> Tensor:

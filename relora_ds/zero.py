@@ -25,7 +25,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
-from relora_ds import rounding
+from relora_ds import rounding, unpickle
 from relora_ds.errors import ConfigError
 from relora_ds.frozen import checksum
 from relora_ds.ledger import CountedGroup
@@ -224,28 +224,32 @@ def data_parallel_group(zero: Any, device: torch.device) -> CountedGroup:
     return CountedGroup(zero.dp_process_group, device)
 
 
-def load_universal(zero: DeepSpeedZeroOptimizer, folder: Path, device: torch.device) -> None:
+def load_universal(zero: DeepSpeedZeroOptimizer, folder: Path, device: torch.device, *, trust: bool = False) -> None:
     """Fills masters, module, moments and step counts of all parameters from DeepSpeed's universal checkpoint, on any number of ranks.
 
     Args:
         zero: DeepSpeed's optimizer.
         folder: what ``ds_to_universal`` wrote: zero/<parameter>/{fp32,exp_avg,exp_avg_sq,step}.pt.
         device: the model's.
+        trust: whether the user trusts whoever wrote it.
+
+    Raises:
+        ConfigError: a file could run something.
     """
     params = {zero.param_names[param]: param for group in zero.bit16_groups for param in group}
     state = ZeroState(zero, params, data_parallel_group(zero, device))
     for name in params:
         place = folder / "zero" / name
-        state.write(name, _universal(place / "fp32.pt").view(params[name].shape))
+        state.write(name, _universal(place / "fp32.pt", trust).view(params[name].shape))
         if (place / "step.pt").is_file():
-            state.start_adam_state(name, int(_universal(place / "step.pt")))
+            state.start_adam_state(name, int(_universal(place / "step.pt", trust)))
         for key in state.moment_keys_of(name):
-            state.write_fragment(name, key, _universal(place / f"{key}.pt"))
-    zero._load_global_state(torch.load(folder / "zero" / "optimizer_state.pt", weights_only=False))
+            state.write_fragment(name, key, _universal(place / f"{key}.pt", trust))
+    zero._load_global_state(unpickle.read(folder / "zero" / "optimizer_state.pt", trust=trust))
 
 
-def _universal(path: Path) -> Any:
-    content = torch.load(path, map_location="cpu", weights_only=False)
+def _universal(path: Path, trust: bool) -> Any:
+    content = unpickle.read(path, trust=trust)
     return content["param"] if isinstance(content, dict) else content
 
 

@@ -40,9 +40,9 @@ def train_and_save(
 
 
 def read(folder: Path, tied: bool) -> dict[str, Tensor]:
-    """What the source gives, by a parameter's first name."""
+    """What the source gives, by a parameter's first name; plain checkpoints need no trust."""
     model = common.tiny_llama(tie_word_embeddings=tied)
-    source = adapters.deepspeed_weights(folder, model, trust=True)
+    source = adapters.deepspeed_weights(folder, model, trust=False)
     names: dict[nn.Parameter, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         names.setdefault(param, []).append(name)
@@ -66,8 +66,6 @@ def test_zero_gives_its_masters(tmp_path: Path, capfd: pytest.CaptureFixture[str
         rounded = [name for name, master in masters.items() if torch.equal(master, module[name].float())]
         assert not rounded, "masters that are what bf16 can hold would prove nothing"
         assert module[FROZEN].dtype == torch.bfloat16
-    with pytest.raises(ConfigError, match="is a pickle .*; pass --trust"):
-        adapters.deepspeed_weights(tmp_path, common.tiny_llama(tie_word_embeddings=tied), trust=False)
 
 
 def test_no_zero_gives_the_modules_weights(tmp_path: Path) -> None:

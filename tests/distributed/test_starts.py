@@ -33,8 +33,8 @@ def logits(model: nn.Module) -> Tensor:
     return model.eval()(input_ids=ids).logits
 
 
-def first_model(settings: dict[str, Any], *, trust: bool = False) -> nn.Module:
-    checked = check(parse(settings), Path("recipe.yaml"), 1, (), trust)
+def first_model(settings: dict[str, Any]) -> nn.Module:
+    checked = check(parse(settings), Path("recipe.yaml"), 1)
     return phases.initial_model(checked, CPU, checked.config.phase_of(1))
 
 
@@ -75,10 +75,8 @@ def full_rank_deepspeed(folder: str) -> None:
 def test_a_run_starts_from_a_plain_deepspeed_checkpoint(settings: dict[str, Any], tmp_path: Path) -> None:
     run(2, full_rank_deepspeed, str(tmp_path / "plain"))
     settings["model"]["weights"] = str(tmp_path / "plain")
-    with pytest.raises(ConfigError, match=r"model\.weights=.* is a pickle that could run anything.*pass --trust"):
-        check(parse(settings), Path("recipe.yaml"), 1)
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "plain_hf")
-    assert torch.equal(logits(first_model(settings, trust=True)), logits(expected))
+    assert torch.equal(logits(first_model(settings)), logits(expected))
     settings["model"]["path"] = str(tmp_path / "plain_hf")
     del settings["model"]["config"]
     with pytest.raises(ConfigError, match=r"model\.weights=.*leave out this or model\.path"):

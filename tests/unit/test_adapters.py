@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -361,12 +363,12 @@ def test_nothing_to_adapt(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def checkpoint(folder: Path, state: dict[str, Tensor], buffers: Sequence[str] = ()) -> Path:
-    """The part of a DeepSpeed checkpoint without ZeRO that matters here."""
+def checkpoint(folder: Path, state: dict[str, Tensor], buffers: Sequence[str] = (), **more: Any) -> Path:
+    """The part of a DeepSpeed checkpoint without ZeRO that matters here, and ``more``, as a user's client_state."""
     tag = folder / "global_step3"
     tag.mkdir(parents=True)
     (folder / adapters.LATEST).write_text("global_step3\n")
-    torch.save({"module": state, "buffer_names": list(buffers), "param_shapes": None}, tag / adapters.MODEL_STATES)
+    torch.save({"module": state, "buffer_names": list(buffers), "param_shapes": None, **more}, tag / adapters.MODEL_STATES)
     return folder
 
 
@@ -406,17 +408,26 @@ def test_deepspeed_tied_weights_come_under_either_name(tmp_path: Path) -> None:
     assert torch.equal(model.lm_head.weight, tied.lm_head.weight)
 
 
+def test_deepspeed_states_with_a_class_of_the_users_need_trust(tmp_path: Path) -> None:
+    """argparse's namespace is what many training scripts keep beside their weights."""
+    model = build_meta(tiny("llama").config)
+    folder = checkpoint(tmp_path / "run", tiny("llama").state_dict(), args=argparse.Namespace(lr=0.1))
+    problem = r"model\.weights='.*/mp_rank_00_model_states\.pt': is a pickle that wants argparse\.Namespace, .*; pass --trust"
+    for read in (partial(adapters.deepspeed_weights, folder, model), partial(adapters.check_deepspeed, folder)):
+        with pytest.raises(ConfigError, match=problem):
+            read(trust=False)
+        read(trust=True)
+
+
 def test_deepspeed_layouts(tmp_path: Path) -> None:
     model = build_meta(tiny("llama").config)
     folder = checkpoint(tmp_path / "run", tiny("llama").state_dict())
     tag = folder / "global_step3"
 
-    def refused(problem: str, place: Path = folder, *, trust: bool = True) -> None:
+    def refused(problem: str, place: Path = folder) -> None:
         with pytest.raises(ConfigError, match=problem):
-            adapters.deepspeed_weights(place, model, trust=trust)
+            adapters.deepspeed_weights(place, model, trust=True)
 
-    refused("is a pickle that could run anything, and has no manifest .*; pass --trust", trust=False)
-    refused("is a pickle that could run anything", tag, trust=False)
     refused(r"holds no mp_rank_00_model_states\.pt", tmp_path)
     (tag / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"torn")
     refused("cannot be read")
