@@ -263,8 +263,8 @@ class Config(Section):
         if updates - last >= (last - restarts.newest(last - 1)) / 2 or not last:
             return None
         return (
-            f"the last restart, after update {self.full_updates + last:,}, leaves {updates - last:,} updates of {self.total_updates:,}: "
-            "a longer relora.restart_every does without it, a shorter one leaves it more"
+            f"the last restart, after update {self.full_updates + last:,} of {self.total_updates:,}, is followed by "
+            f"{updates - last:,} updates: a longer relora.restart_every does without it, a shorter one gives it more"
         )
 
 

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from relora_ds import network, slurm_nodes
@@ -362,7 +364,7 @@ def guard_bf16() -> str | None:
     if "ONEDNN_MAX_CPU_ISA" in os.environ or not _cpu_has("amx_bf16"):
         return None
     probe = "import torch; a = torch.ones(64, 64, dtype=torch.bfloat16); torch.nn.functional.linear(a, a)"
-    died = subprocess.run([sys.executable, "-c", probe], capture_output=True, check=False).returncode
+    died = subprocess.run(tied([sys.executable, "-c", probe]), capture_output=True, check=False).returncode
     if died != -signal.SIGILL:
         return None
     os.environ["ONEDNN_MAX_CPU_ISA"] = SAFE_ISA
@@ -377,30 +379,38 @@ def _cpu_has(flag: str) -> bool:
         return False
 
 
+def tied(command: Sequence[str]) -> list[str]:
+    """The command so that it is killed when the thread that starts it ends, even by SIGKILL; its process id stays the one started."""
+    return [sys.executable, "-I", "-S", str(Path(__file__).with_name("tie.py")), str(os.getpid()), *command]
+
+
 def spawn(arguments: Sequence[str], num_processes: int, stop_signal: str = "USR2") -> int:
     """Runs ``python -m relora_ds.cli ARGUMENTS`` in ``num_processes`` processes on this machine; returns the job's exit code.
 
-    SIGTERM, SIGINT and the stop signal are passed on, so that the run can write its checkpoint. When one process fails, the others
-    are stopped.
+    SIGTERM, SIGINT and the stop signal are passed on (from the main thread: no other hears them), so that the run can write its
+    checkpoint. When one process fails, the others are stopped. When this one dies, however it does, all die at once.
     """
     port, cores, more = network.free_port(), os.cpu_count() or 1, getattr(signal, f"SIG{stop_signal}")
-    processes = []
-    for rank in range(num_processes):
-        environment = dict(os.environ)
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
-        environment.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
-        # Own session: a Ctrl-C of the terminal reaches this launcher alone, which passes it on once.
-        command = [sys.executable, "-m", "relora_ds.cli", *arguments]
-        processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
+    processes: list[subprocess.Popen[Any]] = []
 
     def pass_on(number: int, _frame: Any) -> None:
         for process in processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
 
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, more)}
+    heard = (signal.SIGINT, signal.SIGTERM, more) if threading.current_thread() is threading.main_thread() else ()
+    previous = {number: signal.signal(number, pass_on) for number in heard}
     try:
+        for rank in range(num_processes):
+            environment = dict(os.environ)
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
+            environment.update(
+                {name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+            )
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
+            command = tied([sys.executable, "-m", "relora_ds.cli", *arguments])
+            # Own session: a Ctrl-C of the terminal reaches this launcher alone, which passes it on once.
+            processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
         return _wait(processes)
     finally:
         for number, handler in previous.items():

@@ -470,14 +470,17 @@ def test_the_last_interval_of_the_recipes_is_whole(path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["relora.restart_every=6"], "after update 18, leaves 2 updates of 20"),
-        (["relora.restart_every=6", "relora.warm_start=1"], "after update 19, leaves 1 updates of 20"),
+        (["relora.restart_every=6"], "after update 18 of 20, is followed by 2 updates"),
+        (["relora.restart_every=6", "relora.warm_start=1"], "after update 19 of 20, is followed by 1 updates"),
         (["relora.restart_every=3", "relora.restart_growth=2"], None),  # after 3 and 9; 21 is later than the end
-        (["relora.restart_every=3", "relora.restart_growth=2", "train.updates=23"], "after update 21, leaves 2 updates of 23"),
+        (
+            ["relora.restart_every=3", "relora.restart_growth=2", "train.updates=23"],
+            "after update 21 of 23, is followed by 2 updates",
+        ),
         (["relora.restart_every=7"], None),  # 6 of 7
         (["relora.restart_every=6", "train.updates=21"], None),  # half
         (["relora.restart_every=5"], None),  # one follows the last update, and costs nothing
-        (["relora.restart_every=19"], "after update 19, leaves 1 updates of 20"),
+        (["relora.restart_every=19"], "after update 19 of 20, is followed by 1 updates"),
         (["relora.restart_every=30"], None),
         (["relora.restart_every=6", "method=lora"], None),
         (["relora.restart_every=6", "method=full"], None),
