@@ -17,8 +17,8 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import islice
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from relora_ds import network, slurm_nodes
-from relora_ds.errors import ConfigError
+from relora_ds.errors import ConfigError, RankError
 
 TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 MPIRUN_VARIABLES = ("OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID")
@@ -36,7 +36,7 @@ LAST_STEP_ID = 0xFFFFFFF0
 """SLURM's job steps are numbered up to here; above are its own, such as the interactive shell of salloc."""
 GRACE_S = 20.0
 """How long the other processes of a node may take to end after one of them failed, before they are killed."""
-ONE_GPU_EACH = {"SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND"}
+SHOWN_GPUS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 ORDERLY = (2, 75)
 """Exit codes with which all ranks end by themselves, together: a bad setting, a signal."""
 MEETING_S = 60.0
@@ -226,11 +226,11 @@ def check_nproc(nproc: int | None, place: Place | None) -> None:
 
 
 def check_devices(num_processes: int) -> None:
-    """Raises ConfigError when this machine has GPUs, but fewer than processes."""
+    """Raises RankError when this machine has GPUs, but fewer than processes."""
     import torch
 
     if torch.cuda.is_available() and num_processes > torch.cuda.device_count():
-        raise ConfigError(
+        raise RankError(
             "--nproc", num_processes, f"this machine has {torch.cuda.device_count()} GPU(s)", "one process drives one GPU"
         )
 
@@ -239,7 +239,7 @@ def start_process_group(place: Place, timeout_s: float = 1800.0) -> Any:
     """Joins the job: NCCL on CUDA, gloo on CPU, under torch.distributed and DeepSpeed alike. Returns this process's torch device.
 
     Raises:
-        ConfigError: rank 0's node has no address that is known here, or this machine has too few GPUs.
+        ConfigError: rank 0's node has no address that is known here, or this machine has too few GPUs, or one for several ranks.
     """
     import torch
 
@@ -257,16 +257,40 @@ def start_process_group(place: Place, timeout_s: float = 1800.0) -> Any:
     from relora_ds import ledger
 
     skip_shared_memory_build()
-    deepspeed.init_distributed(
-        dist_backend="nccl" if on_cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s)
-    )
+    backend, timeout = "nccl" if on_cuda else "gloo", timedelta(seconds=timeout_s)
+    with _one_gpu_each():
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     ledger.count_everything()
     return torch.device("cuda", place.local_rank) if on_cuda else torch.device("cpu")
 
 
 def sees_its_own_gpu(num_gpus: int, env: Mapping[str, str]) -> bool:
-    """Whether SLURM shows this task one GPU alone (``--gpus-per-task``, ``--gpu-bind``), which is then number 0 to every task."""
-    return num_gpus == 1 and not ONE_GPU_EACH.isdisjoint(env)
+    """Whether this process is shown one GPU alone, of its own, which is then number 0 to it, whatever its local rank.
+
+    SLURM does so (``--gpus-per-task``, ``--tres-per-task``, ``--gpu-bind``), and so do scripts around the command that set
+    CUDA_VISIBLE_DEVICES to the local rank. That others are not shown the same one is seen by NCCL when they meet.
+    """
+    by_slurm = (
+        "SLURM_GPUS_PER_TASK" in env
+        or "gpu" in env.get("SLURM_TRES_PER_TASK", "")  # gres/gpu:1, or cpu=4 alone
+        or env.get("SLURM_GPU_BIND", "none") != "none"
+    )
+    by_script = any(name in env and "," not in env[name] for name in SHOWN_GPUS)
+    return num_gpus == 1 and (by_slurm or by_script)
+
+
+@contextmanager
+def _one_gpu_each() -> Iterator[None]:
+    """Says in one line what NCCL finds of several processes that were shown the same GPU."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "Duplicate GPU" not in str(error):
+            raise
+        shown = {name: os.environ[name] for name in SHOWN_GPUS if name in os.environ}
+        name, value = next(iter(shown.items()), (SHOWN_GPUS[0], None))
+        problem = "several processes of this machine were shown the same GPU"
+        raise RankError(name, value, problem, "start one process for each GPU, and show each its own or all of them") from None
 
 
 def _export(place: Place) -> None:
