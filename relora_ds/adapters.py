@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from relora_ds import unpickle
 from relora_ds.errors import ConfigError
 from relora_ds.lora import ReLoRAEmbedding, ReLoRALayer
-from relora_ds.run_folder import write_atomically
+from relora_ds.run_folder import give_usual_mode, write_atomically
 from relora_ds.weights import Source
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -293,6 +293,7 @@ def save_adapter(out: Path, layers: Iterable[tuple[str, ReLoRALayer]], *, base_n
     }
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    give_usual_mode(out / ADAPTER_WEIGHTS)
     write_atomically(out / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")  # last: it makes the folder an adapter
 
 

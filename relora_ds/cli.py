@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from relora_ds import __version__, cli_plan, cli_slurm, cli_traffic, launch
 from relora_ds.config import Config, load
-from relora_ds.errors import EXIT_BAD_CONFIG, EXIT_DONE, EXIT_FAILED, ConfigError, RestartError, refuse_rest, with_rest
+from relora_ds.errors import EXIT_BAD_CONFIG, EXIT_DONE, EXIT_FAILED, ConfigError, RankError, RestartError, refuse_rest, with_rest
 from relora_ds.run_folder import RunFolder
 from relora_ds.slurm_client import SlurmError
 from relora_ds.slurm_events import write_outcome
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options, rest)
     except ConfigError as error:
-        if is_main():
+        if is_main() or isinstance(error, RankError):
             print(f"relora-ds: error: {error}", file=sys.stderr)
         return EXIT_BAD_CONFIG
     except (RestartError, SlurmError) as error:

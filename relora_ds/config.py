@@ -256,6 +256,17 @@ class Config(Section):
         """The phase that ``update`` (1-based) belongs to."""
         return "full" if update <= self.full_updates else "lora"
 
+    def short_last_interval(self) -> str | None:
+        """A line on a last restart that comes so late that it costs more than its factors can learn; None where none does."""
+        restarts, updates = self.lora_settings.restarts, self.total_updates - self.full_updates
+        last = restarts.newest(updates - 1) if self.has_lora_phase else 0  # one after the last update costs nothing
+        if updates - last >= (last - restarts.newest(last - 1)) / 2 or not last:
+            return None
+        return (
+            f"the last restart, after update {self.full_updates + last:,} of {self.total_updates:,}, is followed by "
+            f"{updates - last:,} updates: a longer relora.restart_every does without it, a shorter one gives it more"
+        )
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads ``1e-3`` as a number and ``24:00:00`` as text, as YAML 1.2 does; PyYAML takes the one for text and

@@ -38,6 +38,10 @@ class ConfigError(ValueError):
         return type(self), self._parts
 
 
+class RankError(ConfigError):
+    """One that this rank finds and others may not, so that it cannot leave it to rank 0 to tell."""
+
+
 class RestartError(RuntimeError):
     """A restart left the ranks with different weights; the message names the layer and the ranks."""
 

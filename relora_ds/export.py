@@ -15,7 +15,7 @@ from relora_ds.adapters import save_adapter
 from relora_ds.base import Base
 from relora_ds.errors import ConfigError
 from relora_ds.manifest import Manifest
-from relora_ds.run_folder import RunFolder
+from relora_ds.run_folder import RunFolder, give_usual_mode
 from relora_ds.weights import Source
 
 
@@ -146,6 +146,7 @@ def _save(model: PreTrainedModel, out: Path, run: RunFolder) -> None:
     """As a Hugging Face folder, with the run's tokenizer."""
     model.config.use_cache = True
     model.save_pretrained(out)
+    give_usual_mode(*out.glob("*.safetensors"))
     if (run.model / "tokenizer.json").is_file():
         AutoTokenizer.from_pretrained(run.model, trust_remote_code=False).save_pretrained(out)
 

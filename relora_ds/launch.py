@@ -14,17 +14,19 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from relora_ds import network, slurm_nodes
-from relora_ds.errors import ConfigError
+from relora_ds.errors import ConfigError, RankError
 
 TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 MPIRUN_VARIABLES = ("OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID")
@@ -34,7 +36,7 @@ LAST_STEP_ID = 0xFFFFFFF0
 """SLURM's job steps are numbered up to here; above are its own, such as the interactive shell of salloc."""
 GRACE_S = 20.0
 """How long the other processes of a node may take to end after one of them failed, before they are killed."""
-ONE_GPU_EACH = {"SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND"}
+SHOWN_GPUS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 ORDERLY = (2, 75)
 """Exit codes with which all ranks end by themselves, together: a bad setting, a signal."""
 MEETING_S = 60.0
@@ -224,11 +226,11 @@ def check_nproc(nproc: int | None, place: Place | None) -> None:
 
 
 def check_devices(num_processes: int) -> None:
-    """Raises ConfigError when this machine has GPUs, but fewer than processes."""
+    """Raises RankError when this machine has GPUs, but fewer than processes."""
     import torch
 
     if torch.cuda.is_available() and num_processes > torch.cuda.device_count():
-        raise ConfigError(
+        raise RankError(
             "--nproc", num_processes, f"this machine has {torch.cuda.device_count()} GPU(s)", "one process drives one GPU"
         )
 
@@ -237,7 +239,7 @@ def start_process_group(place: Place, timeout_s: float = 1800.0) -> Any:
     """Joins the job: NCCL on CUDA, gloo on CPU, under torch.distributed and DeepSpeed alike. Returns this process's torch device.
 
     Raises:
-        ConfigError: rank 0's node has no address that is known here, or this machine has too few GPUs.
+        ConfigError: rank 0's node has no address that is known here, or this machine has too few GPUs, or one for several ranks.
     """
     import torch
 
@@ -255,16 +257,40 @@ def start_process_group(place: Place, timeout_s: float = 1800.0) -> Any:
     from relora_ds import ledger
 
     skip_shared_memory_build()
-    deepspeed.init_distributed(
-        dist_backend="nccl" if on_cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s)
-    )
+    backend, timeout = "nccl" if on_cuda else "gloo", timedelta(seconds=timeout_s)
+    with _one_gpu_each():
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     ledger.count_everything()
     return torch.device("cuda", place.local_rank) if on_cuda else torch.device("cpu")
 
 
 def sees_its_own_gpu(num_gpus: int, env: Mapping[str, str]) -> bool:
-    """Whether SLURM shows this task one GPU alone (``--gpus-per-task``, ``--gpu-bind``), which is then number 0 to every task."""
-    return num_gpus == 1 and not ONE_GPU_EACH.isdisjoint(env)
+    """Whether this process is shown one GPU alone, of its own, which is then number 0 to it, whatever its local rank.
+
+    SLURM does so (``--gpus-per-task``, ``--tres-per-task``, ``--gpu-bind``), and so do scripts around the command that set
+    CUDA_VISIBLE_DEVICES to the local rank. That others are not shown the same one is seen by NCCL when they meet.
+    """
+    by_slurm = (
+        "SLURM_GPUS_PER_TASK" in env
+        or "gpu" in env.get("SLURM_TRES_PER_TASK", "")  # gres/gpu:1, or cpu=4 alone
+        or env.get("SLURM_GPU_BIND", "none") != "none"
+    )
+    by_script = any(name in env and "," not in env[name] for name in SHOWN_GPUS)
+    return num_gpus == 1 and (by_slurm or by_script)
+
+
+@contextmanager
+def _one_gpu_each() -> Iterator[None]:
+    """Says in one line what NCCL finds of several processes that were shown the same GPU."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "Duplicate GPU" not in str(error):
+            raise
+        shown = {name: os.environ[name] for name in SHOWN_GPUS if name in os.environ}
+        name, value = next(iter(shown.items()), (SHOWN_GPUS[0], None))
+        problem = "several processes of this machine were shown the same GPU"
+        raise RankError(name, value, problem, "start one process for each GPU, and show each its own or all of them") from None
 
 
 def _export(place: Place) -> None:
@@ -362,7 +388,7 @@ def guard_bf16() -> str | None:
     if "ONEDNN_MAX_CPU_ISA" in os.environ or not _cpu_has("amx_bf16"):
         return None
     probe = "import torch; a = torch.ones(64, 64, dtype=torch.bfloat16); torch.nn.functional.linear(a, a)"
-    died = subprocess.run([sys.executable, "-c", probe], capture_output=True, check=False).returncode
+    died = subprocess.run(tied([sys.executable, "-c", probe]), capture_output=True, check=False).returncode
     if died != -signal.SIGILL:
         return None
     os.environ["ONEDNN_MAX_CPU_ISA"] = SAFE_ISA
@@ -377,30 +403,38 @@ def _cpu_has(flag: str) -> bool:
         return False
 
 
+def tied(command: Sequence[str]) -> list[str]:
+    """The command so that it is killed when the thread that starts it ends, even by SIGKILL; its process id stays the one started."""
+    return [sys.executable, "-I", "-S", str(Path(__file__).with_name("tie.py")), str(os.getpid()), *command]
+
+
 def spawn(arguments: Sequence[str], num_processes: int, stop_signal: str = "USR2") -> int:
     """Runs ``python -m relora_ds.cli ARGUMENTS`` in ``num_processes`` processes on this machine; returns the job's exit code.
 
-    SIGTERM, SIGINT and the stop signal are passed on, so that the run can write its checkpoint. When one process fails, the others
-    are stopped.
+    SIGTERM, SIGINT and the stop signal are passed on (from the main thread: no other hears them), so that the run can write its
+    checkpoint. When one process fails, the others are stopped. When this one dies, however it does, all die at once.
     """
     port, cores, more = network.free_port(), os.cpu_count() or 1, getattr(signal, f"SIG{stop_signal}")
-    processes = []
-    for rank in range(num_processes):
-        environment = dict(os.environ)
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
-        environment.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
-        # Own session: a Ctrl-C of the terminal reaches this launcher alone, which passes it on once.
-        command = [sys.executable, "-m", "relora_ds.cli", *arguments]
-        processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
+    processes: list[subprocess.Popen[Any]] = []
 
     def pass_on(number: int, _frame: Any) -> None:
         for process in processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
 
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, more)}
+    heard = (signal.SIGINT, signal.SIGTERM, more) if threading.current_thread() is threading.main_thread() else ()
+    previous = {number: signal.signal(number, pass_on) for number in heard}
     try:
+        for rank in range(num_processes):
+            environment = dict(os.environ)
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
+            environment.update(
+                {name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+            )
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
+            command = tied([sys.executable, "-m", "relora_ds.cli", *arguments])
+            # Own session: a Ctrl-C of the terminal reaches this launcher alone, which passes it on once.
+            processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
         return _wait(processes)
     finally:
         for number, handler in previous.items():

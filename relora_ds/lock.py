@@ -30,6 +30,8 @@ SETTLE_S = 1.0
 RETRY_S = 0.1
 """Pause before the next try, when the file changed during a try."""
 TRIES = 20
+PF_EXITING = 0x4
+"""Linux's flag of a process that is ending."""
 WAY_OUT = "wait for it or stop it, or name another run.dir"
 
 
@@ -366,13 +368,16 @@ def _is_running(record: _Record) -> bool | None:
 
 
 def _state_and_start_time(pid: int) -> tuple[str, int] | None:
-    """Fields 3 and 22 of /proc/<pid>/stat: the state, one letter, and the start in clock ticks since boot. None where unreadable."""
+    """Fields 3 and 22 of /proc/<pid>/stat: the state, one letter, and the start in clock ticks since boot. None where unreadable.
+
+    X, dead, is also one that is ending (field 9): a killed rank runs no more, but its memory may take seconds to be given back.
+    """
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
     fields = text.rpartition(")")[2].split()  # field 2, the command, may hold spaces and brackets
-    return fields[0], int(fields[19])
+    return "X" if int(fields[6]) & PF_EXITING else fields[0], int(fields[19])
 
 
 def _boot_id() -> str:

@@ -258,6 +258,13 @@ def check_rank(layers: Mapping[str, Target], rank: int) -> None:
             )
 
 
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) of a model, wrapped or not: a tied weight once, a frozen one by its entries, however it is stored."""
+    params = list(model.parameters())
+    frozen = sum(layer.weight.values.numel() for _, layer in relora_layers(model) if layer.weight is not None)  # in buffers
+    return sum(p.numel() for p in params if p.requires_grad), sum(p.numel() for p in params) + frozen
+
+
 def num_trainable(model: nn.Module, layers: Mapping[str, Target], rank: int) -> int:
     """Parameters that are trained once these layers of ``model`` are wrapped."""
     frozen = {id(module.weight) for module in layers.values()}

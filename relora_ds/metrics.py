@@ -49,8 +49,9 @@ class Progress:
         first, at = self.times[0]
         left = "?" if update == at else str(timedelta(seconds=round((now - first) / (update - at) * (self.total - update))))
         loss = "skipped" if record.get("skipped") else f"{record['loss']:.4f}"
+        rates = "  ".join(f"{name} {record[name]:.2e}" for name in ("lr", "lora_lr") if name in record)
         return (
-            f"{record['phase']:>4} {update}/{self.total}  loss {loss}  lr {record.get('lora_lr', record['lr']):.2e}"
+            f"{record['phase']:>4} {update}/{self.total}  loss {loss}  {rates}"
             f"  {record['tokens_per_s']:,.0f} tokens/s  sent {human_bytes(record['sent_bytes'])}"
             f"  restarts {record['restarts']}  left {left}"
         )

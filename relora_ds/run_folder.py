@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -98,6 +99,21 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def give_usual_mode(*paths: Path) -> None:
+    """Gives files the mode that `open` would have made them with, by the umask and the folder's own rules.
+
+    For safetensors, which makes them readable for their owner alone. The process's umask cannot be read without a moment in which
+    threads write under another: an empty file tells it.
+    """
+    with suppress(OSError):  # a file system without modes
+        for path in paths:
+            example = path.with_name(f".{path.name}.mode")
+            example.touch()
+            mode = example.stat().st_mode
+            example.unlink()
+            path.chmod(stat.S_IMODE(mode))
 
 
 def read_traffic(path: Path) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ from relora_ds import base as bases
 from relora_ds import manifest as manifests
 from relora_ds.ledger import CHECKPOINT, LEDGER
 from relora_ds.manifest import Manifest
-from relora_ds.run_folder import RunFolder, write_atomically
+from relora_ds.run_folder import RunFolder, give_usual_mode, write_atomically
 
 POLL_S = 0.02
 GRACE_S = 60.0
@@ -221,6 +221,7 @@ class Saver:
             job.base.mkdir(exist_ok=True)  # not its parents: where they are gone, the mount is
             path = job.base / bases.file_of(self.rank)
             save_file(job.base_tensors, path)
+            give_usual_mode(path)
             own["base_files"][path.name] = manifests.flush_and_describe(path)
         job.target.mkdir(exist_ok=True)
         for path, state in job.states.items():
@@ -258,7 +259,8 @@ class Saver:
         with suppress(OSError, manifests.ManifestError):
             write_atomically(self.run.checkpoints / "latest", job.target.name)  # the tag that DeepSpeed loads unasked
             if job.base is None:  # whole in itself, as DeepSpeed's own are, so its script can read it
-                shutil.copy(Path(deepspeed.__file__).parent / "utils" / "zero_to_fp32.py", self.run.checkpoints)
+                script = Path(deepspeed.__file__).parent / "utils" / "zero_to_fp32.py"
+                shutil.copyfile(script, self.run.checkpoints / script.name)
             self.rotate()
 
 

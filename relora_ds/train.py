@@ -26,7 +26,7 @@ from relora_ds.finite import not_finite
 from relora_ds.launch import Place
 from relora_ds.ledger import CHECKPOINT, LEDGER, LOSS, START_UP
 from relora_ds.lock import RunLock
-from relora_ds.lora import LORA_GROUP
+from relora_ds.lora import LORA_GROUP, count_parameters
 from relora_ds.metrics import Metrics, say
 from relora_ds.model import describe
 from relora_ds.optimizer import ReLoRAOptimizer
@@ -158,6 +158,7 @@ class Trainer:
             self.engine = None  # the last reference: nothing of it is to be there when the next one is built
             self.engine = phases.begin_lora(before, self.checked, self.device)
             self.phase = "lora"
+            self._tell_size()
             self.watchdog.beat("the change of phase")
 
     def update(self, update: int, stop_requested: bool) -> bool:
@@ -400,13 +401,17 @@ class Trainer:
         for source in Path(self.config.data.path).glob("*token*.json"):
             shutil.copyfile(source, self.folder.model / source.name)
 
-    def _introduce(self, resume_from: Path | None) -> None:
-        trainable = sum(p.numel() for p in self.engine.module.parameters() if p.requires_grad)
-        everything = sum(p.numel() for p in self.engine.module.parameters())
+    def _tell_size(self) -> None:
+        trainable, everything = count_parameters(self.engine.module)
         self.tell(
             f"{describe(self.checked.architecture)}; {trainable:,} of {everything:,} parameters trainable in phase {self.phase!r}; "
             f"{self.place.world_size} rank(s) on {self.device.type}"
         )
+
+    def _introduce(self, resume_from: Path | None) -> None:
+        self._tell_size()
+        if note := self.config.short_last_interval():
+            self.tell(note)
         self.tell(
             f"resuming from {resume_from}"
             if resume_from

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -56,14 +56,35 @@ def kill_tree(process: subprocess.Popen[str]) -> None:
     psutil.wait_procs(family, timeout=10)
 
 
+def kill_launcher(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to the launcher alone, as from the out-of-memory killer: the ranks go with it, also one that hangs."""
+    ranks = psutil.Process(process.pid).children()
+    assert len(ranks) == 2
+    ranks[1].suspend()
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 5  # at once; some time on a busy machine
+    while time.monotonic() < deadline and any(map(is_alive, ranks)):
+        time.sleep(0.02)
+    survivors = [rank for rank in ranks if is_alive(rank)]
+    for rank in survivors:
+        rank.kill()
+    assert not survivors
+
+
+def is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
 def test_sigkill_and_resume(recipe: Recipe, tmp_path: Path, whole: Path) -> None:
-    """Killed in the full-rank phase and again after a restart: the resumed run ends with the uninterrupted run's losses."""
+    """Killed in the full-rank phase and again after a restart: run again at once, it ends with the uninterrupted run's losses."""
     path = recipe("killed")
-    for update in (5, 17):
+    for update, kill in ((5, kill_tree), (17, kill_launcher)):
         process = start("train", path, "--nproc", 2)
         wait_for_update(tmp_path / "killed", update, process)
-        kill_tree(process)
-    relora("train", path, "--nproc", 2)
+        kill(process)
+    told = relora("train", path, "--nproc", 2).stderr
+    assert "taking over" in told and "resuming from" in told
     assert metrics(tmp_path / "killed") == metrics(whole)
     assert read_log(tmp_path / "killed" / "restarts.jsonl") == read_log(whole / "restarts.jsonl")
 
@@ -135,8 +156,18 @@ def test_bf16_goes_on_where_its_matmul_traps(recipe: Recipe, tmp_path: Path) -> 
     assert ("bf16 products trap on this CPU" in result.stderr) == (died == -signal.SIGILL)
 
 
+@pytest.fixture
+def shared_with_a_group() -> Iterator[None]:
+    """A umask as in a project folder."""
+    before = os.umask(0o002)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("shared_with_a_group")
 def test_from_text_to_report(recipe: Recipe, tmp_path: Path) -> None:
-    """The commands one after the other, as a user types them; eval and the exported model agree with the run's own evaluation."""
+    """The commands one after the other, as a user types them; eval and the exported model agree with the run's own evaluation.
+    Whatever they write has the mode that the umask gives."""
     text = tmp_path / "text.jsonl"
     text.write_text("".join(f'{{"text": "Line {i} of the story says that {i} comes after {i - 1}."}}\n' for i in range(300)))
     relora("prepare", text, tmp_path / "tokens", "--vocab-size", 300, "--holdout", 0.1)
@@ -154,7 +185,13 @@ def test_from_text_to_report(recipe: Recipe, tmp_path: Path) -> None:
     assert match and float(match[1]) == pytest.approx(last["eval_perplexity"], rel=1e-4)
     relora("export", tmp_path / "run", tmp_path / "exported", "--dtype", "fp32")
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in (tmp_path / "exported").iterdir()}
+    relora("export", tmp_path / "run", tmp_path / "adapter", "--adapter")
     relora("report", tmp_path / "run")
+    written = [path for name in ("tokens", "run", "exported", "adapter") for path in (tmp_path / name).rglob("*")]
+    assert len([path for path in written if path.suffix == ".safetensors"]) >= 2 + 1 + 2, (
+        "two ranks' base, the export, the adapter"
+    )
+    assert [path for path in written if path.stat().st_mode & 0o777 != (0o775 if path.is_dir() else 0o664)] == []
     page = (tmp_path / "run" / "report.md").read_text()
     assert "restart" in page and "## Traffic of run" in page
     assert len(list((tmp_path / "run" / "plots").glob("*.png"))) == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -346,6 +347,15 @@ def test_saved_factors_keep_their_dtype(tmp_path: Path) -> None:
     config = json.loads((tmp_path / adapters.ADAPTER_CONFIG).read_text())
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (4, 6, list(layers))
     assert not config["fan_in_fan_out"]
+
+
+def test_a_saved_adapter_can_be_read_by_others(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        adapters.save_adapter(tmp_path, lora.relora_layers(wrapped("llama")), base_name="base", rank=4, alpha=6.0)
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o644}
 
 
 def test_saved_adapter_tells_conv1d(tmp_path: Path) -> None:

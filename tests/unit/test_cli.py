@@ -7,12 +7,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch.distributed as dist
 
-from relora_ds import __version__, launch
+from relora_ds import __version__, cli, launch
 from relora_ds.cli import main
+from relora_ds.errors import ConfigError, RankError
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "SLURM_STEP_ID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
@@ -90,6 +92,20 @@ def test_a_batch_that_does_not_divide_over_nproc(refused: Refused, recipe: Path)
 
 def test_a_recipe_that_is_not_there(refused: Refused, tmp_path: Path) -> None:
     assert refused("train", str(tmp_path / "none.yaml")).startswith("relora-ds: error: RECIPE=")
+
+
+@pytest.mark.parametrize(("kind", "told"), [(ConfigError, ""), (RankError, "relora-ds: error: --nproc=2: one GPU\n")])
+def test_rank_0_speaks_for_all_but_of_what_one_rank_alone_finds(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], kind: type[ConfigError], told: str
+) -> None:
+    def refuse(*_: object) -> NoReturn:
+        raise kind("--nproc", 2, "one GPU")
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(cli, "load", refuse)
+    assert main(["train", str(recipe)]) == 2
+    assert capfd.readouterr().err == told
 
 
 @pytest.mark.parametrize("nproc", ["0", "-1"])

@@ -457,6 +457,42 @@ def test_the_recipes_of_this_project_are_valid(path: Path) -> None:
     ds_config.refuse_unsupported(ds_config.read(recipe.deepspeed, path.parent, path.parent.parent))
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*.yaml")), ids=lambda path: path.name)
+def test_the_last_interval_of_the_recipes_is_whole(path: Path) -> None:
+    """A restart just before the end would only cost: its factors could learn nothing. The demo's last one has 160 of 180 updates."""
+    recipe = config.load(path)
+    updates = recipe.total_updates - recipe.full_updates
+    last = recipe.relora.restarts.newest(updates)
+    assert 0.88 * recipe.relora.restart_every <= updates - last <= recipe.relora.restart_every
+    assert recipe.short_last_interval() is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["relora.restart_every=6"], "after update 18 of 20, is followed by 2 updates"),
+        (["relora.restart_every=6", "relora.warm_start=1"], "after update 19 of 20, is followed by 1 updates"),
+        (["relora.restart_every=3", "relora.restart_growth=2"], None),  # after 3 and 9; 21 is later than the end
+        (
+            ["relora.restart_every=3", "relora.restart_growth=2", "train.updates=23"],
+            "after update 21 of 23, is followed by 2 updates",
+        ),
+        (["relora.restart_every=7"], None),  # 6 of 7
+        (["relora.restart_every=6", "train.updates=21"], None),  # half
+        (["relora.restart_every=5"], None),  # one follows the last update, and costs nothing
+        (["relora.restart_every=19"], "after update 19 of 20, is followed by 1 updates"),
+        (["relora.restart_every=30"], None),
+        (["relora.restart_every=6", "method=lora"], None),
+        (["relora.restart_every=6", "method=full"], None),
+        (["relora.restart_every=null", "relora.reset.every=6"], None),
+    ],
+    ids=str,
+)
+def test_a_late_last_restart_is_told_of(recipe: Path, overrides: list[str], told: str | None) -> None:
+    line = config.load(recipe, ["relora.restart_warmup=1", *overrides]).short_last_interval()
+    assert line is None if told is None else line is not None and told in line
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("ds_configs/*.json")), ids=lambda path: path.name)
 def test_the_deepspeed_files_of_this_project_are_valid(path: Path, recipe: Path) -> None:
     checked = judge(recipe, f"deepspeed={path}", ranks=2)

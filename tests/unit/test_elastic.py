@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from relora_ds import elastic
+from relora_ds import elastic, launch
 from relora_ds import manifest as manifests
 
 
@@ -22,7 +23,8 @@ def checkpoint(tmp_path: Path) -> Path:
 def stand_in(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Puts a shell script in the interpreter's place; its argument 7 is the folder to write."""
     path = tmp_path / "python"
-    path.write_text(f"#!/bin/bash\n{text}\n")
+    tie = f'case "$1" in -I) exec {sys.executable} "$@";; esac'  # what ties it to the rank is Python's still
+    path.write_text(f"#!/bin/bash\n{tie}\n{text}\n")
     path.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(path))
 
@@ -44,3 +46,17 @@ def test_a_failure_has_the_programs_last_words(checkpoint: Path, tmp_path: Path,
     with pytest.raises(elastic.ConversionError, match=r"ds_to_universal failed on .*update_0000004: no space left"):
         elastic.convert(checkpoint, tmp_path / "universal", print)
     assert not (tmp_path / "universal").exists()
+
+
+def test_it_does_not_outlive_its_rank(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> SimpleNamespace:
+        commands.append(command)
+        return SimpleNamespace(returncode=1, stdout="")
+
+    monkeypatch.setattr(elastic.subprocess, "run", run)
+    with pytest.raises(elastic.ConversionError):
+        elastic.convert(checkpoint, tmp_path / "universal", print)
+    tie = launch.tied([])
+    assert commands[0][: len(tie)] == tie

@@ -10,11 +10,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 
 from relora_ds import launch, network, slurm_nodes
-from relora_ds.errors import ConfigError
+from relora_ds.errors import ConfigError, RankError
 from relora_ds.launch import Place, attempt, discover
 
 SRUN = {
@@ -490,7 +491,70 @@ def test_attempt(environment: dict[str, str], name: str) -> None:
         (1, {"SLURM_GPU_BIND": "per_task:1"}, True),
         (1, {"SLURM_GPUS_PER_NODE": "8"}, False),  # a node with one GPU
         (8, {"SLURM_GPUS_PER_TASK": "1"}, False),  # all are visible
+        (1, {"SLURM_TRES_PER_TASK": "cpu=4,gres/gpu:1"}, True),
+        (1, {"SLURM_TRES_PER_TASK": "gres/gpu=1"}, True),
+        (1, {"SLURM_TRES_PER_TASK": "cpu=4"}, False),
+        (1, {"SLURM_GPU_BIND": "none"}, False),
+        (1, {**TORCHRUN, "CUDA_VISIBLE_DEVICES": "1"}, True),  # a script around the command, under torchrun and mpirun
+        (1, {**OPEN_MPI, "CUDA_VISIBLE_DEVICES": "0"}, True),  # the number that its own has inside a container or cgroup
+        (1, {**TORCHRUN, "CUDA_VISIBLE_DEVICES": "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6"}, True),
+        (1, {**TORCHRUN, "ROCR_VISIBLE_DEVICES": "1"}, True),
+        (2, {**TORCHRUN, "CUDA_VISIBLE_DEVICES": "0,1"}, False),
+        (1, {**TORCHRUN, "CUDA_VISIBLE_DEVICES": "0,1"}, False),  # the second is not there
+        (0, {**TORCHRUN, "CUDA_VISIBLE_DEVICES": ""}, False),
+        (1, TORCHRUN, False),  # two processes on a machine with one GPU
     ],
 )
 def test_a_task_that_sees_its_own_gpu_alone(num_gpus: int, environment: dict[str, str], own: bool) -> None:
     assert launch.sees_its_own_gpu(num_gpus, environment) is own
+
+
+@pytest.fixture
+def one_gpu(monkeypatch: pytest.MonkeyPatch, clean: None) -> list[int]:
+    """A machine that shows one GPU, and no process group; the devices that are chosen."""
+    import deepspeed
+
+    chosen: list[int] = []
+    for name in (*launch.SHOWN_GPUS, "SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_GPU_BIND"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("relora_ds.ledger.count_everything", lambda: None)
+    monkeypatch.setattr(launch, "skip_shared_memory_build", lambda: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: None)
+    return chosen
+
+
+def test_a_rank_that_is_shown_its_own_gpu_drives_that(one_gpu: list[int]) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = "1"
+    assert str(launch.start_process_group(replace(ONE_NODE, rank=1, local_rank=1))) == "cuda:0"
+    assert one_gpu == [0]
+    assert os.environ["LOCAL_RANK"] == "0"
+
+
+def test_two_ranks_on_a_machine_with_one_gpu_are_refused(one_gpu: list[int]) -> None:
+    with pytest.raises(RankError, match=r"this machine has 1 GPU\(s\)"):
+        launch.start_process_group(replace(ONE_NODE, rank=1, local_rank=1))
+    assert one_gpu == []
+
+
+@pytest.mark.parametrize(
+    ("told", "refused"),
+    [("Last error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000", True), ("a timeout", False)],
+    ids=["shared", "another error"],
+)
+def test_ranks_that_are_shown_the_same_gpu_are_refused_when_they_meet(
+    monkeypatch: pytest.MonkeyPatch, one_gpu: list[int], told: str, refused: bool
+) -> None:
+    import deepspeed
+
+    def meet(**_: object) -> NoReturn:
+        raise RuntimeError(told)
+
+    monkeypatch.setattr(deepspeed, "init_distributed", meet)
+    os.environ["CUDA_VISIBLE_DEVICES"] = "0"
+    line = r"^CUDA_VISIBLE_DEVICES='0': several processes of this machine were shown the same GPU; start one"
+    with pytest.raises(RankError if refused else RuntimeError, match=line if refused else told):
+        launch.start_process_group(replace(ONE_NODE, rank=1, local_rank=1))

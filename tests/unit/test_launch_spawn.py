@@ -1,4 +1,4 @@
-"""How processes on one machine are started and waited for."""
+"""How processes on one machine are started and waited for, and that none outlives who started it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from relora_ds import launch
+from relora_ds import launch, tie
 from relora_ds.launch import Place, discover
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHON = sys.executable
+"""The interpreter, also where a stand-in has its place."""
 
 # Waiting for processes
 
@@ -89,7 +94,8 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
 
     def install(script: str) -> Path:
         program = tmp_path / "python"
-        program.write_text(f"#!/bin/sh\ncd '{tmp_path}'\n{script}\n")
+        tie = f'case "$1" in -I) exec {PYTHON} "$@";; esac'  # what ties it to this process is Python's still
+        program.write_text(f"#!/bin/sh\n{tie}\ncd '{tmp_path}'\n{script}\n")
         program.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(program))
         return tmp_path
@@ -128,3 +134,105 @@ def test_spawn_passes_a_signal_on_once_and_returns_the_code(stand_in: Callable[[
     thread.join()
     assert [(folder / f"stopped.{rank}").read_text() for rank in range(2)] == ["stopped\n", "stopped\n"]
     assert signal.getsignal(number) is before
+
+
+def test_spawn_outside_the_main_thread_hears_no_signals(stand_in: Callable[[str], Path]) -> None:
+    stand_in("exit 75")
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)]
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(launch.spawn(["train"], 2)))
+    thread.start()
+    thread.join()
+    assert codes == [75]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)] == before
+
+
+def test_a_process_that_cannot_be_started_takes_those_before_it_along(
+    stand_in: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in("sleep 30")
+    started: list[subprocess.Popen] = []
+    popen = subprocess.Popen
+
+    def start(*arguments: object, **options: object) -> subprocess.Popen:
+        if started:
+            raise OSError("no more processes")
+        started.append(popen(*arguments, **options))
+        return started[0]
+
+    monkeypatch.setattr(launch.subprocess, "Popen", start)
+    with pytest.raises(OSError, match="no more processes"):
+        launch.spawn(["train"], 2)
+    assert started[0].wait(timeout=5) == -signal.SIGKILL
+
+
+# Dying with the launcher
+
+LAUNCHERS = {
+    "spawn": ("launch.spawn(['train'], 2)", 2),
+    "in a thread": ("t = threading.Thread(target=launch.spawn, args=(['train'], 2)); t.start(); t.join()", 2),
+    "a rank's own program": ("subprocess.run(launch.tied([sys.executable, 'train']))", 1),
+}
+"""What is run, and how many children it has."""
+LAUNCHER = "import subprocess, sys, threading; from relora_ds import launch; sys.executable = sys.argv[1]; "
+
+
+def wait_until(holds: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, f"waited for {timeout_s} s"
+        time.sleep(0.02)
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process is gone, or nothing but its exit code is left: who comes after a dead parent may never ask for that."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children that their parent is gone")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP], ids=["killed", "closed terminal"])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_children_die_with_the_launcher(stand_in: Callable[[str], Path], launcher: str, number: signal.Signals) -> None:
+    """One is stopped, as one that hangs: it dies, too. They listen to no signal that can be ignored."""
+    folder = stand_in('trap \'\' TERM INT HUP USR1 USR2; echo $$ > "$$.new"; mv "$$.new" "$$.pid"; exec sleep 60')
+    program, children = LAUNCHERS[launcher]
+    parent = subprocess.Popen([PYTHON, "-c", LAUNCHER + program, sys.executable], cwd=ROOT)
+    try:
+        wait_until(lambda: len(list(folder.glob("*.pid"))) == children)
+        pids = [int(file.read_text()) for file in folder.glob("*.pid")]
+        os.kill(pids[0], signal.SIGSTOP)
+        parent.send_signal(number)
+        assert parent.wait(timeout=10) == -number
+        wait_until(lambda: all(is_gone(pid) for pid in pids), timeout_s=5)  # at once; some seconds on a busy machine
+    finally:
+        parent.kill()
+        parent.wait()
+        for file in folder.glob("*.pid"):
+            if not is_gone(int(file.read_text())):
+                os.kill(int(file.read_text()), signal.SIGKILL)
+
+
+def test_nothing_is_run_for_a_parent_that_died_before_it_could_be_tied(tmp_path: Path) -> None:
+    command = launch.tied(["touch", str(tmp_path / "run")])
+    command[command.index(str(os.getpid()))] = "1"  # whose child it is by then
+    assert subprocess.run(command, check=False).returncode == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_tied_is_run_as_it_is(tmp_path: Path) -> None:
+    """Its process id, its exit code, its streams and its signals are those of the process that was started."""
+    script = "import os, signal; print(os.getpid(), signal.getsignal(signal.SIGTERM) == signal.SIG_DFL); os.kill(os.getpid(), 4)"
+    process = subprocess.Popen(launch.tied([sys.executable, "-c", script]), stdout=subprocess.PIPE, text=True)
+    told, _ = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGILL
+    assert told == f"{process.pid} True\n"
+    words = ["sh", "-c", "kill -s PIPE $$"]  # which Python ignores
+    assert subprocess.run(launch.tied(words), check=False).returncode == -signal.SIGPIPE
+
+
+def test_elsewhere_than_on_linux_nothing_is_tied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tie.ctypes, "CDLL", lambda _: object())
+    assert tie.tie(os.getppid()) is True

@@ -149,6 +149,25 @@ def test_a_killed_process_is_stale_at_once(tmp_path: Path, other: subprocess.Pop
     lock.release()
 
 
+@pytest.mark.parametrize(("flags", "is_held"), [(0x400140, True), (0x400144, False)], ids=["runs", "is ending"])
+def test_a_killed_process_that_still_gives_its_memory_back_is_stale(
+    tmp_path: Path, other: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch, flags: int, is_held: bool
+) -> None:
+    read_text = Path.read_text
+
+    def read(path: Path, *arguments: Any, **options: Any) -> str:
+        text = read_text(path, *arguments, **options)
+        if path != Path(f"/proc/{other.pid}/stat"):
+            return text
+        command, bracket, rest = text.rpartition(")")
+        fields = rest.split()
+        fields[6] = str(flags)  # R or D all the while
+        return f"{command}{bracket} {' '.join(fields)}\n"
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert (RunLock(tmp_path).holder() is not None) == is_held
+
+
 def test_a_pid_that_another_process_has_now_is_stale(tmp_path: Path, other: subprocess.Popen[str]) -> None:
     path = tmp_path / LOCK_NAME
     assert RunLock(tmp_path).holder() is not None

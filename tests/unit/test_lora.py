@@ -17,7 +17,7 @@ from relora_ds import lora
 from relora_ds import model as models
 from relora_ds.config import Frozen, Model
 from relora_ds.errors import ConfigError
-from relora_ds.lora import ReLoRALinear, find_targets, initial_A, param_groups, relora_layers, wrap
+from relora_ds.lora import ReLoRALinear, count_parameters, find_targets, initial_A, param_groups, relora_layers, wrap
 from tests.conftest import TINY_LLAMA, VOCAB_SIZE
 
 RANK, ALPHA = 3, 6.0
@@ -364,6 +364,31 @@ def test_tied_embeddings_stay_tied_trainable_and_untouched(architecture: str, ch
 def test_tied_head_cannot_be_a_target() -> None:
     with pytest.raises(ConfigError, match="'lm_head': shares its weight with 'transformer.wte'"):
         find_targets(build("gpt2"), ["lm_head"])
+
+
+# How many
+
+
+@pytest.mark.parametrize("stored", ["auto", "int8"])
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}], ids=["untied", "tied"])
+def test_frozen_weights_are_counted_and_tied_ones_once(changes: dict[str, Any], stored: str) -> None:
+    """However they are stored: scales of int8 are no parameters."""
+    model = build("llama", **changes)
+    whole = sum(p.numel() for p in model.parameters())
+    assert count_parameters(model) == (whole, whole)
+    model.get_parameter("model.norm.weight").requires_grad_(False)  # by the user
+    norm = model.get_parameter("model.norm.weight").numel()
+    targets = find_targets(model, "all-linear")
+    wrapped = sum(module.weight.numel() for module in targets.values())
+    factors = sum(RANK * sum(module.weight.shape) for module in targets.values())
+    wrap(model, rank=RANK, alpha=ALPHA, frozen=Frozen(dtype=stored, group_size=8))
+    assert count_parameters(model) == (whole - wrapped - norm + factors, whole + factors)
+
+
+def test_without_frozen_weights_only_what_is_there_is_counted() -> None:
+    model = wrap(build("gpt2"), rank=RANK, alpha=ALPHA, targets=["all-linear"], frozen=Frozen(dtype="none"))
+    there = sum(p.numel() for p in model.parameters())
+    assert count_parameters(model) == (there, there)
 
 
 # The merged weight

@@ -24,8 +24,15 @@ def test_progress_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
         progress.show({**RECORD, "update": update})
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].endswith("left ?")
-    assert lines[1] == "[relora-ds] lora 3/9  loss 3.5000  lr 2.00e-03  12,346 tokens/s  sent 4.52 MB  restarts 1  left 0:01:00"
+    assert lines[1] == (
+        "[relora-ds] lora 3/9  loss 3.5000  lr 1.00e-03  lora_lr 2.00e-03  12,346 tokens/s  sent 4.52 MB  restarts 1  left 0:01:00"
+    )
     assert len(lines) == 3, "two seconds later nothing is printed, at the last update it is"
+
+
+def test_the_progress_line_of_a_phase_without_factors(capsys: pytest.CaptureFixture[str]) -> None:
+    metrics.Progress(total=9).show({name: value for name, value in RECORD.items() if name != "lora_lr"} | {"phase": "full"})
+    assert "full 3/9  loss 3.5000  lr 1.00e-03  12,346 tokens/s" in capsys.readouterr().err
 
 
 def test_a_skipped_update_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from relora_ds import config, run_folder
 from relora_ds.errors import ConfigError
-from relora_ds.run_folder import Log, RunFolder, append_line, truncate_log, write_atomically
+from relora_ds.run_folder import Log, RunFolder, append_line, give_usual_mode, truncate_log, write_atomically
 
 
 def test_write_atomically_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -43,6 +47,35 @@ def test_write_atomically_keeps_the_old_text_until_the_new_one_is_on_disk(
         write_atomically(path, "new text")
     assert events == ["fsync of 8 bytes", "replace"]
     assert path.read_text(encoding="utf-8") == "old"
+
+
+@pytest.fixture(params=[0o022, 0o002, 0o077], ids=oct)
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def test_a_file_gets_the_mode_of_any_other(tmp_path: Path, umask: int) -> None:
+    """safetensors makes its own with 0600, which colleagues cannot read; an owner who wants that says so by the umask."""
+    path, other = tmp_path / "rank_00000.safetensors", tmp_path / "config.yaml"
+    save_file({"weight": torch.zeros(2)}, path)
+    give_usual_mode(path)
+    write_atomically(other, "text")
+    assert [stat.S_IMODE(file.stat().st_mode) for file in (path, other)] == [0o666 & ~umask] * 2
+    assert set(tmp_path.iterdir()) == {path, other}
+    assert load_file(path)["weight"].tolist() == [0, 0]
+
+
+def test_a_file_system_without_modes_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> NoReturn:
+        raise PermissionError(errno.EPERM, "no modes here")
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    path = tmp_path / "model.safetensors"
+    path.touch()
+    give_usual_mode(path)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_append_line_adds_one_json_object_per_line(tmp_path: Path) -> None:
