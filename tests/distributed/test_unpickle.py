@@ -16,12 +16,15 @@ import yaml
 
 import relora_ds
 from relora_ds import checkpoint as checkpoints
-from relora_ds import elastic, unpickle
+from relora_ds import elastic, launch, unpickle
 from relora_ds import manifest as manifests
+from relora_ds.checks import check
 from relora_ds.cli import main
+from relora_ds.config import parse
 from relora_ds.errors import EXIT_BAD_CONFIG, EXIT_DONE, ConfigError
 from relora_ds.listing import listing
 from relora_ds.run_folder import RunFolder
+from relora_ds.train import train
 from tests.conftest import TINY_LLAMA, tiny_settings
 from tests.distributed import common
 from tests.distributed.pool import run
@@ -166,6 +169,22 @@ def test_a_resume_refuses_it_on_all_ranks(case: Case, name: str, ranks: int) -> 
         assert told.startswith(f"CHECKPOINT={str(planted)!r}: is a pickle that wants ") and told.endswith("whoever wrote it")
     assert sorted(case.run.path.rglob("*")) == before, "nothing is set aside, and the lock is free again"
     assert not case.marker.exists()
+
+
+def trusting(settings: dict[str, Any]) -> int:
+    """Trains as with ``--trust``."""
+    place = launch.discover()
+    assert place is not None
+    return train(check(parse(settings), Path("recipe.yaml"), place.world_size, trust=True), place, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("ranks", [2, 1])
+def test_a_resume_with_trust_opens_it(case: Case, ranks: int) -> None:
+    for name in (checkpoints.MODEL_STATES, OPTIMIZER_STATES):
+        case.plant(name)
+    shutil.rmtree(case.run.universal)
+    assert run(ranks, trusting, case.settings) == [EXIT_DONE] * ranks
+    assert case.marker.exists()
 
 
 @pytest.mark.parametrize("name", ["fp32.pt", "exp_avg.pt", "step.pt", "optimizer_state.pt"])
