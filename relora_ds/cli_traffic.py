@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from relora_ds import launch
+from relora_ds import cli_slurm, launch
 from relora_ds.config import Run, load
 from relora_ds.errors import EXIT_DONE, ConfigError, nearest, with_rest
 from relora_ds.metrics import say
@@ -31,25 +31,27 @@ def add_command(parent: Any) -> None:
     traffic.add_argument("--arms", default="recipe,full,zero2,zero1,ddp", help="what to compare (default: %(default)s)")
     traffic.add_argument("--link", default=LINKS, help="speeds to foretell the seconds for (default: %(default)s)")
     traffic.add_argument("--out", type=Path, help="folder for the table, the picture and the JSON (default: traffic/RECIPE)")
+    cli_slurm.add_trust(traffic)
     traffic.set_defaults(run=run_traffic)
 
 
 def run_traffic(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """In the launching process: check, then start the ranks. In a rank: check, join the others, measure."""
-    overrides = options.overrides = with_rest(options.overrides, rest, ["--nproc", "--updates", "--arms", "--link", "--out"])
+    known = ["--nproc", "--updates", "--arms", "--link", "--out", "--trust"]
+    overrides = options.overrides = with_rest(options.overrides, rest, known)
     launch.quiet_libraries()
     place = launch.discover()
     num_processes = _num_processes(options, place)
     links = {name.strip(): parse_bytes(name, "--link") for name in options.link.split(",")}
     arms = _arms(options)
     out = options.out or Path("traffic") / Path(options.recipe).stem
-    checked = _check(options.recipe, overrides, out, num_processes, is_main=place is None or place.is_main)
+    checked = _check(options, out, num_processes, is_main=place is None or place.is_main)
     if place is not None:
         return _measure(checked, place, arms, options, links, out)
     launch.check_devices(num_processes)
     say(f"starting {num_processes} processes")
     words = ["traffic", options.recipe, *overrides, "--updates", str(options.updates), "--arms", options.arms]
-    return launch.spawn([*words, "--link", options.link, "--out", str(out)], num_processes)
+    return launch.spawn([*words, "--link", options.link, "--out", str(out), *["--trust"] * options.trust], num_processes)
 
 
 def _num_processes(options: argparse.Namespace, place: launch.Place | None) -> int:
@@ -73,16 +75,16 @@ def _arms(options: argparse.Namespace) -> list[str]:
     return chosen
 
 
-def _check(recipe: str, overrides: Sequence[str], out: Path, num_processes: int, *, is_main: bool) -> Checked:
+def _check(options: argparse.Namespace, out: Path, num_processes: int, *, is_main: bool) -> Checked:
     """Judges the recipe, and makes bf16 safe on this CPU before any product is formed. Raises ConfigError."""
     import torch
 
     from relora_ds import ds_config
     from relora_ds.checks import check
 
-    config = load(recipe, overrides)
+    config = load(options.recipe, options.overrides)
     config = config.model_copy(update={"run": Run(dir=str(out), seed=config.run.seed)})  # no run is written, or gone on with
-    checked = check(config, Path(recipe), num_processes)
+    checked = check(config, Path(options.recipe), num_processes, trust=options.trust)
     on_cpu = not torch.cuda.is_available()
     if ds_config.precision(checked.deepspeed) == "bf16" and on_cpu and (done := launch.guard_bf16()) and is_main:
         say(done)

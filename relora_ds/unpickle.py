@@ -11,7 +11,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,10 @@ def read(path: Path, *, trust: bool = False, key: str = "CHECKPOINT", way_out: s
 
 
 def check(paths: Iterable[Path], *, trust: bool = False, key: str = "CHECKPOINT") -> None:
-    """Raises ConfigError for the first of these files that :func:`read` would refuse."""
+    """Raises ConfigError for the first of these files that :func:`read` would refuse; what is missing is told where it is read."""
     for path in () if trust else paths:
-        read(path, key=key)
+        with suppress(OSError):
+            read(path, key=key)
 
 
 @contextmanager
@@ -82,18 +83,19 @@ def _load(file: Any, *, trust: bool, key: str, way_out: str, **how: Any) -> Any:
     try:
         with torch.serialization.safe_globals(added):
             return torch.serialization.load(file, weights_only=True, **how)
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # a pickle that is made to harm, or torn, can fail in any way
-        raise ConfigError(key, str(file), _problem(error), way_out) from None
+        raise ConfigError(key, str(file), *_told(error, way_out)) from None
 
 
-def _problem(error: Exception) -> str:
+def _told(error: Exception, way_out: str) -> tuple[str, str]:
+    """The problem and the way out."""
     text = str(error)
     wanted = re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", text)
     if wanted:
-        return f"is a pickle that wants {wanted[1]}, which could run anything"
+        return f"is a pickle that wants {wanted[1]}, which could run anything", way_out
     if isinstance(error, pickle.UnpicklingError) or "weights_only" in text:
         text = text.partition("WeightsUnpickler error:")[2].partition("Check the documentation")[0] or text
-        return f"is a pickle that could run anything: {' '.join(text.split())[:200]}"
-    return f"cannot be read: {type(error).__name__}: {text}"[:400]
+        return f"is a pickle that could run anything: {' '.join(text.split())[:200]}", way_out
+    return f"cannot be read: {type(error).__name__}: {text}"[:400], "take another checkpoint"

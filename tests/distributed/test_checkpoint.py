@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import shutil
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from relora_ds import base as bases
 from relora_ds import checkpoint as checkpoints
-from relora_ds import launch, train
+from relora_ds import elastic, launch, train
 from relora_ds import manifest as manifests
 from relora_ds.checks import check
 from relora_ds.config import parse
@@ -200,6 +203,30 @@ def test_a_conversion_is_made_once_and_reused(content: dict[str, Any], tmp_path:
     made = (folder / "zero" / "optimizer_state.pt").stat().st_mtime_ns
     assert "reusing the universal checkpoint" in run(1, loading_says, settings)[0]
     assert (folder / "zero" / "optimizer_state.pt").stat().st_mtime_ns == made
+
+
+def convert_slowly(folder: str, problem: str) -> str:
+    """Rank 0 converts for three seconds, where collectives end in error after one; what each rank learns."""
+
+    def slow(*_: Any, **__: Any) -> None:
+        time.sleep(3)
+        if problem:
+            raise elastic.ConversionError(problem)
+
+    original, elastic.convert = elastic.convert, slow
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
+    try:
+        return str(elastic._convert_on_rank_0(RunFolder(Path(folder)), Path("update_0000001"), print, False))
+    except elastic.ConversionError as error:
+        return str(error)
+    finally:
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=30))
+        elastic.convert = original
+
+
+def test_a_conversion_may_take_longer_than_collectives() -> None:
+    assert run(2, convert_slowly, "run", "") == ["run/universal/update_0000001"] * 2
+    assert run(2, convert_slowly, "run", "no space left") == ["no space left"] * 2
 
 
 # DeepSpeed's own ways

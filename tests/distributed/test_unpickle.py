@@ -16,12 +16,15 @@ import yaml
 
 import relora_ds
 from relora_ds import checkpoint as checkpoints
-from relora_ds import elastic, unpickle
+from relora_ds import elastic, launch, unpickle
 from relora_ds import manifest as manifests
+from relora_ds.checks import check
 from relora_ds.cli import main
+from relora_ds.config import parse
 from relora_ds.errors import EXIT_BAD_CONFIG, EXIT_DONE, ConfigError
 from relora_ds.listing import listing
 from relora_ds.run_folder import RunFolder
+from relora_ds.train import train
 from tests.conftest import TINY_LLAMA, tiny_settings
 from tests.distributed import common
 from tests.distributed.pool import run
@@ -168,6 +171,22 @@ def test_a_resume_refuses_it_on_all_ranks(case: Case, name: str, ranks: int) -> 
     assert not case.marker.exists()
 
 
+def trusting(settings: dict[str, Any]) -> int:
+    """Trains as with ``--trust``."""
+    place = launch.discover()
+    assert place is not None
+    return train(check(parse(settings), Path("recipe.yaml"), place.world_size, trust=True), place, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("ranks", [2, 1])
+def test_a_resume_with_trust_opens_it(case: Case, ranks: int) -> None:
+    for name in (checkpoints.MODEL_STATES, OPTIMIZER_STATES):
+        case.plant(name)
+    shutil.rmtree(case.run.universal)
+    assert run(ranks, trusting, case.settings) == [EXIT_DONE] * ranks
+    assert case.marker.exists()
+
+
 @pytest.mark.parametrize("name", ["fp32.pt", "exp_avg.pt", "step.pt", "optimizer_state.pt"])
 def test_the_universal_form_is_read_no_less_carefully(case: Case, name: str) -> None:
     planted = case.plant_universal(name)
@@ -224,7 +243,7 @@ def test_a_script_of_ones_own_refuses_it(case: Case, name: str, where: str) -> N
 
 CLIENT_STATE = {
     "epoch": 3, "best": 0.5, "name": "run", "seen": {1, 2}, "nothing": None, "is_on": True, "sizes": (1, torch.Size([2])),
-    "rng": torch.get_rng_state(), "nested": {"list": [1, {"dtype": torch.bfloat16}]}, "bytes": b"ab", "device": torch.device("cpu"),
+    "rng": torch.arange(9, dtype=torch.uint8), "nested": {"list": [1, {"dtype": torch.bfloat16}]}, "bytes": b"ab", "device": torch.device("cpu"),
 }  # fmt: skip
 RELORA = {"rank": 3, "restart_every": 2, "restart_warmup": 1}
 SHARDED = {**RELORA, "frozen": {"dtype": "int8", "group_size": 4, "master": "sharded"}, "trainable_scaling": True}
@@ -312,3 +331,4 @@ def test_a_torn_file_is_no_suspect(tmp_path: Path) -> None:
         unpickle.read(tmp_path / "f.pt")
     with pytest.raises(FileNotFoundError):
         unpickle.read(tmp_path / "missing.pt")
+    unpickle.check([tmp_path / "missing.pt"])

@@ -42,6 +42,16 @@ def same_weights(one: PreTrainedModel, other: PreTrainedModel) -> bool:
     return weights.keys() == others.keys() and all(torch.equal(weight, others[name]) for name, weight in weights.items())
 
 
+def test_code_beside_a_configuration_is_neither_run_nor_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or "y")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "strange", "auto_map": {"AutoConfig": "code.Strange"}}))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')\nclass Strange: pass\n")
+    with pytest.raises(ConfigError, match="model.path=.*contains custom code"):
+        models.read_hf_config(tmp_path, "model.path")
+    assert not asked and not (tmp_path / "marker").exists()
+
+
 # Presets
 
 

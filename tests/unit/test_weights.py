@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,27 @@ def test_pickled_weights_are_loaded_as_a_whole(tmp_path: Path) -> None:
     torch.save(original.state_dict(), tmp_path / "pytorch_model.bin")
     loaded = models.fill(skeleton(configuration("llama")), dtype=torch.float32, device=CPU, weights=str(tmp_path))
     assert all(torch.equal(one, other) for one, other in zip(loaded.parameters(), original.parameters(), strict=True))
+
+
+class Planted:
+    """Its unpickling makes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, (f"touch '{self.marker}'",)
+
+
+def test_pickled_weights_that_would_run_something_are_refused(tmp_path: Path) -> None:
+    original, marker = build("llama"), tmp_path / "marker"
+    original.config.save_pretrained(tmp_path)
+    torch.save({**original.state_dict(), "planted": Planted(marker)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(
+        ConfigError, match=r"model\.path=.*pytorch_model\.bin': is a pickle that wants .*; save it as safetensors"
+    ):
+        models.fill(skeleton(configuration("llama")), dtype=torch.float32, device=CPU, weights=str(tmp_path))
+    assert not marker.exists()
 
 
 def test_another_shape_is_told_in_one_line(tmp_path: Path) -> None:
