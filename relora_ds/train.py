@@ -384,6 +384,8 @@ class Trainer:
             f"{describe(self.checked.architecture)}; {trainable:,} of {everything:,} parameters trainable in phase {self.phase!r}; "
             f"{self.place.world_size} rank(s) on {self.device.type}"
         )
+        if self.checked.full_rank is not None:
+            self.tell(self.checked.full_rank)
         self.tell(
             f"resuming from {resume_from}"
             if resume_from
