@@ -107,6 +107,9 @@ def initialize(
     ds_config.refuse_unsupported(content)
     if mpu is not None or isinstance(model, deepspeed.PipelineModule):
         raise ConfigError("model", type(model).__name__, "pipeline and tensor parallelism are not supported")
+    if any(hasattr(module, "base_layer") for module in model.modules()):  # else PEFT's own factors would get factors
+        way_out = "merge them with merge_and_unload() and call requires_grad_(True) on what is to be trained"
+        raise ConfigError("model", type(model).__name__, "holds PEFT's adapters", way_out)
     if settings.warm_start:
         raise ConfigError(
             "relora.warm_start", settings.warm_start, "the training loop is yours", "train the model first, then initialize"
