@@ -16,6 +16,7 @@ from relora_ds import model as models
 from relora_ds.config import Config
 from relora_ds.data import TokenDataset, TokenIndex, read_index
 from relora_ds.errors import ConfigError
+from relora_ds.full_rank import full_rank_line
 from relora_ds.lock import WAY_OUT, RunLock
 from relora_ds.manifest import Manifest
 from relora_ds.run_folder import RunFolder
@@ -43,6 +44,7 @@ class Checked:
         index: of the token folder.
         trust: whether the user trusts whoever wrote the checkpoints that it begins from, so that pickles are opened that could run
             something.
+        full_rank: what of the model can get no factors, in one line; None where that is little.
     """
 
     config: Config
@@ -50,6 +52,7 @@ class Checked:
     architecture: PretrainedConfig
     index: TokenIndex
     trust: bool = False
+    full_rank: str | None = None
 
 
 def check(
@@ -85,17 +88,19 @@ def check(
     if on_cuda in (None, here):  # a login node cannot judge what runs on the GPUs of others
         dtype, device = ds_config.DTYPES[ds_config.precision(fitted)], torch.device("cuda" if here else "cpu")
         models.attention_implementation(config.model.attention, dtype=dtype, device=device)  # raises where it cannot run
+    full_rank = None
     if config.method != "full":
         model = models.build_meta(architecture)
         layers = lora.find_targets(model, config.relora.targets)
         lora.check_rank(layers, config.relora.rank)
+        full_rank = full_rank_line(model) if config.has_lora_phase else None
         if config.method == "control":
             architecture = models.control_config(architecture, lora.num_trainable(model, layers, config.relora.rank))
     if resumed is not None and resumed.precision != ds_config.precision(fitted):
         _refuse_changes([("deepspeed", resumed.precision, ds_config.precision(fitted))], config.run.dir, allow_changed)
     if resumed is None:
         _check_start(config, trust)
-    return Checked(config, fitted, architecture, index, trust)
+    return Checked(config, fitted, architecture, index, trust, full_rank)
 
 
 def _check_start(config: Config, trust: bool) -> None:

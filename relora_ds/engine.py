@@ -18,6 +18,7 @@ from relora_ds.base import frozen_weights
 from relora_ds.checkpoint import load_base
 from relora_ds.config import Optimizer, ReLoRA, Traffic, parse_relora, parse_traffic
 from relora_ds.errors import ConfigError
+from relora_ds.full_rank import full_rank_line
 from relora_ds.ledger import LEDGER, START_UP, count_everything, label
 from relora_ds.lora import LORA_GROUP, param_groups, relora_layers, wrap
 from relora_ds.optimizer import ReLoRAOptimizer
@@ -50,7 +51,8 @@ def initialize(
 ) -> tuple[Any, Any, Any, Any]:
     """``deepspeed.initialize`` for a model that is trained by ReLoRA.
 
-    The target layers of ``model`` are wrapped in place (unless they already are), the factors get parameter groups of their own, and
+    The target layers of ``model`` are wrapped in place (unless they already are), but for those whose weight is frozen
+    (``requires_grad=False``), which stay as they are. The factors get parameter groups of their own, and
     ``engine.optimizer`` becomes a :class:`~relora_ds.optimizer.ReLoRAOptimizer`, which restarts inside ``engine.step()``. The loop
     stays as it is; ``engine.save_checkpoint`` and ``load_checkpoint`` hold merged weights and restarts.
 
@@ -110,12 +112,17 @@ def initialize(
     ds_config.refuse_unsupported(content)
     if mpu is not None or isinstance(model, deepspeed.PipelineModule):
         raise ConfigError("model", type(model).__name__, "pipeline and tensor parallelism are not supported")
+    if any(hasattr(module, "base_layer") for module in model.modules()):  # else PEFT's own factors would get factors
+        way_out = "merge them with merge_and_unload() and call requires_grad_(True) on what is to be trained"
+        raise ConfigError("model", type(model).__name__, "holds PEFT's adapters", way_out)
     if settings.warm_start:
         raise ConfigError(
             "relora.warm_start", settings.warm_start, "the training loop is yours", "train the model first, then initialize"
         )
     given = _materialise(model_parameters)
+    full_rank = None
     if not any(True for _ in relora_layers(model)):
+        full_rank = full_rank_line(model)
         wrap(model, targets=settings.targets, **wrapping(settings, seed, ds_config.precision(content)))
     if optimizer is None and "optimizer" not in content:
         optimizer = adamw(Optimizer())
@@ -126,6 +133,8 @@ def initialize(
     engine, zero, loader, scheduler = deepspeed.initialize(
         args, model, optimizer, groups, training_data, lr_scheduler, collate_fn=collate_fn, config=content, **others
     )
+    if full_rank is not None and dist.get_rank() == 0:
+        warnings.warn(full_rank, stacklevel=2)
     _route(engine, saving, words)
     base = type(engine.basic_optimizer).__name__
     if base not in ADAMS:

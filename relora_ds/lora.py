@@ -175,9 +175,12 @@ def find_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, Ta
     by the end of its path, so that a part that holds one (``model``, ``transformer``) means its linear layers alone. A list is the
     union of what its entries name.
 
+    Layers whose weight is frozen (``requires_grad=False``) stay so: ``"all-linear"`` and parts of paths pass over them.
+    ``"all-linear"`` also passes over linear layers that factors cannot stand for (see :func:`obstacle`).
+
     Raises:
-        ConfigError: a target matches no layer; or a layer cannot be merged into because it shares its weight with another module,
-            or is an embedding that does more than look rows up.
+        ConfigError: a target matches no layer, or none but frozen ones, or is the full path of a frozen one; or a layer cannot be
+            merged into because it shares its weight with another module, or factors cannot stand for it.
     """
     names = [targets] if isinstance(targets, str) else list(targets)
     if not names:
@@ -185,9 +188,11 @@ def find_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, Ta
     layers: dict[str, Target] = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D, nn.Embedding))}
     chosen: dict[str, Target] = {}
     for target in names:
-        chosen.update(_named_by(target, model, layers))
+        chosen.update(_served(target, _named_by(target, model, layers)))
     _refuse_shared_weights(model, chosen)
-    _refuse_unusual_embeddings(chosen)
+    for name, module in chosen.items():
+        if found := obstacle(module):
+            raise ConfigError("relora.targets", name, *found)
     return chosen
 
 
@@ -195,11 +200,11 @@ def _named_by(target: str, model: nn.Module, layers: dict[str, Target]) -> dict[
     """What one target names of the layers of ``model``; raises ConfigError where it is none."""
     linears = {name: module for name, module in layers.items() if not isinstance(module, nn.Embedding)}
     if target == ALL_LINEAR:
-        head = _in_role(model, "output-head")
+        head = in_role(model, "output-head")
         matched = {name: module for name, module in linears.items() if module is not head}
         problem, way_out = "the model has no linear layer besides its output head", ""
     elif target in ROLES:
-        wanted = _in_role(model, target)
+        wanted = in_role(model, target)
         matched = {name: module for name, module in layers.items() if module is wanted}
         problem, way_out = "the model tells of none that is a linear layer or an embedding", "name the layer by its path"
     else:
@@ -213,7 +218,26 @@ def _named_by(target: str, model: nn.Module, layers: dict[str, Target]) -> dict[
     return matched
 
 
-def _in_role(model: nn.Module, role: str) -> nn.Module | None:
+def _served(target: str, matched: dict[str, Target]) -> dict[str, Target]:
+    """What is left of the layers that ``target`` names: not the frozen ones, and for ``"all-linear"`` only those that can be wrapped.
+
+    Raises:
+        ConfigError: nothing is left, or ``target`` is the full path of a frozen layer.
+    """
+    kept = {name: module for name, module in matched.items() if module.weight.requires_grad}
+    if target == ALL_LINEAR:
+        kept = {name: module for name, module in kept.items() if not obstacle(module)}
+    if kept and (target in kept or target not in matched):
+        return kept
+    name = target if target in matched else next(iter(matched))
+    if found := obstacle(matched[name]):
+        raise ConfigError("relora.targets", name, *found)
+    layer = f"layer {name!r} is" if len(matched) == 1 or name == target else f"all its layers ({name!r}, ...) are"
+    problem = f"{layer} frozen (requires_grad=False), and what is frozen stays as it is"
+    raise ConfigError("relora.targets", target, problem, "call requires_grad_(True) on what is to be trained, or leave it out")
+
+
+def in_role(model: nn.Module, role: str) -> nn.Module | None:
     """The module that ``model`` gives for one of :data:`ROLES`; None where it knows of none."""
     with suppress(NotImplementedError):  # what transformers raises for a model that it cannot tell for
         return getattr(model, ROLES[role])() if hasattr(model, ROLES[role]) else None
@@ -234,18 +258,43 @@ def _refuse_shared_weights(model: nn.Module, chosen: Mapping[str, Target]) -> No
                 )
 
 
-def _refuse_unusual_embeddings(chosen: Mapping[str, Target]) -> None:
-    """W[ids] is all that factors can stand for: not a scaled or shifted row, one that a forward pass shortens, or other gradients."""
-    for name, module in chosen.items():
-        if not isinstance(module, nn.Embedding):
-            continue
-        if type(module).forward is not nn.Embedding.forward:
-            problem = f"is a {type(module).__name__}, which does more than look rows up"
-            raise ConfigError("relora.targets", name, problem, "leave it out")
-        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
-            if value := getattr(module, option):
-                problem = f"is an embedding with {option}={value}, which its factors cannot keep to"
-                raise ConfigError("relora.targets", name, problem, "leave it out, or build it without")
+def obstacle(module: Target) -> tuple[str, str] | None:
+    """Why factors cannot stand for this layer, and what to do about it; None where they can.
+
+    W x or W[ids] is all that they can: not a scaled or shifted row, nor a forward pass that reads more than weight and bias.
+    """
+    kind, leave_out = type(module).__name__, "leave it out"
+    if "weight" not in module._parameters:
+        return f"is a {kind} whose weight is computed from others", "leave it out, or make it a parameter of its own"
+    if not module.weight.is_floating_point() or module.weight.itemsize < 2:
+        return f"its weight is kept in {module.weight.dtype}", "load the model without quantisation, or leave it out"
+    if not isinstance(module, nn.Embedding):
+        return None if _is_plain(module) else (f"is a {kind}, which does more than multiply by its weight", leave_out)
+    if type(module).forward is not nn.Embedding.forward:
+        return f"is a {kind}, which does more than look rows up", leave_out
+    for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+        if value := getattr(module, option):
+            return f"is an embedding with {option}={value}, which its factors cannot keep to", "leave it out, or build it without"
+    return None
+
+
+def _is_plain(module: nn.Linear | Conv1D) -> bool:
+    """Whether the forward pass is x Wᵀ + b. One that a subclass wrote is tried on a small weight in the place of its own."""
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    if isinstance(module, Conv1D):
+        return False
+    small = nn.utils.skip_init(nn.Linear, 3, 2, bias=module.bias is not None, device="cpu")  # draws no random numbers
+    for param in small.parameters():
+        param.data = torch.arange(1.0, param.numel() + 1, device="cpu").view(param.shape)
+    x = torch.ones(1, 3, device="cpu")
+    expected = small(x)
+    small.__dict__ = {**module.__dict__, **small.__dict__}
+    small.__class__ = type(module)
+    try:
+        return torch.allclose(type(module).forward(small, x), expected)  # small integers: exact
+    except Exception:  # it reads what only the layer itself has, or returns something else
+        return False
 
 
 def check_rank(layers: Mapping[str, Target], rank: int) -> None:
@@ -268,7 +317,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def num_trainable(model: nn.Module, layers: Mapping[str, Target], rank: int) -> int:
     """Parameters that are trained once these layers of ``model`` are wrapped."""
     frozen = {id(module.weight) for module in layers.values()}
-    kept = sum(p.numel() for p in model.parameters() if id(p) not in frozen)
+    kept = sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in frozen)
     return kept + sum(rank * sum(module.weight.shape) for module in layers.values())
 
 

@@ -186,7 +186,7 @@ def _exact_rows(engine: Any, targets: Mapping[str, nn.Module], device: torch.dev
 @torch.no_grad()
 def _take_along(engine: Any, targets: Mapping[str, nn.Module], device: torch.device, *, moments: bool) -> dict[str, Carried]:
     left_behind = {id(module.weight) for module in targets.values()}
-    params = {name: p for name, p in engine.module.named_parameters() if id(p) not in left_behind}
+    params = {name: p for name, p in engine.module.named_parameters() if p.requires_grad and id(p) not in left_behind}
     state = ZeroState(engine.optimizer, params, data_parallel_group(engine.optimizer, device))
     keys = state.moment_keys() if moments else []
     return {

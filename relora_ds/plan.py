@@ -18,6 +18,7 @@ from relora_ds.data import read_index
 from relora_ds.errors import ConfigError
 from relora_ds.footprint import Engine, Peak
 from relora_ds.formulas import Bytes, Way
+from relora_ds.full_rank import full_rank_line
 from relora_ds.vocabulary import words_of
 
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -349,6 +350,8 @@ class Planner:
     def hints(self, choices: Sequence[Mapping[str, Any]]) -> list[str]:
         """What to change, in words."""
         engine, hints = self.engine(), []
+        if "lora" in self.names() and (said := full_rank_line(models.build_meta(self.target))):
+            hints.append(said)
         most = max(self.phase(name).trainable for name in self.names())
         if engine.bucket > 2 * most:
             spare = (engine.bucket - most) * engine.width * (2 if engine.overlap else 1)

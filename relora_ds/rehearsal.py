@@ -159,16 +159,18 @@ def build(
         on_cuda: whether dropout works as on a GPU.
 
     Raises:
-        ConfigError: as :func:`relora_ds.model.skeleton` and :func:`relora_ds.lora.wrap` raise it.
+        ConfigError: as :func:`relora_ds.model.skeleton` and :func:`relora_ds.lora.find_targets` raise it, and for too large a rank.
     """
     implementation = "eager" if attention == "eager" else "sdpa"
     model = models.skeleton(architecture, attention=implementation, dtype=dtype, device=torch.device("cpu")).train()
+    layers = {} if settings is None else lora.find_targets(model, settings.targets)
     mode = FakeTensorMode()
     with mode:
         _make_fake(model, dtype)
         if settings is not None:
-            lora.wrap(
-                model, targets=settings.targets, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout,
+            lora.check_rank(layers, settings.rank)
+            lora.wrap_layers(
+                model, layers, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout,
                 frozen=settings.frozen, trainable_scaling=settings.trainable_scaling,
             )  # fmt: skip
         if gradient_checkpointing:

@@ -410,8 +410,9 @@ class Trainer:
 
     def _introduce(self, resume_from: Path | None) -> None:
         self._tell_size()
-        if note := self.config.short_last_interval():
-            self.tell(note)
+        for note in (self.checked.full_rank, self.config.short_last_interval()):
+            if note is not None:
+                self.tell(note)
         self.tell(
             f"resuming from {resume_from}"
             if resume_from

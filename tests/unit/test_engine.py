@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import relora_ds
@@ -94,6 +95,18 @@ def test_refusals_in_one_line(arguments: dict, message: str) -> None:
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert not torch.distributed.is_initialized()
+
+
+def test_a_model_under_peft_is_refused_until_it_is_merged() -> None:
+    """PEFT freezes what it wraps and adds linear layers of its own, which would be all that is left to wrap."""
+    arguments = {"config": ZERO_2, "relora": {"rank": 2, "restart_every": 5, "restart_warmup": 0}}
+    adapted = get_peft_model(model(), LoraConfig(r=4, target_modules=["0", "2"]))
+    with pytest.raises(ConfigError, match=r"^model='PeftModel': holds PEFT's adapters; merge them with merge_and_unload"):
+        relora_ds.initialize(model=adapted, **arguments)
+    with pytest.raises(
+        ConfigError, match=r"^relora\.targets='all-linear': all its layers .* are frozen .*; call requires_grad_\(True\)"
+    ):
+        relora_ds.initialize(model=adapted.merge_and_unload(), **arguments)
 
 
 def test_a_stepped_optimizer_and_a_ready_scheduler_are_refused() -> None:

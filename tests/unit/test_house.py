@@ -43,6 +43,7 @@ def test_one_place_alone(pattern: str, home: str) -> None:
         "manifest.py",
         "slurm_script.py",
         "formulas.py",
+        "full_rank.py",
     ],
 )
 def test_pure_modules_know_of_no_ranks(module: str) -> None:

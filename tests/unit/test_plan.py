@@ -71,6 +71,14 @@ def test_methods(method: str, phases: set[str], recipe: Path, capsys: pytest.Cap
     assert ("frozen weights" in str(answer["memory"])) == (method == "lora")
 
 
+def test_what_can_get_no_factors_is_told(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = "model.config={model_type: mixtral, vocab_size: 512, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, "
+    mixture = f"{few}num_attention_heads: 4, num_key_value_heads: 4, num_local_experts: 4}}"
+    hints = plan(capsys, str(recipe), mixture, "--gpus", "2", "relora.warm_start=0")["advice"]["hints"]
+    assert any("can get no factors and stay full-rank: 3-D parameters (model.layers.*.mlp.experts" in hint for hint in hints)
+    assert not any("full-rank:" in hint for hint in plan(capsys, str(recipe), "--gpus", "2")["advice"]["hints"])
+
+
 def test_ten_thousand_gpus_hold_less_each(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = plan(capsys, str(recipe), "--gpus", "1", "train.global_batch=10000", "train.micro_batch=1", "method=full")
     many = plan(capsys, str(recipe), "--gpus", "10000", "train.global_batch=10000", "train.micro_batch=1", "method=full")
