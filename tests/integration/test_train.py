@@ -27,7 +27,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory, token_folder: Path) -> Path:
     """The folder of an uninterrupted run with two processes."""
     folder = tmp_path_factory.mktemp("whole")
     path = write_recipe(folder, token_folder, "run")
-    relora("train", path, "--nproc", 2, TORCH_EXTENSIONS_DIR=str(folder / "extensions"))
+    done = relora("train", path, "--nproc", 2, TORCH_EXTENSIONS_DIR=str(folder / "extensions"))
+    (folder / "told").write_text(done.stderr)
     return folder / "run"
 
 
@@ -45,6 +46,16 @@ def test_every_launcher_trains_the_same(recipe: Recipe, tmp_path: Path, whole: P
     for name, launcher in (("torchrun", torchrun), ("deepspeed", deepspeed)):
         command([*launcher, "train", recipe(name)])
         assert metrics(tmp_path / name) == metrics(whole), name
+
+
+def test_the_parameters_of_each_phase_are_told(whole: Path) -> None:
+    told = (whole.parent / "told").read_text()
+    sizes = re.findall(r"([\d,]+) of ([\d,]+) parameters trainable in phase '(\w+)'", told)
+    (all_full, full, first), (trained, everything, second) = sizes
+    assert (first, second) == ("full", "lora")
+    numbers = [int(number.replace(",", "")) for number in (all_full, full, trained, everything)]
+    assert numbers[0] == numbers[1] < numbers[3] and numbers[2] < numbers[3]
+    assert re.search(r"lora 30/30  loss \S+  lr \S+  lora_lr \S+  \S+ tokens/s  sent", told)
 
 
 def kill_tree(process: subprocess.Popen[str]) -> None:
