@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from relora_ds import unpickle
+from relora_ds import exact, unpickle
 from relora_ds.errors import ConfigError
 from relora_ds.lora import ReLoRAEmbedding, ReLoRALayer
 from relora_ds.run_folder import give_usual_mode, write_atomically
@@ -141,7 +141,7 @@ def peft_weights(folder: Path, base: Source, model: PreTrainedModel) -> Source:
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
             A, B = (file.get_tensor(key).to(torch.float32) for key in (found.A, found.B))
             value = base(names, param) if found.base is None else file.get_tensor(found.base)
-        change = (B @ A).mul_(found.scaling)
+        change = exact.product(B, exact.columns(A)).mul_(found.scaling).to(torch.float32)
         return value.to(torch.float32) + (change.t() if found.is_in_out else change)
 
     return read

@@ -378,10 +378,9 @@ def _merge(rehearsed: Rehearsed, layer: lora.ReLoRALayer, engine: Engine, frozen
 
     with rehearsed.mode:
         factors = {name: torch.empty(factor.shape) for name, factor in layer.factors().items()}
-    lora_b = factors.pop("lora_B")
 
     def work() -> None:
-        merge(lambda rows: layer.delta(lora_B=lora_b[rows], **factors))
+        merge(layer.change(**factors))
 
     return work
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from relora_ds import exact as exactly
+
 CHUNK = 1 << 20
 """Elements hashed at a time: bounds each of the int64 copies that a checksum makes to 8 MiB."""
 PIECE = 1 << 20
@@ -296,16 +298,24 @@ class ShardedMaster:
         """Adds this rank's rows of a change and publishes; returns the figures of these rows alone. Every rank must call it."""
         weight, master = self.weights[name], self.rows[name]
         stats, parts = MergeStats.nothing(weight.values.device), self._parts(name)
-        left, right = self.held.pop(name, (None, None))
+        held = self._held_change(name)
         for rows, mine in self._pieces(name):
             before, delta = weight.read(rows), change(rows)
             master[mine] += delta.to(master.device)
-            if left is not None and right is not None:
-                master[mine] -= left[mine] @ right
+            if held is not None:
+                master[mine] -= held(mine)
             after = self._round(name, mine, parts)
             stats += MergeStats.measure(before, delta, before + delta, after)
         self._gather(name, parts)
         return stats
+
+    def _held_change(self, name: str) -> Change | None:
+        """What the master holds already of a change to come, by this rank's own rows; None where that is nothing."""
+        if name not in self.held:
+            return None
+        left, right = self.held.pop(name)
+        columns = exactly.columns(right)
+        return lambda mine: exactly.product(left[mine], columns).to(torch.float32)
 
     @torch.no_grad()
     def publish(self, name: str) -> None:

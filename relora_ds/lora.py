@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from relora_ds import exact
 from relora_ds.config import Frozen
 from relora_ds.errors import ConfigError, nearest
-from relora_ds.frozen import FLOATS, FrozenWeight, own_rows
+from relora_ds.frozen import FLOATS, Change, FrozenWeight, own_rows, pieces
 from relora_ds.reinit import InitName, initial_A, initial_B
 
 ALL_LINEAR = "all-linear"
@@ -89,16 +90,24 @@ class ReLoRALayer(nn.Module):
         named = {"lora_A": self.lora_A, "lora_B": self.lora_B, "lora_scaling": self.lora_scaling}
         return {name: factor for name, factor in named.items() if factor is not None}
 
-    def delta(self, lora_A: Tensor, lora_B: Tensor, lora_scaling: Tensor | None = None) -> Tensor:
-        """s·B·A (out, in) in fp32, from factors (rank, in) and (out, rank); rows of B give these rows of it."""
+    def change(self, lora_A: Tensor, lora_B: Tensor, lora_scaling: Tensor | None = None) -> Change:
+        """Gives rows of s·B·A in fp32, from factors (rank, in) and (out, rank): the same bits in whichever pieces."""
         scale = self.scale(None if lora_scaling is None else lora_scaling.to(torch.float32))
-        return scale * (lora_B.to(torch.float32) @ lora_A.to(torch.float32))
+        right = exact.columns(lora_A)
+        return lambda rows: exact.product(lora_B[rows], right).mul_(scale).to(torch.float32)
+
+    def delta(self, lora_A: Tensor, lora_B: Tensor, lora_scaling: Tensor | None = None) -> Tensor:
+        """All of :meth:`change`: (out, in) fp32."""
+        return self.change(lora_A, lora_B, lora_scaling)(slice(None))
 
     @torch.no_grad()
     def merged(self) -> Tensor:
         """W + s·B·A, (out, in) fp32."""
-        change = self.delta(self.lora_A, self.lora_B, self.lora_scaling)
-        return change if self.weight is None else change.add_(self.weight.read())
+        change = self.change(self.lora_A, self.lora_B, self.lora_scaling)
+        merged = torch.empty(self.out_features, self.in_features, device=self.lora_A.device)
+        for rows in pieces(slice(0, self.out_features), self.in_features):
+            merged[rows] = change(rows) if self.weight is None else self.weight.read(rows) + change(rows)
+        return merged
 
     @torch.no_grad()
     def reset(self, name: str, seed: int, restart: int, init: InitName = "kaiming") -> None:

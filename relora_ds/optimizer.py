@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from relora_ds import pruning
+from relora_ds import exact, pruning
 from relora_ds.config import ReLoRA
 from relora_ds.errors import RestartError
 from relora_ds.frozen import MergeStats, ShardedMaster, checksum, stored_tensors
@@ -243,11 +243,7 @@ class ReLoRAOptimizer(ZeroProxy):
         """Merges one layer, from its factors' masters: all of it here, or this rank's rows into the master of W, whose rounding
         all ranks then hold."""
         assert layer.weight is not None, "refused with the settings"
-        lora_B = factors.pop("lora_B")
-
-        def change(rows: slice) -> Tensor:
-            return layer.delta(lora_B=lora_B[rows], **factors)
-
+        change = layer.change(**factors)
         return layer.weight.merge(change) if self.frozen_master is None else self.frozen_master.merge(name, change)
 
     def _reinitialise(self, name: str, layer: ReLoRALayer) -> None:
@@ -268,13 +264,18 @@ class ReLoRAOptimizer(ZeroProxy):
         master = self.frozen_master
         assert master is not None, "refused with the settings"
         lora_A = principal_inputs(
-            lambda: (piece for _, piece in master.residual(name)), start, lambda total: self.comm.all_reduce(total, "restart")
+            lambda: (piece for _, piece in master.residual(name)),
+            start,
+            layer.out_features,
+            lambda total: self.comm.all_reduce(total, "restart"),
+            lambda largest: self.comm.all_reduce(largest, "restart", dist.ReduceOp.MAX),
         )
         self.comm.broadcast(lora_A, 0, "restart")  # the same bits, also where the ranks' machines differ
         scale = float(layer.scale(None if layer.lora_scaling is None else torch.ones(1)))
         lora_B = torch.zeros(layer.out_features, layer.rank, device=start.device)
+        right = exact.columns(lora_A.t())
         for rows, piece in master.residual(name):
-            lora_B[rows] = piece @ lora_A.t() / scale
+            lora_B[rows] += exact.product(piece, right).div_(scale).to(torch.float32)
         self.comm.all_reduce(lora_B, "restart")  # every row has one owner: the sum is exact
         if bool(lora_B.any()):
             master.hold(name, scale * lora_B[master.own(name)], lora_A)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from relora_ds import frozen, launch
+from relora_ds import exact, frozen, launch
 from relora_ds.frozen import FLOATS, FrozenWeight, MergeStats, ShardedMaster, checksum, dequantise, own_rows, quantise
 from tests.memory import PeakMemory
 
@@ -336,10 +336,10 @@ def test_peak_memory_of_a_merge_is_one_layer(dtype: str, sharded: bool) -> None:
     rows, columns = 512, 768
     store = FrozenWeight(normal(rows, columns), dtype, exact_rows=slice(None) if sharded else None)
     master = alone(store) if sharded else None
-    left, right = normal(rows, 4), normal(4, columns)
+    left, right = normal(rows, 4), exact.columns(normal(4, columns))
 
     def change(piece: slice) -> Tensor:
-        return left[piece] @ right
+        return exact.product(left[piece], right).to(torch.float32)
 
     with PeakMemory() as memory:
         if master is None:

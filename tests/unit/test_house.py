@@ -37,6 +37,7 @@ def test_one_place_alone(pattern: str, home: str) -> None:
         "pruning.py",
         "rounding.py",
         "reinit.py",
+        "exact.py",
         "lora.py",
         "frozen.py",
         "config.py",

@@ -19,6 +19,7 @@ from relora_ds.config import Frozen, Model
 from relora_ds.errors import ConfigError
 from relora_ds.lora import ReLoRALinear, count_parameters, find_targets, initial_A, param_groups, relora_layers, wrap
 from tests.conftest import TINY_LLAMA, VOCAB_SIZE
+from tests.products import ExactProducts
 
 RANK, ALPHA = 3, 6.0
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -444,3 +445,25 @@ def test_param_groups_settings() -> None:
     assert groups["lora"]["lr"] == 0.0
     assert "lr" not in groups["dense"]
     assert [name for name, group in groups.items() if "weight_decay" in group] == [lora.NO_DECAY_GROUP]
+
+
+@pytest.mark.parametrize("trainable_scaling", [False, True])
+@pytest.mark.parametrize("base", [nn.Linear(40, 61), Conv1D(61, 40), nn.Embedding(61, 40)], ids=["linear", "conv1d", "embedding"])
+def test_a_change_is_the_same_bits_in_whichever_pieces(base: nn.Module, trainable_scaling: bool) -> None:
+    """And so is a merge: whole on every rank, or by the rows that a rank has of a sharded master, by their number."""
+    kind = lora.ReLoRAEmbedding if isinstance(base, nn.Embedding) else ReLoRALinear
+    layer = kind(base, rank=8, alpha=5, trainable_scaling=trainable_scaling, frozen=Frozen(dtype="bf16"))
+    layer.reset("layer", seed=0, restart=0)
+    factors = {name: torch.randn(factor.shape) * 0.1 for name, factor in layer.factors().items()}
+    with ExactProducts() as asked:
+        whole = layer.delta(**factors)
+    assert asked.num == 1
+    change = layer.change(**factors)
+    for size in (1, 2, 5, 16, 31):
+        rows = [slice(start, start + size) for start in range(0, 61, size)]
+        assert torch.equal(torch.cat([change(piece) for piece in rows]), whole), size
+    expected = float(layer.scale(factors.get("lora_scaling"))) * (factors["lora_B"].double() @ factors["lora_A"].double())
+    torch.testing.assert_close(whole.double(), expected, rtol=1e-6, atol=1e-7)
+    merged = (layer.weight.read() + whole).to(torch.bfloat16)
+    layer.weight.merge(change)
+    assert torch.equal(layer.weight.values, merged)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from relora_ds.frozen import FrozenWeight
 from relora_ds.reinit import initial_A, initial_B, principal_inputs
+from tests.products import ExactProducts
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -32,22 +33,19 @@ def test_initial_B_is_uniform_within_one_over_the_root_of_the_rank() -> None:
     assert not torch.equal(initial_B(400, 16, name="other", seed=1), values)
 
 
-def in_pieces(matrix: Tensor, num: int) -> Callable[[], tuple[Tensor, ...]]:
-    return lambda: matrix.chunk(num)
-
-
 def energy(matrix: Tensor, rows: Tensor) -> float:
     """Share of the squared norm of ``matrix`` that its projection onto the row space keeps."""
     return float((matrix @ rows.t()).square().sum() / matrix.square().sum())
 
 
-def alone(total: Tensor) -> Tensor:
-    return total
+def principal(matrix: Tensor, start: Tensor, num: int = 1) -> Tensor:
+    """Of a matrix whose rows come in so many pieces."""
+    return principal_inputs(lambda: matrix.chunk(num), start, matrix.shape[0], lambda total: total, lambda largest: largest)
 
 
 def test_a_low_rank_matrix_is_held_whole() -> None:
     matrix = normal(60, 4) @ normal(4, 40, seed=1)
-    rows = principal_inputs(in_pieces(matrix, 3), initial_A(4, 40, name="layer", seed=0, restart=0), alone)
+    rows = principal(matrix, initial_A(4, 40, name="layer", seed=0, restart=0), 3)
     torch.testing.assert_close(rows @ rows.t(), torch.eye(4), rtol=0, atol=1e-6)
     torch.testing.assert_close(matrix @ rows.t() @ rows, matrix, rtol=0, atol=1e-5)
 
@@ -57,19 +55,55 @@ def test_of_a_rounding_error_as_much_as_an_exact_svd_holds(dtype: str) -> None:
     """Its spectrum is flat: the hardest case. Within 2% of the best that any factors of this rank could hold."""
     weight = 0.02 * normal(384, 256)
     residual = weight - FrozenWeight(weight, dtype).read()
-    rows = principal_inputs(in_pieces(residual, 5), initial_A(64, 256, name="layer", seed=0, restart=0), alone)
+    rows = principal(residual, initial_A(64, 256, name="layer", seed=0, restart=0), 5)
     best = torch.linalg.svdvals(residual.double())[:64].square().sum() / residual.double().square().sum()
     assert 0.98 * float(best) < energy(residual, rows) <= float(best) * 1.0001
     assert float(best) > 0.3
 
 
 @pytest.mark.parametrize("num", [2, 3, 61])
-def test_the_split_of_the_rows_changes_nothing(num: int) -> None:
+def test_the_split_of_the_rows_changes_no_bit(num: int) -> None:
+    """By construction: all sums that a split could reorder are exact."""
     matrix, start = normal(61, 40), initial_A(8, 40, name="layer", seed=0, restart=0)
-    whole = principal_inputs(in_pieces(matrix, 1), start, alone)
-    torch.testing.assert_close(principal_inputs(in_pieces(matrix, num), start, alone), whole, rtol=0, atol=1e-6)
+    with ExactProducts() as asked:
+        split = principal(matrix, start, num)
+    assert asked.num == 8 * 2 * num
+    assert torch.equal(split, principal(matrix, start))
+
+
+def test_sums_over_all_rows_are_exact() -> None:
+    """The largest there can be: whole numbers of one sign, up to their bound; what ranks add up stays within 2**53."""
+    sums: list[float] = []
+
+    def largest_so_far(total: Tensor) -> Tensor:
+        sums.append(float(total.abs().max()))
+        return total
+
+    matrix, start = torch.full((512, 8), 2 - 2**-23), torch.full((1, 8), 8**-0.5)
+    principal_inputs(lambda: matrix.split(3), start, 512, largest_so_far, lambda largest: largest)
+    assert 2**49 < max(sums) <= 2**53
+
+
+@pytest.mark.parametrize("of", [lambda: initial_A(96, 1500, name="a", seed=1, restart=0, kind="orthonormal"), None])
+def test_the_number_of_threads_changes_no_bit(of: Callable[[], Tensor] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A QR decomposition of this size has other bits with other threads; so it is asked of one, however many there are."""
+    seen: list[int] = []
+    qr = torch.linalg.qr
+    monkeypatch.setattr(torch.linalg, "qr", lambda matrix: (seen.append(torch.get_num_threads()), qr(matrix))[1])
+    matrix = normal(300, 1500)
+    of = of or (lambda: principal(matrix, initial_A(96, 1500, name="a", seed=1, restart=0)))
+    before = torch.get_num_threads()
+    found = []
+    for num in (1, 2):
+        torch.set_num_threads(num)
+        found.append(of())
+        assert torch.get_num_threads() == num
+    torch.set_num_threads(before)
+    assert torch.equal(*found)
+    assert set(seen) == {1}
 
 
 def test_of_nothing_the_start_is_kept() -> None:
     start = initial_A(3, 10, name="layer", seed=0, restart=0)
-    assert torch.equal(principal_inputs(in_pieces(torch.zeros(7, 10), 2), start, alone), start)
+    assert torch.equal(principal(torch.zeros(7, 10), start, 2), start)
+    assert torch.equal(principal_inputs(tuple, start, 0, lambda total: total, lambda largest: largest), start), "no rows at all"
