@@ -42,6 +42,7 @@ class Checked:
         architecture: the Hugging Face configuration of the model.
         index: of the token folder.
         trust: whether the user trusts pickles that no manifest lists.
+        remark: what the user should hear before it starts, once; empty if nothing.
     """
 
     config: Config
@@ -49,6 +50,7 @@ class Checked:
     architecture: PretrainedConfig
     index: TokenIndex
     trust: bool = False
+    remark: str = ""
 
 
 def check(
@@ -72,11 +74,10 @@ def check(
     resumed = _check_resume(config, world_size, allow_changed)
     if resumed is not None and resumed.world_size != world_size:
         config = ds_config.adapt(config, world_size)
-    near = (recipe.resolve().parent, recipe.resolve().parent.parent)
-    content = ds_config.read(config.deepspeed, *near)
-    ds_config.refuse_unsupported(content)
-    ds_config.refuse_with_traffic(content, config.traffic)
+    content = ds_config.of_recipe(config, recipe.resolve().parent, recipe.resolve().parent.parent)
     fitted = ds_config.fit(content, config, world_size)
+    if on_cuda is None:
+        ds_config.refuse_unrunnable(ds_config.precision(fitted))
     index = read_index(Path(config.data.path))
     architecture = models.hf_config(config.model, index.vocab_size)
     _check_data(config, index, architecture)
@@ -94,7 +95,7 @@ def check(
         _refuse_changes([("deepspeed", resumed.precision, ds_config.precision(fitted))], config.run.dir, allow_changed)
     if config.model.weights is not None and resumed is None:
         adapters.check_deepspeed(Path(config.model.weights), trust=trust)
-    return Checked(config, fitted, architecture, index, trust)
+    return Checked(config, fitted, architecture, index, trust, ds_config.idle(content))
 
 
 def _check_data(config: Config, index: TokenIndex, architecture: PretrainedConfig) -> None:

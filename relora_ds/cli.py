@@ -178,6 +178,8 @@ def _train_rank(checked: Checked, place: launch.Place, stop: StopSignal) -> int:
     from relora_ds.train import TrainingError, train
     from relora_ds.watchdog import collective_timeout_s
 
+    if place.is_main and checked.remark:
+        print(f"[relora-ds] {checked.remark}", file=sys.stderr, flush=True)
     device = launch.start_process_group(place, timeout_s=collective_timeout_s(checked.config.train.hang_timeout))
     message, is_final = "", True
     try:

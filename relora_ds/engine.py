@@ -18,6 +18,7 @@ from relora_ds.base import frozen_weights
 from relora_ds.checkpoint import load_base
 from relora_ds.config import Optimizer, ReLoRA, Traffic, parse_relora, parse_traffic
 from relora_ds.errors import ConfigError
+from relora_ds.frozen import FrozenWeight
 from relora_ds.ledger import LEDGER, START_UP, count_everything, label
 from relora_ds.lora import LORA_GROUP, param_groups, relora_layers, wrap
 from relora_ds.optimizer import ReLoRAOptimizer
@@ -78,9 +79,11 @@ def initialize(
     """
     if model is None:
         raise ConfigError("model", None, "is required")
-    content = ds_config.read(config if config is not None else getattr(args, "deepspeed_config", None) or "")
+    content = ds_config.normalise(ds_config.read(config if config is not None else getattr(args, "deepspeed_config", None) or ""))
+    precision = ds_config.precision(content)
+    ds_config.refuse_unrunnable(precision)
     launch.skip_shared_memory_build()
-    if ds_config.precision(content) == "bf16" and not torch.cuda.is_available():
+    if precision == "bf16" and not torch.cuda.is_available():
         done = launch.guard_bf16()
         if done:
             warnings.warn(done, stacklevel=2)
@@ -97,6 +100,7 @@ def initialize(
             args, model, optimizer, model_parameters, training_data, lr_scheduler,
             mpu=mpu, collate_fn=collate_fn, config=content, **others,
         )  # fmt: skip
+        ds_config.refuse_other_precision(plain[0], precision)
         _route(plain[0], saving, words)
         label(plain[0])
         return plain
@@ -111,16 +115,20 @@ def initialize(
         )
     given = _materialise(model_parameters)
     if not any(True for _ in relora_layers(model)):
-        wrap(model, targets=settings.targets, **wrapping(settings, seed, ds_config.precision(content)))
+        wrap(model, targets=settings.targets, **wrapping(settings, seed, precision))
     if optimizer is None and "optimizer" not in content:
         optimizer = adamw(Optimizer())
     optimizer, groups = _groups(model, optimizer, given, lr_scheduler, content, lora_lr)
     words = Words()
     if saving.is_on:
         words, groups = _apart(model, optimizer, groups)
+    stores = _stores(model)
     engine, zero, loader, scheduler = deepspeed.initialize(
         args, model, optimizer, groups, training_data, lr_scheduler, collate_fn=collate_fn, config=content, **others
     )
+    _keep(stores)
+    ds_config.refuse_other_precision(engine, precision)
+    _warn_of_idle(content)
     _route(engine, saving, words)
     base = type(engine.basic_optimizer).__name__
     if base not in ADAMS:
@@ -129,6 +137,25 @@ def initialize(
     label(engine)
     engine.load_checkpoint = _with_base(engine, engine.load_checkpoint)
     return engine, engine.optimizer, loader, scheduler
+
+
+def _stores(model: nn.Module) -> list[tuple[FrozenWeight, str, torch.dtype]]:
+    """The buffers of the frozen weights, by owner and name, with their dtypes."""
+    owners = [module for module in model.modules() if isinstance(module, FrozenWeight)]
+    return [(owner, name, buffer.dtype) for owner in owners for name, buffer in owner.named_buffers(recurse=False)]
+
+
+def _keep(stores: list[tuple[FrozenWeight, str, torch.dtype]]) -> None:
+    """Undoes that DeepSpeed makes those fp32 whose names are on a list of the model, or in ``data_types.keep_in_fp32_modules``."""
+    for owner, name, dtype in stores:
+        buffer = owner.get_buffer(name)
+        buffer.data = buffer.data.to(dtype)
+
+
+def _warn_of_idle(content: Mapping[str, Any]) -> None:
+    """On rank 0: which of the user's settings do nothing."""
+    if dist.get_rank() == 0 and (idle := ds_config.idle(content)):
+        warnings.warn(idle, stacklevel=3)
 
 
 def _with_base(engine: Any, load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
