@@ -48,8 +48,9 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
             content[section] = _typed(section, content[section], understand)
     for name in ("grad_accum_dtype", "param_dtype", "buffer_dtype"):
         _name_dtype(content, name)
-    if isinstance(content.get("communication_data_type"), str):
-        content["communication_data_type"] = content["communication_data_type"].lower()
+    for key in ("communication_data_type", "gradient_allreduce_op"):  # DeepSpeed takes these in any case
+        if isinstance(content.get(key), str):
+            content[key] = content[key].lower()
     _replace_autos(content)
     precision(content)
     _refuse_what_deepspeed_refuses(content)

@@ -20,6 +20,7 @@ from relora_ds.zero_vocabulary import VocabularyRoute
 from tests.distributed import common
 from tests.distributed.pool import run
 from tests.distributed.test_training import at, read_log, train_here
+from tests.fp16 import needs_fp16
 from tests.wire import Wire
 
 WIDE = {"vocab_size": 4096, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 1}
@@ -275,7 +276,7 @@ def skips(traffic: dict[str, Any], dtype: str) -> list[tuple[bool, int, bool]]:
     return seen
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", pytest.param("fp16", marks=needs_fp16)])
 def test_a_gradient_that_is_not_finite_is_dropped_with_its_update_everywhere(dtype: str) -> None:
     """With turns of 2: the third update gathers, the sixth delivers; what the fifth gathered waits for the eighth."""
     for traffic in ({"vocabulary_every": 2}, {"vocabulary_every": 2, "vocabulary_dtype": "int8"}):
