@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
@@ -24,6 +25,17 @@ STAGE_3 = (
     *("log_trace_cache_warnings", "save_muon_momentum_buffer_in_memory", "allgather_partitions"),
 )
 """Keys of ``zero_optimization`` that stages 1 and 2 do not look at, beside those that begin with stage3_."""
+DECIDING = ("bf16", "bfloat16", "fp16", "zero_optimization", "data_types", "gradient_clipping", "communication_data_type")
+OTHERS = """
+    managed_gradient_accumulation gradient_allreduce_op prescale_gradients gradient_predivide_factor optimizer scheduler
+    zero_allow_untested_optimizer zero_force_ds_cpu_optimizer torch_autocast amp disable_allgather sequence_parallel_size
+    seq_parallel_communication_data_type data_parallel_size tensor_parallel pipeline expert_parallel hybrid_engine
+    use_data_before_expert_parallelism weight_quantization activation_checkpointing compile checkpoint datastates_ckpt aio
+    data_efficiency dataloader_drop_last autotuning timers flops_profiler comms_logger wall_clock_breakdown memory_breakdown
+    dump_state steps_per_print log_level disable_python_gc vocabulary_size tensorboard wandb csv_monitor comet
+"""
+KEYS = frozenset((*DECIDING, *BATCH, *OTHERS.split()))
+"""The settings and sections that DeepSpeed looks up; it passes over any other."""
 
 _SECTIONS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "bf16": get_bfloat16_config,
@@ -42,6 +54,7 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: what DeepSpeed itself refuses; an "auto" that nothing here gives a value; two ways to say one thing.
     """
     content: dict[str, Any] = deepcopy(dict(config))
+    _refuse_misspelt(content)
     _rename(content)
     for section, understand in _SECTIONS.items():
         if section in content and not (section == "zero_optimization" and isinstance(content[section], bool)):
@@ -55,6 +68,14 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
     precision(content)
     _refuse_what_deepspeed_refuses(content)
     return content
+
+
+def _refuse_misspelt(content: Mapping[str, Any]) -> None:
+    """Raises ConfigError for what DeepSpeed would pass over, and was meant to decide what is trained."""
+    for key in content:
+        meant = () if key in KEYS else difflib.get_close_matches(str(key).lower(), DECIDING, n=1, cutoff=0.8)
+        if meant:
+            raise ConfigError(f"deepspeed.{key}", content[key], "DeepSpeed has no such setting", f"did you mean {meant[0]!r}?")
 
 
 def _rename(content: dict[str, Any]) -> None:
@@ -172,7 +193,7 @@ def _autos(value: Any, path: str = "") -> Iterator[str]:
 
 def remove(content: dict[str, Any], path: str) -> None:
     """Takes the dotted key ``path`` out, in place."""
-    *sections, name = path.split(".")
+    *sections, name = [path] if path in content else path.split(".")
     for section in sections:
         content = content[section]
     del content[name]
@@ -227,4 +248,5 @@ def without_effect(config: Mapping[str, Any]) -> list[str]:
     for name, field in type(get_zero_config({})).model_fields.items():
         fields |= dict.fromkeys((name, field.alias or name), (field.alias or name, field.get_default(call_default_factory=True)))
     idle = [key for key in zero if key in fields and (fields[key][0].startswith("stage3_") or key in STAGE_3)]
-    return [f"zero_optimization.{key}" for key in idle if zero[key] != fields[key][1]]
+    unknown = [key for key in config if key not in KEYS]
+    return [f"zero_optimization.{key}" for key in idle if zero[key] != fields[key][1]] + unknown

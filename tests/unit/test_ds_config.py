@@ -143,6 +143,8 @@ def test_settings_without_effect_are_named_in_one_line_and_left_out(recipe: Path
     assert "\n" not in checked.remark
     assert checked.deepspeed["zero_optimization"] == {"stage": 2}
     assert judge(recipe, "deepspeed.zero_optimization={stage: 2}").remark == ""
+    checked = judge(recipe, "deepspeed={zero_optimization: {stage: 2}, my.own: 3}")
+    assert checked.remark.endswith("my.own") and "my.own" not in checked.deepspeed
 
 
 def test_plan_sees_what_training_sees(recipe: Path) -> None:

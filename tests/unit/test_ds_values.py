@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+from deepspeed.runtime.config import DeepSpeedConfig
 
-from relora_ds.ds_values import normalise, precision, without_effect
+from relora_ds.ds_values import KEYS, normalise, precision, without_effect
 from relora_ds.errors import ConfigError
 
 ZERO_2 = {"zero_optimization": {"stage": 2}}
@@ -203,3 +204,33 @@ def test_settings_that_stages_1_and_2_do_not_look_at() -> None:
     content = normalise({"zero_optimization": {"stage": 2, "overlap_comm": True, **idle, **defaults}})
     assert without_effect(content) == [f"zero_optimization.{key}" for key in idle], "defaults need no word"
     assert without_effect(normalise(ZERO_2)) == []
+    assert without_effect(normalise({**ZERO_2, "_comment": "mine", "zero3.init": True})) == ["_comment", "zero3.init"]
+
+
+@pytest.mark.parametrize(
+    "key", ["bf_16", "BF16", "bfloat_16", "fp_16", "FP16", "zero_optimisation", "gradient_cliping", "data_type"]
+)
+def test_a_misspelt_section_is_not_passed_over(key: str) -> None:
+    assert "DeepSpeed has no such setting; did you mean " in refusal({**ZERO_2, key: {"enabled": True}})
+
+
+def test_every_key_that_deepspeed_looks_up_is_known() -> None:
+    class Asked(dict):
+        """Notes the keys that are looked up in it."""
+
+        names: ClassVar[set[str]] = set()
+
+        def get(self, key: str, default: Any = None) -> Any:
+            self.names.add(key)
+            return super().get(key, default)
+
+        def __contains__(self, key: object) -> bool:
+            self.names.add(str(key))
+            return super().__contains__(key)
+
+    content = Asked(train_micro_batch_size_per_gpu=1, **ZERO_2)
+    DeepSpeedConfig(content)
+    removed = {"compression_training", "curriculum_learning", "eigenvalue", "elasticity", "graph_harvesting", "nebula"}
+    removed |= {"progressive_layer_drop", "quantize_training", "sparse_attention", "sparse_gradients"}
+    assert {"bf16", "zero_optimization", "checkpoint"} <= Asked.names
+    assert Asked.names - KEYS <= removed, "what DeepSpeed has no more, it refuses"
