@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 
 from relora_ds.config import Config, Traffic
 from relora_ds.ds_values import BATCH, get, normalise, precision, remove, without_effect
@@ -20,6 +22,8 @@ __all__ = [
     *("refuse_other_precision", "refuse_unrunnable", "refuse_unsupported", "refuse_with_traffic", "sums_apart"),
 ]
 
+COMMENTS = re.compile(r'("(?:\\.|[^"\\])*")|//[^\n]*|#[^\n]*|/\*.*?\*/', re.DOTALL)
+"""Strings, which may look like comments within, and the comments that DeepSpeed allows in its files."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -30,7 +34,7 @@ def read(source: str | Path | Mapping[str, Any], *near: Path) -> dict[str, Any]:
         source: its content, or the path of the JSON file; a relative path is looked for in the current folder, then in ``near``.
 
     Raises:
-        ConfigError: no such file, or not a JSON object.
+        ConfigError: no such file, not a JSON object, or one with a key twice.
     """
     if isinstance(source, Mapping):
         return deepcopy(dict(source))
@@ -38,7 +42,8 @@ def read(source: str | Path | Mapping[str, Any], *near: Path) -> dict[str, Any]:
     if path is None:
         raise ConfigError("deepspeed", str(source), "no such file", "name a DeepSpeed JSON file, e.g. ds_configs/zero2_bf16.json")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = COMMENTS.sub(lambda found: found[1] or "\n" * found[0].count("\n"), path.read_text(encoding="utf-8"))
+        content = json.loads(text, object_pairs_hook=dict_raise_error_on_duplicate_keys)
     except ValueError as error:
         raise ConfigError("deepspeed", str(path), f"is not valid JSON: {error}") from None
     if not isinstance(content, dict):

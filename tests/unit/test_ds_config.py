@@ -169,6 +169,22 @@ def test_plan_sees_what_training_sees(recipe: Path) -> None:
         assert str(caught.value).startswith(key)
 
 
+def test_a_file_may_have_comments_as_deepspeed_allows(tmp_path: Path) -> None:
+    file = tmp_path / "commented.json"
+    file.write_text('{ // here\n"a": "no // comment, no # one \\" /* either */", # there\n/* and\nhere */ "b": {"c": 2}}\n')
+    assert ds_config.read(file) == {"a": 'no // comment, no # one " /* either */', "b": {"c": 2}}
+    file.write_text("{ /* two\nlines */\n oops }")
+    with pytest.raises(ConfigError, match="is not valid JSON: .*line 3"):
+        ds_config.read(file)
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "twice.json"
+    file.write_text('{"zero_optimization": {"stage": 2, "stage": 1}}')
+    with pytest.raises(ConfigError, match=r"Duplicate keys.*stage"):
+        ds_config.read(file)
+
+
 # The device
 
 
