@@ -76,7 +76,7 @@ def check(
         config = ds_config.adapt(config, world_size)
     content = ds_config.of_recipe(config, recipe.resolve().parent, recipe.resolve().parent.parent)
     fitted = ds_config.fit(content, config, world_size)
-    if on_cuda is None:
+    if on_cuda is None and not torch.cuda.is_available():  # asked of a GPU, it would start CUDA in the launching process
         ds_config.refuse_unrunnable(ds_config.precision(fitted))
     index = read_index(Path(config.data.path))
     architecture = models.hf_config(config.model, index.vocab_size)

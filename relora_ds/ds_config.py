@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 
 from relora_ds.config import Config, Traffic
 from relora_ds.ds_values import BATCH, get, normalise, precision, remove, without_effect
@@ -34,7 +33,7 @@ def read(source: str | Path | Mapping[str, Any], *near: Path) -> dict[str, Any]:
         source: its content, or the path of the JSON file; a relative path is looked for in the current folder, then in ``near``.
 
     Raises:
-        ConfigError: no such file, not a JSON object, or one with a key twice.
+        ConfigError: no such file, or not a JSON object.
     """
     if isinstance(source, Mapping):
         return deepcopy(dict(source))
@@ -43,7 +42,7 @@ def read(source: str | Path | Mapping[str, Any], *near: Path) -> dict[str, Any]:
         raise ConfigError("deepspeed", str(source), "no such file", "name a DeepSpeed JSON file, e.g. ds_configs/zero2_bf16.json")
     try:
         text = COMMENTS.sub(lambda found: found[1] or "\n" * found[0].count("\n"), path.read_text(encoding="utf-8"))
-        content = json.loads(text, object_pairs_hook=dict_raise_error_on_duplicate_keys)
+        content = json.loads(text)
     except ValueError as error:
         raise ConfigError("deepspeed", str(path), f"is not valid JSON: {error}") from None
     if not isinstance(content, dict):
@@ -66,7 +65,7 @@ def of_recipe(recipe: Config, *near: Path) -> dict[str, Any]:
 
 
 def precision_of(engine: Any) -> str:
-    """The same of a DeepSpeed engine, which knows."""
+    """``bf16``, ``fp16`` or ``fp32``: what a DeepSpeed engine says that it holds the model in."""
     return "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
 
 
@@ -197,11 +196,11 @@ _NEEDS_OF_RECIPES: tuple[Rule, ...] = (
 )
 """Where a loop of the user's own may know better."""
 _NEEDS_OF_REDUCE_SCATTER: tuple[Rule, ...] = (
-    ("prescale_gradients", bool, "DeepSpeed divides after the sum, unless it is told reduce_scatter: false", "leave it out"),
+    ("prescale_gradients", bool, "DeepSpeed divides after the sum, as long as it reduce-scatters", "leave it out"),
     (
         "gradient_predivide_factor",
         lambda v: v != 1,
-        "DeepSpeed divides after the sum, unless told reduce_scatter: false",
+        "DeepSpeed divides after the sum, as long as it reduce-scatters",
         "leave it out",
     ),
 )
