@@ -61,7 +61,7 @@ def describe(engine: Any, config: Config, progress: Progress, phase: str) -> Man
         lora_updates=optimizer.updates if is_relora else 0,
         world_size=dist.get_world_size(),
         zero_stage=engine.zero_optimization_stage(),
-        precision=ds_config.precision(engine.config),
+        precision=ds_config.precision_of(engine),
         config_sha256=hashlib.sha256(dump(config).encode()).hexdigest(),
         data={"epoch_seed": config.run.seed, "sequences": progress.update * config.train.global_batch},
         rng={"seed": config.run.seed},

@@ -44,7 +44,7 @@ class Checked:
         index: of the token folder.
         trust: whether the user trusts whoever wrote the checkpoints that it begins from, so that pickles are opened that could run
             something.
-        full_rank: what of the model can get no factors, in one line; None where that is little.
+        remarks: lines that the user should hear before it starts, once.
     """
 
     config: Config
@@ -52,7 +52,7 @@ class Checked:
     architecture: PretrainedConfig
     index: TokenIndex
     trust: bool = False
-    full_rank: str | None = None
+    remarks: tuple[str, ...] = ()
 
 
 def check(
@@ -76,11 +76,10 @@ def check(
     resumed = _check_resume(config, world_size, allow_changed)
     if resumed is not None and resumed.world_size != world_size:
         config = ds_config.adapt(config, world_size)
-    near = (recipe.resolve().parent, recipe.resolve().parent.parent)
-    content = ds_config.read(config.deepspeed, *near)
-    ds_config.refuse_unsupported(content)
-    ds_config.refuse_with_traffic(content, config.traffic)
+    content = ds_config.of_recipe(config, recipe.resolve().parent, recipe.resolve().parent.parent)
     fitted = ds_config.fit(content, config, world_size)
+    if on_cuda is None and not torch.cuda.is_available():  # asked of a GPU, it would start CUDA in the launching process
+        ds_config.refuse_unrunnable(ds_config.precision(fitted))
     index = read_index(Path(config.data.path))
     architecture = models.hf_config(config.model, index.vocab_size)
     _check_data(config, index, architecture)
@@ -100,7 +99,8 @@ def check(
         _refuse_changes([("deepspeed", resumed.precision, ds_config.precision(fitted))], config.run.dir, allow_changed)
     if resumed is None:
         _check_start(config, trust)
-    return Checked(config, fitted, architecture, index, trust, full_rank)
+    remarks = (ds_config.idle(content), full_rank, config.short_last_interval())
+    return Checked(config, fitted, architecture, index, trust, tuple(filter(None, remarks)))
 
 
 def _check_start(config: Config, trust: bool) -> None:

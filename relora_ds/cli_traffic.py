@@ -101,6 +101,8 @@ def _measure(
     config = checked.config
     device = launch.start_process_group(place)
     tell = say if place.is_main else lambda text: None
+    for remark in checked.remarks:
+        tell(remark)
     results = compare(checked, place, device, arms_of(config, arms), options.updates, tell)
     if place.is_main:
         about = {

@@ -18,6 +18,7 @@ from relora_ds.base import frozen_weights
 from relora_ds.checkpoint import load_base
 from relora_ds.config import Optimizer, ReLoRA, Traffic, parse_relora, parse_traffic
 from relora_ds.errors import ConfigError
+from relora_ds.frozen import FrozenWeight
 from relora_ds.full_rank import full_rank_line
 from relora_ds.ledger import LEDGER, START_UP, count_everything, label
 from relora_ds.lora import LORA_GROUP, param_groups, relora_layers, wrap
@@ -84,9 +85,11 @@ def initialize(
     """
     if model is None:
         raise ConfigError("model", None, "is required")
-    content = ds_config.read(config if config is not None else getattr(args, "deepspeed_config", None) or "")
+    content = ds_config.normalise(ds_config.read(config if config is not None else getattr(args, "deepspeed_config", None) or ""))
+    precision = ds_config.precision(content)
+    ds_config.refuse_unrunnable(precision)
     launch.skip_shared_memory_build()
-    if ds_config.precision(content) == "bf16" and not torch.cuda.is_available():
+    if precision == "bf16" and not torch.cuda.is_available():
         done = launch.guard_bf16()
         if done:
             warnings.warn(done, stacklevel=2)
@@ -103,6 +106,7 @@ def initialize(
             args, model, optimizer, model_parameters, training_data, lr_scheduler,
             mpu=mpu, collate_fn=collate_fn, config=content, **others,
         )  # fmt: skip
+        ds_config.refuse_other_precision(plain[0], precision)
         _route(plain[0], saving, words)
         label(plain[0])
         plain[0].load_checkpoint = _reader(plain[0], trust)
@@ -123,18 +127,21 @@ def initialize(
     full_rank = None
     if not any(True for _ in relora_layers(model)):
         full_rank = full_rank_line(model)
-        wrap(model, targets=settings.targets, **wrapping(settings, seed, ds_config.precision(content)))
+        wrap(model, targets=settings.targets, **wrapping(settings, seed, precision))
     if optimizer is None and "optimizer" not in content:
         optimizer = adamw(Optimizer())
     optimizer, groups = _groups(model, optimizer, given, lr_scheduler, content, lora_lr)
     words = Words()
     if saving.is_on:
         words, groups = _apart(model, optimizer, groups)
+    stores = _stores(model)
     engine, zero, loader, scheduler = deepspeed.initialize(
         args, model, optimizer, groups, training_data, lr_scheduler, collate_fn=collate_fn, config=content, **others
     )
-    if full_rank is not None and dist.get_rank() == 0:
-        warnings.warn(full_rank, stacklevel=2)
+    _keep(stores)
+    ds_config.refuse_other_precision(engine, precision)
+    for remark in filter(None, (full_rank, ds_config.idle(content)) if dist.get_rank() == 0 else ()):
+        warnings.warn(remark, stacklevel=2)
     _route(engine, saving, words)
     base = type(engine.basic_optimizer).__name__
     if base not in ADAMS:
@@ -143,6 +150,19 @@ def initialize(
     label(engine)
     engine.load_checkpoint = _reader(engine, trust)
     return engine, engine.optimizer, loader, scheduler
+
+
+def _stores(model: nn.Module) -> list[tuple[FrozenWeight, str, torch.dtype]]:
+    """The buffers of the frozen weights, by owner and name, with their dtypes."""
+    owners = [module for module in model.modules() if isinstance(module, FrozenWeight)]
+    return [(owner, name, buffer.dtype) for owner in owners for name, buffer in owner.named_buffers(recurse=False)]
+
+
+def _keep(stores: list[tuple[FrozenWeight, str, torch.dtype]]) -> None:
+    """Undoes that DeepSpeed makes those fp32 whose names are on a list of the model, or in ``data_types.keep_in_fp32_modules``."""
+    for owner, name, dtype in stores:
+        buffer = owner.get_buffer(name)
+        buffer.data = buffer.data.to(dtype)
 
 
 def _reader(engine: Any, trust: bool) -> Callable[..., Any]:

@@ -30,9 +30,8 @@ UNKNOWN = {
     "zero_optimization.offload_optimizer.device": ("cpu",),
     "zero_optimization.contiguous_gradients": (False,),
     "zero_optimization.reduce_scatter": (False,),
-    "data_types.grad_accum_dtype": ("fp32",),
 }
-"""Settings whose memory is not foretold."""
+"""Settings whose memory is not foretold, beside sums of gradients in another dtype."""
 NOTES = {
     "cuda": (
         "From the code, not measured on a GPU; against CPU engines see benchmarks/plan.md. CUDA's context, NCCL's buffers, what "
@@ -155,11 +154,12 @@ class Planner:
 
     def __init__(self, config: Config, recipe: Path, machine: Machine, vocab_size: int | None) -> None:
         self.config, self.machine = config, machine
-        content = ds_config.read(config.deepspeed, recipe.resolve().parent, recipe.resolve().parent.parent)
-        ds_config.refuse_unsupported(content)
-        for key, values in UNKNOWN.items():
-            if (value := ds_config.get(content, key)) in values and value is not None:
-                raise ConfigError(f"deepspeed.{key}", value, "its memory cannot be foretold", "leave it out, or measure")
+        content = ds_config.of_recipe(config, recipe.resolve().parent, recipe.resolve().parent.parent)
+        unknown = [key for key, values in UNKNOWN.items() if ds_config.get(content, key) in values]
+        unknown += ["data_types.grad_accum_dtype"] * ds_config.sums_apart(content)
+        for key in unknown:
+            problem = "its memory cannot be foretold"
+            raise ConfigError(f"deepspeed.{key}", ds_config.get(content, key), problem, "leave it out, or measure")
         self.fitted = ds_config.fit(content, config, machine.gpus)
         self.precision = ds_config.precision(content)
         self.target = models.hf_config(config.model, _vocabulary(config, vocab_size))

@@ -410,9 +410,8 @@ class Trainer:
 
     def _introduce(self, resume_from: Path | None) -> None:
         self._tell_size()
-        for note in (self.checked.full_rank, self.config.short_last_interval()):
-            if note is not None:
-                self.tell(note)
+        for remark in self.checked.remarks:
+            self.tell(remark)
         self.tell(
             f"resuming from {resume_from}"
             if resume_from

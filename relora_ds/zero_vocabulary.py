@@ -108,7 +108,7 @@ class VocabularyRoute:
         by_rank: list[Any] = [None] * self.comm.world_size
         dist.all_gather_object(by_rank, own, group=self.comm.group)
         self.slices = {p: [slices[index] for slices in by_rank] for index, p in enumerate(self.params)}
-        if isinstance(zero.optimizer, torch.optim.Adam):
+        if isinstance(zero.optimizer, (torch.optim.Adam, torch.optim.AdamW)):  # a subclass in newer versions only
             for name in names:  # a checkpoint before their first step must hold moments, or it serves no other number of ranks
                 state.start_adam_state(name, 0)
         self.theirs: dict[str, Callable[..., Any]] = {name: getattr(zero, name) for name in REPLACED}

@@ -17,6 +17,7 @@ from relora_ds.rounding import MARK, differences
 from relora_ds.zero import ZeroState
 from tests.distributed import common
 from tests.distributed.pool import run
+from tests.fp16 import needs_fp16
 from tests.wire import Wire
 
 WIDE = {"hidden_size": 128, "intermediate_size": 352}
@@ -71,7 +72,7 @@ def bytes_of_restarts(dtype: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", pytest.param("fp16", marks=needs_fp16)])
 def test_a_restart_sends_its_bound_at_most(world_size: int, dtype: str) -> None:
     results = run(world_size, bytes_of_restarts, dtype)
     entries, tensors = results[0]["entries"], results[0]["tensors"]
@@ -139,7 +140,9 @@ def gathered_both_ways(dtype: str, folder: str) -> dict[str, bool]:
     return result
 
 
-@pytest.mark.parametrize(("world_size", "dtype"), [(2, "fp32"), (2, "bf16"), (4, "bf16"), (4, "fp16")])
+@pytest.mark.parametrize(
+    ("world_size", "dtype"), [(2, "fp32"), (2, "bf16"), (4, "bf16"), pytest.param(4, "fp16", marks=needs_fp16)]
+)
 def test_masters_from_copies_are_the_masters(world_size: int, dtype: str, tmp_path: Path) -> None:
     for result in run(world_size, gathered_both_ways, dtype, str(tmp_path)):
         assert result["after a step"] and result["after a restart"] and result["after a load"] and result["awkward"]
@@ -171,7 +174,7 @@ def restarted(dtype: str, whole: bool) -> dict[str, Tensor]:
     return left
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=needs_fp16)])
 def test_a_restart_is_the_same_however_the_masters_travel(dtype: str) -> None:
     (expected,) = run(1, restarted, dtype, True)
     for world_size in (1, 2, 4):

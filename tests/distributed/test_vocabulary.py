@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from relora_ds.zero_vocabulary import VocabularyRoute
 from tests.distributed import common
 from tests.distributed.pool import run
 from tests.distributed.test_training import at, read_log, train_here
+from tests.fp16 import needs_fp16, overruled
 from tests.wire import Wire
 
 WIDE = {"vocab_size": 4096, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 1}
@@ -275,7 +276,7 @@ def skips(traffic: dict[str, Any], dtype: str) -> list[tuple[bool, int, bool]]:
     return seen
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", pytest.param("fp16", marks=needs_fp16)])
 def test_a_gradient_that_is_not_finite_is_dropped_with_its_update_everywhere(dtype: str) -> None:
     """With turns of 2: the third update gathers, the sixth delivers; what the fifth gathered waits for the eighth."""
     for traffic in ({"vocabulary_every": 2}, {"vocabulary_every": 2, "vocabulary_dtype": "int8"}):
@@ -283,6 +284,26 @@ def test_a_gradient_that_is_not_finite_is_dropped_with_its_update_everywhere(dty
             assert [overflow for overflow, _, _ in seen] == [update in (3, 6) for update in range(1, 9)]
             assert [gathered for _, gathered, _ in seen] == [1, 0, 0, 0, 1, 1, 2, 0]
             assert all(is_finite for _, _, is_finite in seen)
+
+
+def first_gathered(dtype: str) -> list[torch.Tensor]:
+    """What a rank keeps of the first update's gradients, with a loss scale where there is one."""
+    with overruled() if dtype == "fp16" else nullcontext():
+        engine = build({"vocabulary_every": 2}, RELORA, dtype=dtype, accumulation=2)
+    if dtype == "fp16":
+        engine.optimizer.loss_scaler.cur_scale = 256.0
+    train_update(engine, common.batch(0))
+    kept = [pending.clone() for pending in engine.optimizer.zero.vocabulary.pending.values()]
+    common.end(engine)
+    return kept
+
+
+def test_what_is_gathered_in_fp16_is_without_the_loss_scale() -> None:
+    """Two sums of 16-bit gradients through two layers: a few of fp16's steps of 2^-11, of the largest entry."""
+    for half, full in zip(run(2, first_gathered, "fp16"), run(2, first_gathered, "fp32"), strict=True):
+        assert len(half) == len(full) == 2
+        for mine, exact in zip(half, full, strict=True):
+            assert float((mine - exact).abs().max()) < 2**-6 * float(exact.abs().max())
 
 
 # Checkpoints

@@ -167,6 +167,23 @@ def test_bf16_goes_on_where_its_matmul_traps(recipe: Recipe, tmp_path: Path) -> 
     assert ("bf16 products trap on this CPU" in result.stderr) == (died == -signal.SIGILL)
 
 
+def test_a_precision_that_trains_nan_is_refused_or_noticed(recipe: Recipe, tmp_path: Path) -> None:
+    """ "auto" once made a bf16 module that DeepSpeed took for fp32: nothing was skipped, and checkpoints of NaN were written."""
+    diverging = ["optimizer.lr=1e20", "optimizer.grad_clip=0", "train.max_skipped=2", "relora.warm_start=0"]
+    path = recipe("nan", deepspeed={"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 2}})
+    refused = relora("train", path, *diverging, expect=2)
+    assert refused.stderr.splitlines()[-1].startswith("relora-ds: error: deepspeed.bf16.enabled='auto': says nothing here")
+    assert not (tmp_path / "nan").exists()
+    deepspeed = {"bf16": {"enabled": "true"}, "zero_optimization": {"stage": 2, "stage3_max_live_parameters": 5}}
+    path = recipe("nan", deepspeed=deepspeed)
+    noticed = relora("train", path, *diverging, "--nproc", 2, expect=1)
+    assert "2 updates in a row had a non-finite gradient" in noticed.stderr
+    (line,) = [line for line in noticed.stderr.splitlines() if "do nothing under ZeRO stage 1 or 2" in line]
+    assert line.endswith("zero_optimization.stage3_max_live_parameters")
+    used = json.loads((tmp_path / "nan" / "deepspeed.json").read_text())
+    assert (used["bf16"]["enabled"], used["zero_optimization"]) == (True, {"stage": 2})
+
+
 @pytest.fixture
 def shared_with_a_group() -> Iterator[None]:
     """A umask as in a project folder."""
