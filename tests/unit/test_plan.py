@@ -95,6 +95,36 @@ def test_advice_is_the_largest_that_fits(recipe: Path, capsys: pytest.CaptureFix
         assert next(c["micro_batch"] for c in choices if c["stage"] == 2 and not c["gradient_checkpointing"]) == expected
 
 
+def test_a_recipe_fits_only_when_its_change_of_phase_does(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a CPU, where what waits is in the same memory: with moments and exact rows to carry over, the change needs the most."""
+    words = [
+        str(recipe),
+        "--gpus",
+        "1",
+        "--device",
+        "cpu",
+        "train.micro_batch=1",
+        "data.sequence_length=4",
+        "deepspeed.bf16.enabled=false",
+    ]
+    words += ["relora.keep_moments=true", "relora.frozen={dtype: int8, master: sharded}"]
+    answer = plan(capsys, *words)
+    assert (answer["peak"]["phase"], answer["peak"]["moment"]) == ("lora", "change of phase")
+    others = max(
+        sum(parts.values())
+        for moments in answer["memory"].values()
+        for moment, parts in moments.items()
+        if moment != "change of phase"
+    )
+    assert others < answer["peak"]["bytes"]
+    for memory, fits in ((others * 1.001, False), (answer["peak"]["bytes"] * 1.001, True)):
+        advice = plan(capsys, *words, "--gpu-memory", f"{memory / 0.9 / 1e3:.6f}KB")["advice"]
+        assert advice["fits"] == fits
+        choice = next(c for c in advice["choices"] if c["stage"] == 2 and not c["gradient_checkpointing"])
+        assert (choice["micro_batch"] is not None) == fits
+    assert "change of phase" not in plan(capsys, *words, "relora.warm_start=0")["memory"]["lora"]
+
+
 def test_where_nothing_fits_it_says_what_to_change(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", str(recipe), "--gpus", "2", "--gpu-memory", "10KB"]) == 0
     out = capsys.readouterr().out
