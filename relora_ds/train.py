@@ -162,7 +162,8 @@ class Trainer:
         self.watchdog.update = update
         self._set_learning_rates(update)
         # Dropout is a function of (seed, update, rank): a resumed run draws the same without any saved generator state.
-        torch.manual_seed((self.config.run.seed * 1_000_003 + update) * 65_537 + self.place.rank)
+        # torch takes 64 bits of it, and large seeds make more.
+        torch.manual_seed(((self.config.run.seed * 1_000_003 + update) * 65_537 + self.place.rank) % 2**64)
         micro_batches = rank_micro_batches(
             update, global_batch=train.global_batch, micro_batch=train.micro_batch,
             rank=self.place.rank, world_size=self.place.world_size,
