@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import socket
 import time
 from dataclasses import asdict
@@ -16,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from relora_ds import checkpoint as checkpoints
-from relora_ds import elastic, faults, launch, phases
+from relora_ds import elastic, faults, generation, launch, phases, tokenizer
 from relora_ds.checks import Checked
 from relora_ds.config import dump
 from relora_ds.data import TokenDataset, rank_micro_batches
@@ -375,8 +374,8 @@ class Trainer:
         write_atomically(self.folder.config, dump(self.config))
         write_atomically(self.folder.deepspeed, json.dumps(self.checked.deepspeed, indent=2))
         self.checked.architecture.save_pretrained(self.folder.model)
-        for source in Path(self.config.data.path).glob("*token*.json"):
-            shutil.copyfile(source, self.folder.model / source.name)
+        generation.keep_generation_config(self.config.model, self.folder.model)
+        tokenizer.hand_on(Path(self.config.data.path), self.folder.model)
 
     def _introduce(self, resume_from: Path | None) -> None:
         trainable = sum(p.numel() for p in self.engine.module.parameters() if p.requires_grad)

@@ -20,7 +20,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from relora_ds import prepare as module
 from relora_ds.data import read_index, verify
 from relora_ds.errors import ConfigError
-from relora_ds.prepare import held_out, load_tokenizer, train_tokenizer
+from relora_ds.prepare import held_out, train_tokenizer
+from relora_ds.tokenizer import load
 
 DOCUMENTS = [f"Document {i}: naïve café — tab\there\nsecond line {i * i}\n" + "word " * (i % 5) for i in range(23)]
 OUTPUTS = ("train.bin", "validation.bin", "tokenizer.json", "tokenizer_config.json", "index.json")
@@ -346,7 +347,7 @@ def save_tokenizer(folder: Path, eos: str | None, extra: int = 0) -> Path:
     tokenizer.add_tokens([f"<extra {i}>" for i in range(extra)])
     tokenizer.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
     tokenizer.enable_truncation(4)
-    tokenizer.enable_padding(length=999, pad_id=1)
+    tokenizer.enable_padding(length=999, pad_token="<|endoftext|>")
     if eos is not None:
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos).save_pretrained(folder)
     folder.mkdir(exist_ok=True)
@@ -366,23 +367,23 @@ def test_given_tokenizer(source: Path, tmp_path: Path, form: str) -> None:
 
 def test_eos_that_the_tokenizer_names_comes_first(tmp_path: Path) -> None:
     folder = save_tokenizer(tmp_path / "tok", "<extra 0>", extra=1)
-    assert load_tokenizer(str(folder))[1] == "<extra 0>"
+    assert load(str(folder)).eos == "<extra 0>"
     (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "<extra 0>"}}')
-    assert load_tokenizer(str(folder))[1] == "<extra 0>"
+    assert load(str(folder)).eos == "<extra 0>"
     (folder / "tokenizer_config.json").unlink()
-    assert load_tokenizer(str(folder))[1] == "<|endoftext|>"
+    assert load(str(folder)).eos == "<|endoftext|>"
 
 
 def test_tokenizer_without_eos(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(train_tokenizer(DOCUMENTS, 280).to_str().replace("<|endoftext|>", "<|unusual|>"))
     with pytest.raises(ConfigError, match="no token that ends a document") as caught:
-        load_tokenizer(str(tmp_path))
+        load(str(tmp_path))
     assert caught.value.key == "--tokenizer"
 
 
 def test_file_that_is_no_tokenizer(source: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be loaded"):
-        load_tokenizer(str(source))
+        load(str(source))
 
 
 def test_large_vocabulary_takes_four_bytes(source: Path, tmp_path: Path) -> None:
