@@ -120,7 +120,7 @@ def is_main() -> bool:
 
 def run_prepare(options: argparse.Namespace, rest: Sequence[str]) -> int:
     refuse_rest(rest)
-    from relora_ds.prepare import prepare
+    from relora_ds.prepare import prepare, tell_left_out
 
     index = prepare(
         options.source, options.out, tokenizer=options.tokenizer, vocab_size=options.vocab_size, text_column=options.text_column,
@@ -129,6 +129,8 @@ def run_prepare(options: argparse.Namespace, rest: Sequence[str]) -> int:
     )  # fmt: skip
     for split, content in index["splits"].items():
         print(f"{options.out}/{content['file']}: {content['tokens']:,} tokens of {content['documents']:,} documents ({split})")
+    if left_out := tell_left_out(index):
+        print(left_out)
     return EXIT_DONE
 
 

@@ -105,15 +105,19 @@ def prepare(
         state = _start(out, fingerprint, given)
     else:
         console.print(f"going on in {out} after {state['rows']:,} documents")
+        before = state["rows"] - _total(state["splits"], "documents")  # of a version that did not tell them apart
+        state.setdefault("left_out", {"without_text": 0, "empty": before})
     _tokenize(read_texts(rows.skip(state["rows"]), text_column, source), out, state, seed, holdout, console)
     if not any(counts["documents"] for counts in state["splits"].values()):
-        raise ConfigError("SOURCE", source, "it has no documents")
+        raise ConfigError("SOURCE", source, f"it has no documents ({tell_left_out(state) or 'no rows at all'})")
     index = {"format": INDEX_FORMAT, "source": source, "text_column": text_column}
     index |= {"tokenizer": state["tokenizer"], "dtype": state["dtype"], "seed": seed, "holdout": holdout}
-    index |= {"splits": {}, "fingerprint": fingerprint}
+    index |= {"splits": {}, "left_out": state["left_out"], "fingerprint": fingerprint}
     for name, counts in state["splits"].items():
         index["splits"][name] = {"file": f"{name}.bin", **counts, "sha256": file_sha256(out / f"{name}.bin")}
         console.print(f"{name}: {counts['tokens']:,} tokens of {counts['documents']:,} documents")
+    if left_out := tell_left_out(index):
+        console.print(left_out)
     write_json(out / INDEX_FILE, index)
     (out / PROGRESS_FILE).unlink()
     return index
@@ -210,22 +214,26 @@ def _open_files(files: list[Path]) -> datasets.IterableDataset:
         return datasets.load_dataset(builder, data_files=patterns, split="train", streaming=True, cache_dir=cache, **options)
 
 
-def read_texts(rows: datasets.IterableDataset, text_column: str, source: str) -> Iterator[str]:
-    """The text of each row, ``""`` where it is null; ConfigError for a row that cannot be decoded or whose text is not text."""
+def read_texts(rows: datasets.IterableDataset, text_column: str, source: str) -> Iterator[str | None]:
+    """The text of each row, ``None`` where it is null or there is no such column.
+
+    Raises:
+        ConfigError: a row that cannot be decoded, or whose text is not text.
+    """
     iterator = iter(rows)
     while True:
         try:
-            text = next(iterator)[text_column]
+            text = next(iterator).get(text_column)
         except StopIteration:
             return
         except (ValueError, EOFError) as error:
             raise ConfigError("SOURCE", source, f"damaged or not UTF-8 ({error})", "mend that file or leave it out") from error
         if text is not None and not isinstance(text, str):
             raise ConfigError("--text-column", text_column, f"it holds {type(text).__name__} values, not text")
-        yield text or ""
+        yield text
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str | None], vocab_size: int) -> Tokenizer:
     """Trains a byte-level BPE on the head of ``texts``: at most 20 million characters of 100,000 documents.
 
     Id 0 ends a document. All 256 bytes are in the vocabulary, and nothing is normalised, so decoding gives back any text.
@@ -240,9 +248,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _head(texts: Iterable[str], documents: int, characters: int) -> Iterator[str]:
+def _head(texts: Iterable[str | None], documents: int, characters: int) -> Iterator[str]:
     """The first ``documents`` texts, cut off after ``characters`` characters in all."""
-    for _, text in zip(range(documents), texts, strict=False):
+    for _, text in zip(range(documents), (text or "" for text in texts), strict=False):
         yield text[:characters]
         characters -= len(text)
         if characters <= 0:
@@ -274,13 +282,14 @@ def _start(out: Path, fingerprint: str, given: Given) -> dict[str, Any]:
         "tokenizer": saved | {"vocab_size": vocab_size, "eos_id": given.encoder.token_to_id(given.eos)},
         "dtype": "uint16" if vocab_size <= 1 << 16 else "uint32",
         "rows": 0,
+        "left_out": {"without_text": 0, "empty": 0},
         "splits": {name: {"tokens": 0, "documents": 0} for name in (TRAIN, VALIDATION)},
     }
     write_json(out / PROGRESS_FILE, state)
     return state
 
 
-def _tokenize(texts: Iterable[str], out: Path, state: dict[str, Any], seed: int, holdout: float, console: Console) -> None:
+def _tokenize(texts: Iterable[str | None], out: Path, state: dict[str, Any], seed: int, holdout: float, console: Console) -> None:
     """Appends the tokens of ``texts`` to the files in ``out``; after each batch of documents, ``state`` there says so."""
     if file_sha256(out / TOKENIZER_FILE) != state["tokenizer"]["sha256"]:
         raise ConfigError("--out", str(out), f"{TOKENIZER_FILE} has changed since the preparation began", "delete the folder")
@@ -295,7 +304,8 @@ def _tokenize(texts: Iterable[str], out: Path, state: dict[str, Any], seed: int,
         files = {
             name: stack.enter_context(_reopen(out / f"{name}.bin", splits[name]["tokens"] * dtype.itemsize)) for name in splits
         }
-        for row_count, batch in _batches(texts):
+        for rows in _batches(texts):
+            batch = [text for text in rows if text]
             first = _total(splits, "documents")
             validates = held_out(np.arange(first, first + len(batch)), seed, holdout)
             encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
@@ -308,7 +318,9 @@ def _tokenize(texts: Iterable[str], out: Path, state: dict[str, Any], seed: int,
             for file in files.values():
                 file.flush()
                 os.fsync(file.fileno())  # before the record says that these tokens are there
-            state["rows"] += row_count
+            state["rows"] += len(rows)
+            state["left_out"]["without_text"] += rows.count(None)
+            state["left_out"]["empty"] += rows.count("")
             write_json(out / PROGRESS_FILE, state)
             tokens, seconds = _total(splits, "tokens"), time.monotonic() - started
             done = f"{state['rows']:,} documents, {tokens:,} tokens, {(tokens - before) / seconds:,.0f} tokens/s"
@@ -320,19 +332,25 @@ def _total(splits: dict[str, dict[str, int]], key: str) -> int:
     return sum(counts[key] for counts in splits.values())
 
 
-def _batches(texts: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
-    """Rows read, and their texts without the empty ones. Where batches end does not show in the output."""
-    rows, batch, characters = 0, [], 0
+def _batches(texts: Iterable[str | None]) -> Iterator[list[str | None]]:
+    """The texts of some rows at a time. Where batches end does not show in the output."""
+    rows: list[str | None] = []
+    characters = 0
     for text in texts:
-        rows += 1
-        characters += len(text)
-        if text:
-            batch.append(text)
-        if rows == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-            yield rows, batch
-            rows, batch, characters = 0, [], 0
+        rows.append(text)
+        characters += len(text or "")
+        if len(rows) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+            yield rows
+            rows, characters = [], 0
     if rows:
-        yield rows, batch
+        yield rows
+
+
+def tell_left_out(record: dict[str, Any]) -> str:
+    """The rows that gave no document, for people; empty where there were none, or the record of an older version does not say."""
+    left_out = record.get("left_out", {})
+    said = {"without text (null, or no such column)": left_out.get("without_text"), "empty": left_out.get("empty")}
+    return "left out: " + ", ".join(f"{count:,} {kind}" for kind, count in said.items()) if any(said.values()) else ""
 
 
 def _reopen(path: Path, size: int) -> BinaryIO:

@@ -68,7 +68,7 @@ def load(name: str) -> Given:
             folder = path if path.is_dir() else Path(snapshot_download(name, allow_patterns=[*FILES, "config.json"]))
         file = path / TOKENIZER_FILE if path.is_dir() else path
         encoder = Tokenizer.from_file(str(file)) if file.is_file() else AutoTokenizer.from_pretrained(name).backend_tokenizer
-        named = _named(folder or path.parent)
+        named = _named(folder) if folder is not None else special_tokens(path.parent)
     except Exception as error:  # both libraries raise many kinds, `tokenizers` nothing but this one
         raise ConfigError("--tokenizer", name, f"it cannot be loaded as a fast tokenizer ({error})") from error
     eos = next(
@@ -82,7 +82,7 @@ def load(name: str) -> Given:
 def _named(folder: Path) -> dict[str, str]:
     """:func:`special_tokens`; where the files leave the tokenizer's class open, also those that the model beside them implies."""
     named = special_tokens(folder)
-    if "tokenizer_class" not in _read(folder / CONFIG_FILE) and (folder / "config.json").is_file():
+    if not _read(folder / CONFIG_FILE).get("tokenizer_class") and (folder / "config.json").is_file():
         with suppress(Exception):  # of many kinds; then nothing is implied
             named = AutoTokenizer.from_pretrained(str(folder)).special_tokens_map | named
     return named
@@ -113,7 +113,7 @@ def write(given: Given, out: Path) -> int:
     else:
         given.encoder.save(str(out / TOKENIZER_FILE))
     before = _read(out / CONFIG_FILE)
-    config = dict(before) if "tokenizer_class" in before else {"tokenizer_class": ANY_VERSION, **given.named, **before}
+    config = dict(before) if before.get("tokenizer_class") else {**given.named, **before, "tokenizer_class": ANY_VERSION}
     if special_tokens(out).get("eos_token") != given.eos:
         config["eos_token"] = given.eos
     if not before:

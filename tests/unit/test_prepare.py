@@ -167,6 +167,50 @@ def test_null_and_empty_documents_are_left_out(tmp_path: Path) -> None:
     assert read_documents(tmp_path / "out", "validation") == ["two"]
 
 
+LEFT_OUT = [{"text": None}, {"text": ""}, {"text": "one"}, {"notext": 1}, {"text": ""}, {"text": "two"}, {"notext": 2}]
+
+
+@pytest.mark.parametrize("cut", [None, 2, 3, 4])
+def test_rows_that_gave_no_document_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cut: int | None
+) -> None:
+    """Also over an interruption, whether it comes before or after a batch of them."""
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in LEFT_OUT))
+    monkeypatch.setattr(module, "BATCH_DOCUMENTS", 2)
+    if cut is not None:
+        with monkeypatch.context() as patch:
+            kill_at_write(patch, cut, before=cut == 3)
+            with pytest.raises(Killed):
+                prepare(tmp_path / "a.jsonl", tmp_path / "out")
+    index = prepare(tmp_path / "a.jsonl", tmp_path / "out", progress=True)
+    assert index["left_out"] == {"without_text": 3, "empty": 2}
+    assert "left out: 3 without text (null, or no such column), 2 empty" in " ".join(capsys.readouterr().err.split())
+    assert read_index(tmp_path / "out").splits["train"].documents == 1
+
+
+def test_counts_of_what_was_left_out_are_told_only_where_they_are_known(source: Path, tmp_path: Path) -> None:
+    index = prepare(source, tmp_path / "out")
+    assert index["left_out"] == {"without_text": 0, "empty": 0} and module.tell_left_out(index) == ""
+    del index["left_out"]  # as versions before wrote it
+    (tmp_path / "out" / "index.json").write_text(json.dumps(index))
+    assert read_index(tmp_path / "out").vocab_size == 300
+    assert prepare(source, tmp_path / "out") == index and module.tell_left_out(index) == ""
+
+
+def test_an_interrupted_preparation_of_an_earlier_version_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in LEFT_OUT))
+    monkeypatch.setattr(module, "BATCH_DOCUMENTS", 2)
+    with monkeypatch.context() as patch:
+        kill_at_write(patch, 2, before=False)
+        with pytest.raises(Killed):
+            prepare(tmp_path / "a.jsonl", tmp_path / "out")
+    path = tmp_path / "out" / "progress.json"
+    state = json.loads(path.read_text())
+    del state["left_out"]
+    path.write_text(json.dumps(state))
+    assert prepare(tmp_path / "a.jsonl", tmp_path / "out")["left_out"] == {"without_text": 2, "empty": 3}, "five in all"
+
+
 def test_max_documents(source: Path, tmp_path: Path) -> None:
     prepare(source, tmp_path / "out", max_documents=4, holdout=0)
     assert read_documents(tmp_path / "out", "train") == DOCUMENTS[:4]
@@ -237,7 +281,7 @@ def test_resumption_is_byte_identical(
 def test_batches_end_at_characters_too(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(source, tmp_path / "whole")
     monkeypatch.setattr(module, "BATCH_CHARACTERS", 100)
-    assert [rows for rows, _ in module._batches(["x" * 60, "", "x" * 60, "x"])] == [3, 1]
+    assert [len(rows) for rows in module._batches(["x" * 60, None, "x" * 60, "x"])] == [3, 1]
     prepare(source, tmp_path / "small")
     assert (tmp_path / "small" / "train.bin").read_bytes() == (tmp_path / "whole" / "train.bin").read_bytes()
 
