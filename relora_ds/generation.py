@@ -68,6 +68,8 @@ def save(model: PreTrainedModel, out: Path, run: RunFolder) -> None:
     model.save_pretrained(out)
     kept, written = run.model / GENERATION_CONFIG_NAME, out / GENERATION_CONFIG_NAME
     content = json.loads((kept if kept.is_file() else written).read_text(encoding="utf-8"))
+    if not kept.is_file():
+        content.pop("use_cache", None)  # of the training, which never generates
     for role, number in ids.items():
         content[f"{role}_token_id"] = _chosen(content.get(f"{role}_token_id"), number, keeps)
     write_atomically(written, json.dumps({key: value for key, value in content.items() if value is not None}, indent=2) + "\n")

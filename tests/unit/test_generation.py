@@ -70,6 +70,7 @@ def test_a_model_trained_from_scratch_stops_where_its_documents_end(recipe: Path
     out = export(recipe, tmp_path / "out")
     assert ids(AutoConfig.from_pretrained(out)) == (None, 0, None)
     assert ids(GenerationConfig.from_pretrained(out)) == (None, 0, None)
+    assert "use_cache" not in json.loads((out / "generation_config.json").read_text())
     assert ids(AutoModelForCausalLM.from_pretrained(out).generation_config) == (None, 0, None)
 
 
