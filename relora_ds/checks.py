@@ -107,11 +107,11 @@ def _check_data(config: Config, index: TokenIndex, architecture: PretrainedConfi
     positions = getattr(architecture, "max_position_embeddings", None)
     if positions is not None and length > positions:
         raise ConfigError("data.sequence_length", length, f"longer than the model's {positions} positions")
-    if index.vocab_size > architecture.vocab_size:
+    if index.encoder_size > architecture.vocab_size:
         raise ConfigError(
             "data.path",
             config.data.path,
-            f"its tokenizer has {index.vocab_size} entries, the model's vocabulary {architecture.vocab_size}",
+            f"its tokenizer has {index.encoder_size} entries, the model's vocabulary {architecture.vocab_size}",
             "leave the model's vocab_size out, or prepare the data with the model's tokenizer",
         )
 

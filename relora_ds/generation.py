@@ -67,6 +67,8 @@ def save(model: PreTrainedModel, out: Path, run: RunFolder) -> None:
     _set(model.config, ids, keeps)
     model.save_pretrained(out)
     kept, written = run.model / GENERATION_CONFIG_NAME, out / GENERATION_CONFIG_NAME
+    if not kept.is_file() and not written.is_file():
+        return  # a model that cannot generate
     content = json.loads((kept if kept.is_file() else written).read_text(encoding="utf-8"))
     if not kept.is_file():
         content.pop("use_cache", None)  # of the training, which never generates

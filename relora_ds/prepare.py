@@ -276,10 +276,12 @@ def _start(out: Path, fingerprint: str, given: Given) -> dict[str, Any]:
     if (out / f"{TRAIN}.bin").exists() or (out / f"{VALIDATION}.bin").exists():
         raise ConfigError("--out", str(out), "token files are in it, but no record of a preparation", "name another folder")
     vocab_size = tokenizers.write(given, out)
+    encoder_size = max(given.encoder.get_vocab().values()) + 1
     saved = {"file": TOKENIZER_FILE, "sha256": file_sha256(out / TOKENIZER_FILE)}
     state = {
         "fingerprint": fingerprint,
-        "tokenizer": saved | {"vocab_size": vocab_size, "eos_id": given.encoder.token_to_id(given.eos)},
+        "tokenizer": saved
+        | {"vocab_size": vocab_size, "encoder_size": encoder_size, "eos_id": given.encoder.token_to_id(given.eos)},
         "dtype": "uint16" if vocab_size <= 1 << 16 else "uint32",
         "rows": 0,
         "left_out": {"without_text": 0, "empty": 0},

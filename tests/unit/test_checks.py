@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,23 @@ def test_data_of_the_models_tokenizer_or_of_a_model_that_has_none(recipe: Path, 
     AutoTokenizer.from_pretrained(token_folder).save_pretrained(model)  # other bytes
     assert (model / "tokenizer.json").read_bytes() != (token_folder / "tokenizer.json").read_bytes()
     judge(recipe, *overrides)
+
+
+def test_a_token_that_no_document_has_needs_no_row_of_the_models(recipe: Path, tmp_path: Path, token_folder: Path) -> None:
+    """As of published models whose tokenizer names a pad token for which they have no row; a new model gets one."""
+    data = tmp_path / "data"
+    shutil.copytree(token_folder, data)
+    index = json.loads((data / "index.json").read_text())
+    index["tokenizer"]["vocab_size"] += 1
+    (data / "index.json").write_text(json.dumps(index))
+    (tmp_path / "model").mkdir()
+    LlamaConfig(**{**TINY_LLAMA, "vocab_size": 300}).save_pretrained(tmp_path / "model")
+    given = ["model.config=null", f"model.path={tmp_path / 'model'}", f"data.path={data}"]
+    assert judge(recipe, *given).architecture.vocab_size == 300
+    assert judge(recipe, f"data.path={data}").architecture.vocab_size == 301
+    index["tokenizer"]["encoder_size"] += 1
+    (data / "index.json").write_text(json.dumps(index))
+    assert "its tokenizer has 301 entries, the model's vocabulary 300" in refusal(recipe, *given)
 
 
 def test_a_run_that_goes_on_is_not_asked_for_its_tokenizer_again(checkpointed: Path, tmp_path: Path) -> None:

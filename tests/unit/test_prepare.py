@@ -119,7 +119,7 @@ def test_index_describes_the_files(source: Path, tmp_path: Path) -> None:
     assert (index["format"], index["source"], index["text_column"]) == (1, str(source), "text")
     assert (index["dtype"], index["seed"], index["holdout"]) == ("uint16", 4, 0.3)
     digest = hashlib.sha256((tmp_path / "out" / "tokenizer.json").read_bytes()).hexdigest()
-    assert index["tokenizer"] == {"file": "tokenizer.json", "sha256": digest, "vocab_size": 300, "eos_id": 0}
+    assert index["tokenizer"] == {"file": "tokenizer.json", "sha256": digest, "vocab_size": 300, "encoder_size": 300, "eos_id": 0}
     for split, entry in index["splits"].items():
         data = (tmp_path / "out" / f"{split}.bin").read_bytes()
         assert (entry["tokens"], entry["sha256"]) == (len(data) // 2, hashlib.sha256(data).hexdigest())

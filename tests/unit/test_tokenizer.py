@@ -82,6 +82,7 @@ def test_all_that_was_given_is_handed_on_as_it_is(folder: Path, tmp_path: Path) 
     assert loaded.apply_chat_template([{"content": "Hi"}], tokenize=False) == "<|user|>Hi</s>"
     assert index["tokenizer"]["eos_id"] == loaded.eos_token_id
     assert index["tokenizer"]["vocab_size"] == 301, "the added token that tokenizer.json lacks needs a row, too"
+    assert index["tokenizer"]["encoder_size"] == 294, "but no document has it"
 
 
 def test_a_tokenizer_json_stands_for_its_folder_and_another_name_for_itself(folder: Path, tmp_path: Path) -> None:
