@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from relora_ds import adapters, ds_config, lora, unpickle
+from relora_ds import adapters, ds_config, generation, lora, tokenizer, unpickle
 from relora_ds import checkpoint as checkpoints
 from relora_ds import model as models
 from relora_ds.config import Config
@@ -83,6 +83,9 @@ def check(
     index = read_index(Path(config.data.path))
     architecture = models.hf_config(config.model, index.vocab_size)
     _check_data(config, index, architecture)
+    if resumed is None:
+        _check_tokenizer(config, index)
+    generation.name_tokens(architecture, config.model, index.folder)
     here = torch.cuda.is_available()
     if on_cuda in (None, here):  # a login node cannot judge what runs on the GPUs of others
         dtype, device = ds_config.DTYPES[ds_config.precision(fitted)], torch.device("cuda" if here else "cpu")
@@ -119,12 +122,27 @@ def _check_data(config: Config, index: TokenIndex, architecture: PretrainedConfi
     positions = getattr(architecture, "max_position_embeddings", None)
     if positions is not None and length > positions:
         raise ConfigError("data.sequence_length", length, f"longer than the model's {positions} positions")
-    if index.vocab_size > architecture.vocab_size:
+    if index.encoder_size > architecture.vocab_size:
         raise ConfigError(
             "data.path",
             config.data.path,
-            f"its tokenizer has {index.vocab_size} entries, the model's vocabulary {architecture.vocab_size}",
+            f"its tokenizer has {index.encoder_size} entries, the model's vocabulary {architecture.vocab_size}",
             "leave the model's vocab_size out, or prepare the data with the model's tokenizer",
+        )
+
+
+def _check_tokenizer(config: Config, index: TokenIndex) -> None:
+    """The tokens of the data must mean to the model that a run starts from what they meant to it so far, as far as it says."""
+    source = generation.origin(config.model)
+    ours = tokenizer.find(str(index.folder)) if source is not None else None
+    theirs = tokenizer.find(source) if source is not None else None
+    problem = tokenizer.difference(ours, theirs) if ours is not None and theirs is not None else None
+    if problem is not None:
+        raise ConfigError(
+            "data.path",
+            config.data.path,
+            f"its tokenizer is not that of model.path={config.model.path!r}: {problem}",
+            f"prepare the data with --tokenizer {source}",
         )
 
 

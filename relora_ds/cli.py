@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from relora_ds import __version__, cli_plan, cli_slurm, cli_traffic, launch
 from relora_ds.config import Config, load
 from relora_ds.errors import EXIT_BAD_CONFIG, EXIT_DONE, EXIT_FAILED, ConfigError, RankError, RestartError, refuse_rest, with_rest
+from relora_ds.paths import path_argument, text_argument
 from relora_ds.run_folder import RunFolder
 from relora_ds.slurm_client import SlurmError
 from relora_ds.slurm_events import write_outcome
@@ -39,11 +40,15 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
     prepare = commands.add_parser("prepare", help="text, jsonl, parquet or a hub data set -> token folder")
-    prepare.add_argument("source", metavar="SOURCE", help="a file, a folder, a glob, or the name of a hub data set")
     prepare.add_argument(
-        "out", metavar="OUT", type=Path, help="the token folder to write; run again to go on after an interruption"
+        "source", metavar="SOURCE", type=text_argument, help="a file, a folder, a glob, or the name of a hub data set"
     )
-    prepare.add_argument("--tokenizer", help="a tokenizer.json, a folder or a hub name; left out: a byte-level BPE is trained")
+    prepare.add_argument(
+        "out", metavar="OUT", type=path_argument, help="the token folder to write; run again to go on after an interruption"
+    )
+    prepare.add_argument(
+        "--tokenizer", type=text_argument, help="a tokenizer.json, a folder or a hub name; left out: a byte-level BPE is trained"
+    )
     prepare.add_argument("--vocab-size", type=int, default=8192, help="of the BPE that is trained (default: %(default)s)")
     prepare.add_argument("--text-column", default="text", help="default: %(default)s")
     prepare.add_argument("--config-name", help="of a hub data set, e.g. en for C4")
@@ -54,36 +59,36 @@ def build_parser() -> Parser:
     prepare.set_defaults(run=run_prepare)
 
     train = commands.add_parser("train", help="train a recipe; resumes by itself")
-    train.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    train.add_argument("recipe", metavar="RECIPE", type=text_argument, help="a YAML file")
     train.add_argument("overrides", metavar="key.sub=value", nargs="*", help="replace single settings of the recipe")
     train.add_argument("--nproc", type=int, help="processes on this machine (default: one per GPU, or 1)")
     cli_slurm.add_insisting(train)
     train.set_defaults(run=run_train)
 
     evaluation = commands.add_parser("eval", help="held-out perplexity of a run or a checkpoint")
-    evaluation.add_argument("place", metavar="RUN_DIR|CHECKPOINT", type=Path)
-    evaluation.add_argument("--data", type=Path, help="another token folder than the run's")
+    evaluation.add_argument("place", metavar="RUN_DIR|CHECKPOINT", type=path_argument)
+    evaluation.add_argument("--data", type=path_argument, help="another token folder than the run's")
     evaluation.add_argument("--max-tokens", type=int, help="evaluate on so many held-out tokens (default: the run's setting)")
     evaluation.add_argument("--batch-size", type=int, help="sequences of one forward pass (default: the run's micro batch)")
     cli_slurm.add_trust(evaluation)
     evaluation.set_defaults(run=run_eval)
 
     export = commands.add_parser("export", help="merged weights as a Hugging Face folder")
-    export.add_argument("place", metavar="RUN_DIR|CHECKPOINT", type=Path)
-    export.add_argument("out", metavar="OUT", type=Path)
+    export.add_argument("place", metavar="RUN_DIR|CHECKPOINT", type=path_argument)
+    export.add_argument("out", metavar="OUT", type=path_argument)
     export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: the one it was trained in")
     export.add_argument("--adapter", action="store_true", help="as a PEFT adapter of the current factors, its base beside it")
     cli_slurm.add_trust(export)
     export.set_defaults(run=run_export)
 
     listing = commands.add_parser("checkpoints", help="a run's checkpoints: size, what each needs, whether it is whole")
-    listing.add_argument("place", metavar="RUN_DIR", type=Path)
+    listing.add_argument("place", metavar="RUN_DIR", type=path_argument)
     listing.add_argument("--verify", action="store_true", help="read every file and compare it with its checksum")
     listing.set_defaults(run=run_checkpoints)
 
     report = commands.add_parser("report", help="tables and plots of one run, or of several overlaid")
-    report.add_argument("places", metavar="RUN_DIR", type=Path, nargs="+")
-    report.add_argument("--out", type=Path, help="folder to write to (default: the run's folder; report/ for several)")
+    report.add_argument("places", metavar="RUN_DIR", type=path_argument, nargs="+")
+    report.add_argument("--out", type=path_argument, help="folder to write to (default: the run's folder; report/ for several)")
     report.set_defaults(run=run_report)
 
     cli_traffic.add_command(commands)
@@ -117,7 +122,7 @@ def is_main() -> bool:
 
 def run_prepare(options: argparse.Namespace, rest: Sequence[str]) -> int:
     refuse_rest(rest)
-    from relora_ds.prepare import prepare
+    from relora_ds.prepare import prepare, tell_left_out
 
     index = prepare(
         options.source, options.out, tokenizer=options.tokenizer, vocab_size=options.vocab_size, text_column=options.text_column,
@@ -126,6 +131,8 @@ def run_prepare(options: argparse.Namespace, rest: Sequence[str]) -> int:
     )  # fmt: skip
     for split, content in index["splits"].items():
         print(f"{options.out}/{content['file']}: {content['tokens']:,} tokens of {content['documents']:,} documents ({split})")
+    if left_out := tell_left_out(index):
+        print(left_out)
     return EXIT_DONE
 
 

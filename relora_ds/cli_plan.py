@@ -11,6 +11,7 @@ from typing import Any
 from relora_ds import launch
 from relora_ds.config import load
 from relora_ds.errors import EXIT_DONE, ConfigError, nearest, with_rest
+from relora_ds.paths import text_argument
 from relora_ds.tables import aligned
 from relora_ds.units import parse_bytes
 
@@ -24,7 +25,7 @@ PHASES = {"full": "full-rank phase", "lora": "LoRA phase"}
 def add_command(parent: Any) -> None:
     """Adds ``plan`` to the parser of ``relora-ds``."""
     plan = parent.add_parser("plan", help="foretell memory, traffic and time of a recipe on N GPUs; starts nothing")
-    plan.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    plan.add_argument("recipe", metavar="RECIPE", type=text_argument, help="a YAML file")
     plan.add_argument("overrides", metavar="key.sub=value", nargs="*", help="replace single settings of the recipe")
     plan.add_argument("--gpus", type=int, required=True, help="of the whole job, up to 10,000")
     plan.add_argument("--gpus-per-node", type=int, help="that share a network link (default: 8; 1 with --device cpu)")

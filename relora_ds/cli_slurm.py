@@ -16,6 +16,7 @@ from relora_ds import launch
 from relora_ds.config import Config, load
 from relora_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, refuse_rest, with_rest
 from relora_ds.metrics import say
+from relora_ds.paths import path_argument, text_argument
 from relora_ds.run_folder import RunFolder
 from relora_ds.slurm_script import SITE_FILE, RequeueBy, Settings, describe, option_name, read_site, settings
 
@@ -48,11 +49,13 @@ def add_commands(parent: Any, parser_class: type[argparse.ArgumentParser]) -> No
     commands = slurm.add_subparsers(dest="slurm_command", required=True, metavar="COMMAND", parser_class=parser_class)
 
     submit = commands.add_parser("submit", help="check, write the batch script, submit; the job requeues itself until it is done")
-    submit.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    submit.add_argument("recipe", metavar="RECIPE", type=text_argument, help="a YAML file")
     submit.add_argument("overrides", metavar="key.sub=value", nargs="*", help="replace single settings of the recipe")
     submit.add_argument("--dry-run", action="store_true", help="print the batch script, write and submit nothing")
     submit.add_argument(
-        "--site", type=Path, help="site file with defaults for the options below (default: ~/.config/relora-ds/slurm.yaml)"
+        "--site",
+        type=path_argument,
+        help="site file with defaults for the options below (default: ~/.config/relora-ds/slurm.yaml)",
     )
     add_insisting(submit)
     for name, field in Settings.model_fields.items():
@@ -65,7 +68,7 @@ def add_commands(parent: Any, parser_class: type[argparse.ArgumentParser]) -> No
         ("cancel", run_cancel, "let the ranks write a checkpoint, then end the job for good"),
     ):
         command = commands.add_parser(name, help=text)
-        command.add_argument("place", metavar="RUN_DIR|RECIPE", type=Path)
+        command.add_argument("place", metavar="RUN_DIR|RECIPE", type=path_argument)
         command.set_defaults(run=function)
         if name == "logs":
             command.add_argument("--follow", "-f", action="store_true", help="go on with what comes until the job is over")
@@ -85,7 +88,7 @@ def add_commands(parent: Any, parser_class: type[argparse.ArgumentParser]) -> No
     after = commands.add_parser("after", help=f"{inside}: requeue, or not")
     torchrun = commands.add_parser("torchrun", help=f"{inside}: start torchrun's agent for this node")
     for command, run in ((before, run_before), (after, run_after), (torchrun, run_torchrun)):
-        command.add_argument("recipe", metavar="RECIPE")
+        command.add_argument("recipe", metavar="RECIPE", type=text_argument)
         command.set_defaults(run=run)
     for command in (before, torchrun):
         command.add_argument("--tasks-per-node", type=int, required=True)

@@ -12,6 +12,7 @@ from relora_ds import cli_slurm, launch
 from relora_ds.config import Run, load
 from relora_ds.errors import EXIT_DONE, ConfigError, nearest, with_rest
 from relora_ds.metrics import say
+from relora_ds.paths import path_argument, text_argument
 from relora_ds.tables import aligned
 from relora_ds.units import parse_bytes
 
@@ -24,13 +25,15 @@ LINKS = "100Mbit,1Gbit,10Gbit"
 def add_command(parent: Any) -> None:
     """Adds ``traffic`` to the parser of ``relora-ds``."""
     traffic = parent.add_parser("traffic", help="a recipe's network traffic, measured beside full-rank training")
-    traffic.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    traffic.add_argument("recipe", metavar="RECIPE", type=text_argument, help="a YAML file")
     traffic.add_argument("overrides", metavar="key.sub=value", nargs="*", help="replace single settings of the recipe")
     traffic.add_argument("--nproc", type=int, help="processes on this machine (default: one per GPU, but at least 2)")
     traffic.add_argument("--updates", type=int, default=3, help="to measure each way (default: %(default)s)")
     traffic.add_argument("--arms", default="recipe,full,zero2,zero1,ddp", help="what to compare (default: %(default)s)")
     traffic.add_argument("--link", default=LINKS, help="speeds to foretell the seconds for (default: %(default)s)")
-    traffic.add_argument("--out", type=Path, help="folder for the table, the picture and the JSON (default: traffic/RECIPE)")
+    traffic.add_argument(
+        "--out", type=path_argument, help="folder for the table, the picture and the JSON (default: traffic/RECIPE)"
+    )
     cli_slurm.add_trust(traffic)
     traffic.set_defaults(run=run_traffic)
 

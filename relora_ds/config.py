@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,12 +17,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from relora_ds.errors import ConfigError, nearest
+from relora_ds.paths import LocalPath
 from relora_ds.schedule import Interval, ScheduleName
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+USUAL_REWARMUP = 100
 
 
 class Section(BaseModel):
@@ -31,7 +34,7 @@ class Section(BaseModel):
 
 
 class Run(Section):
-    dir: str
+    dir: LocalPath
     """Where everything of the run is written; holds a checkpoint: the run is resumed."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Of the weights, the data order, LoRA's initialisations, dropout and random pruning."""
@@ -42,11 +45,11 @@ class Model(Section):
 
     preset: str | None = None
     """A row of the paper's table, e.g. ``llama_60m``; random weights."""
-    path: str | None = None
+    path: LocalPath | None = None
     """A Hugging Face folder or hub name, a PEFT LoRA adapter's folder, or an earlier run's: its weights are the start."""
-    config: dict[str, Any] | str | None = None
+    config: dict[str, Any] | LocalPath | None = None
     """A Hugging Face configuration (with ``model_type``), or the path or hub name of one; random weights."""
-    weights: str | None = None
+    weights: LocalPath | None = None
     """A plain DeepSpeed checkpoint's folder, whose weights are the start instead of random ones."""
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
     """auto: flash-attention 2 on CUDA in bf16 where it is installed, else SDPA."""
@@ -54,7 +57,7 @@ class Model(Section):
 
 
 class Data(Section):
-    path: str
+    path: LocalPath
     """A token folder written by ``relora-ds prepare``."""
     sequence_length: Annotated[int, Field(ge=2)]
     """Tokens of one sample."""
@@ -113,8 +116,8 @@ class ReLoRA(Section):
     """Updates between restarts, counted from the start of the LoRA phase."""
     restart_growth: Annotated[float, Field(ge=1.0, le=100.0)] = 1.0
     """Each interval between restarts is so many times the one before."""
-    restart_warmup: Count = 100
-    """Updates over which the learning rate climbs back from 0 after a restart, under ``schedule: jagged``."""
+    restart_warmup: Count | None = None
+    """Updates over which the learning rate climbs back from 0 after a reset, under ``schedule: jagged``; null: see ``rewarmup``."""
     reset: Reset = Reset()
     frozen: Frozen = Frozen()
 
@@ -127,6 +130,13 @@ class ReLoRA(Section):
     def resets(self) -> Interval:
         """When their moments are reset, and the learning rate re-warms."""
         return self.restarts if self.reset.every is None else Interval(self.reset.every)
+
+    @property
+    def rewarmup(self) -> int:
+        """``restart_warmup``; where it is left out 100 updates, or a quarter of an interval that is not longer than these."""
+        if self.restart_warmup is not None:
+            return self.restart_warmup
+        return self.resets.every // 4 if 0 < self.resets.every <= USUAL_REWARMUP else USUAL_REWARMUP
 
 
 class Optimizer(Section):
@@ -223,7 +233,7 @@ class Config(Section):
     traffic: Traffic = Traffic()
     checkpoint: Checkpoint = Checkpoint()
     wandb: Wandb = Wandb()
-    deepspeed: str | dict[str, Any]
+    deepspeed: LocalPath | dict[str, Any]
     """DeepSpeed's own JSON file (or its content): precision, ZeRO stage, buckets."""
 
     @property
@@ -270,7 +280,37 @@ class Config(Section):
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads ``1e-3`` as a number and ``24:00:00`` as text, as YAML 1.2 does; PyYAML takes the one for text and
-    the other for 86400."""
+    the other for 86400. A key that is given twice is refused, of which PyYAML would drop the first."""
+
+    def __init__(self, text: str, origin: str) -> None:
+        super().__init__(text)
+        self.origin = origin
+
+    def get_single_node(self) -> Any:
+        tree = super().get_single_node()
+        _refuse_twice(tree, self.origin, (), set())
+        return tree
+
+
+def _refuse_twice(node: Any, origin: str, path: tuple[str, ...], seen: set[int]) -> None:
+    """Raises ConfigError for the first key that a mapping, at any depth, has twice. Before merge keys (``<<``) are filled in, whose
+    values a mapping's own keys may replace."""
+    if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+        return
+    seen.add(id(node))  # aliases lead to one node by many ways, or back to itself
+    if isinstance(node, yaml.SequenceNode):
+        for number, item in enumerate(node.value):
+            _refuse_twice(item, origin, (*path, str(number)), seen)
+        return
+    lines: dict[tuple[str, str], int] = {}
+    for key, value in node.value:
+        if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+            here, line = (*path, key.value), key.start_mark.line + 1
+            if (key.tag, key.value) in lines:
+                problem = f"is given twice: line {lines[key.tag, key.value]} has it, too"
+                raise ConfigError(".".join(here), f"line {line} of {origin}", problem, "make one of the two")
+            lines[key.tag, key.value] = line
+            _refuse_twice(value, origin, here, seen)
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -290,9 +330,11 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(text: str, origin: str) -> Any:
-    """Parses YAML; raises ConfigError with the place of a syntax error."""
+    """Parses YAML; raises ConfigError with the place of a syntax error, or of a key that is given twice."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        return yaml.load(text, Loader=partial(_Loader, origin=origin))  # type: ignore[arg-type]
+    except ConfigError:
+        raise
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         raise ConfigError(origin, " ".join(str(error).split()), "is not valid YAML") from None
 
@@ -338,7 +380,8 @@ def parse(content: dict[str, Any]) -> Config:
     except ValidationError as error:
         raise explain(error, Config, content) from None
     _check_contradictions(config)
-    return config
+    rewarmup = {"restart_warmup": config.lora_settings.rewarmup}  # as a number, so that a run's config.yaml says what it was
+    return config.model_copy(update={"relora": config.relora.model_copy(update=rewarmup)})
 
 
 def parse_relora(settings: dict[str, Any] | ReLoRA) -> ReLoRA:
@@ -380,7 +423,8 @@ def explain(error: ValidationError, model: type[BaseModel], content: Any, prefix
         return ConfigError(key, first["input"], "not one of the valid names", nearest(str(first["input"]), valid))
     if first["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return ConfigError(key, first["input"], "must be a section with keys of its own")
-    return ConfigError(key, first["input"], first["msg"][0].lower() + first["msg"][1:])
+    said = str(first.get("ctx", {}).get("error") or first["msg"])  # a check of our own, or pydantic's
+    return ConfigError(key, first["input"], said[0].lower() + said[1:])
 
 
 def _check_contradictions(config: Config) -> None:
@@ -421,8 +465,8 @@ def _check_contradictions(config: Config) -> None:
 def check_relora(relora: ReLoRA) -> None:
     """Raises ConfigError for settings of the ``relora`` section that contradict each other."""
     key = "relora.restart_every" if relora.reset.every is None else "relora.reset.every"
-    if relora.resets.every and relora.restart_warmup >= relora.resets.every:
-        raise ConfigError("relora.restart_warmup", relora.restart_warmup, f"not shorter than {key}={relora.resets.every}")
+    if relora.resets.every and relora.rewarmup >= relora.resets.every:
+        raise ConfigError("relora.restart_warmup", relora.rewarmup, f"not shorter than {key}={relora.resets.every}")
     if relora.frozen.dtype == "none" and relora.restart_every is not None:
         raise ConfigError(
             "relora.frozen.dtype", "none", "there is no frozen weight to merge into", "leave relora.restart_every out"

@@ -42,10 +42,14 @@ class SplitFile:
 
 @dataclass(frozen=True)
 class TokenIndex:
-    """What a prepared folder holds. ``dtype`` is little-endian ``uint16`` or ``uint32``."""
+    """What a prepared folder holds. ``dtype`` is little-endian ``uint16`` or ``uint32``.
+
+    ``vocab_size`` rows are for all tokens of the tokenizer; those of documents are below ``encoder_size``, which may be less.
+    """
 
     folder: Path
     vocab_size: int
+    encoder_size: int
     eos_id: int
     dtype: np.dtype
     splits: dict[str, SplitFile]
@@ -75,6 +79,7 @@ def read_index(folder: Path) -> TokenIndex:
         index = TokenIndex(
             folder=folder,
             vocab_size=int(raw["tokenizer"]["vocab_size"]),
+            encoder_size=int(raw["tokenizer"].get("encoder_size", raw["tokenizer"]["vocab_size"])),
             eos_id=int(raw["tokenizer"]["eos_id"]),
             dtype=DTYPES[raw["dtype"]],
             splits={name: SplitFile(**split) for name, split in raw["splits"].items()},

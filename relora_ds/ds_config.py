@@ -42,12 +42,20 @@ def read(source: str | Path | Mapping[str, Any], *near: Path) -> dict[str, Any]:
         raise ConfigError("deepspeed", str(source), "no such file", "name a DeepSpeed JSON file, e.g. ds_configs/zero2_bf16.json")
     try:
         text = COMMENTS.sub(lambda found: found[1] or "\n" * found[0].count("\n"), path.read_text(encoding="utf-8"))
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_without_twins)
     except ValueError as error:
         raise ConfigError("deepspeed", str(path), f"is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError("deepspeed", str(path), "does not hold a JSON object")
     return content
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError where a key is given twice, of which json would drop the first."""
+    names = [name for name, _ in pairs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"{twice!r} is given twice in one object")
+    return dict(pairs)
 
 
 def of_recipe(recipe: Config, *near: Path) -> dict[str, Any]:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from relora_ds import checkpoint as checkpoints
-from relora_ds import ds_config, lora
+from relora_ds import ds_config, generation, lora, tokenizer
 from relora_ds import model as models
 from relora_ds.adapters import save_adapter
 from relora_ds.base import Base
@@ -145,10 +145,9 @@ def _refuse_full(out: Path) -> None:
 def _save(model: PreTrainedModel, out: Path, run: RunFolder) -> None:
     """As a Hugging Face folder, with the run's tokenizer."""
     model.config.use_cache = True
-    model.save_pretrained(out)
+    generation.save(model, out, run)
     give_usual_mode(*out.glob("*.safetensors"))
-    if (run.model / "tokenizer.json").is_file():
-        AutoTokenizer.from_pretrained(run.model, trust_remote_code=False).save_pretrained(out)
+    tokenizer.hand_on(run.model, out)
 
 
 def export(place: Path, out: Path, *, dtype: torch.dtype | None = None, trust: bool = False) -> Path:

@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -104,6 +105,27 @@ def attempt(environment: Mapping[str, str] | None = None) -> str:
     env = os.environ if environment is None else environment
     job = env.get("SLURM_JOB_ID", "")
     return f"{job}.{env.get('SLURM_RESTART_COUNT') or 0}" if job else ""
+
+
+def expand(path: str, environment: Mapping[str, str] | None = None) -> str:
+    """A path with its ``$VAR`` and ``${VAR}`` filled in, then a leading ``~`` or ``~user``, as a shell does.
+
+    Raises:
+        ValueError: with the name of the variable that is unset or empty, or of the user that there is not.
+    """
+    env = os.environ if environment is None else environment
+
+    def value(match: re.Match[str]) -> str:
+        if not (found := env.get(match[1] or match[2])):
+            raise ValueError(f"the environment variable {match[1] or match[2]} is not set, or empty")
+        return found
+
+    filled = re.sub(r"\$(?:(\w+)|\{(\w+)\})", value, path)
+    try:
+        return str(Path(filled).expanduser()) if filled.startswith("~") else filled
+    except RuntimeError:
+        name = filled.partition("/")[0]
+        raise ValueError(f"{name} is nobody's home folder; write ./{name} for what has this name") from None
 
 
 def _local_size(env: Mapping[str, str], world_size: int) -> int:

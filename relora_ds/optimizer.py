@@ -180,7 +180,7 @@ class ReLoRAOptimizer(ZeroProxy):
     @contextmanager
     def _rewarmed_lrs(self) -> Iterator[None]:
         """Scales the groups' learning rates for one update and puts them back, so that chained schedulers see their own values."""
-        factor = rewarmup_factor(self.updates + 1, self.settings.resets, self.settings.restart_warmup) if self.rewarm else 1.0
+        factor = rewarmup_factor(self.updates + 1, self.settings.resets, self.settings.rewarmup) if self.rewarm else 1.0
         groups = self.zero.param_groups
         lrs = [group["lr"] for group in groups]
         for group, lr in zip(groups, lrs, strict=True):

@@ -25,17 +25,15 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from relora_ds import tokenizer as tokenizers
 from relora_ds.data import DTYPES, INDEX_FILE, INDEX_FORMAT, MASK_64, TRAIN, VALIDATION, file_sha256, mix64
 from relora_ds.errors import ConfigError
 from relora_ds.run_folder import write_atomically
+from relora_ds.tokenizer import TOKENIZER_FILE, Given
 
 PROGRESS_FILE = "progress.json"
-TOKENIZER_FILE = "tokenizer.json"
-WRITTEN_JSON = (INDEX_FILE, PROGRESS_FILE, TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json")
 TRAINED_EOS = "<|endoftext|>"
-KNOWN_EOS = ("</s>", TRAINED_EOS, "<eos>")  # what ends a document in published tokenizers, for those that do not name theirs
 SMALLEST_BPE = 257  # all bytes, and the token that ends a document
 TRAINING_CHARACTERS, TRAINING_DOCUMENTS = 20_000_000, 100_000
 BATCH_CHARACTERS, BATCH_DOCUMENTS = 4_000_000, 1024
@@ -83,10 +81,10 @@ def prepare(
     out, console = Path(out), Console(stderr=True, quiet=not progress)
     _check_settings(vocab_size if tokenizer is None else None, holdout, max_documents)
     files = local_files(source, out)
-    given = None if tokenizer is None else load_tokenizer(tokenizer)
+    given = None if tokenizer is None else tokenizers.load(tokenizer)
     fingerprint = _fingerprint(
         source=[source, config_name, split] if files is None else [[str(file.resolve()), file.stat().st_size] for file in files],
-        tokenizer=vocab_size if given is None else hashlib.sha256(given[0].to_str().encode()).hexdigest(),
+        tokenizer=vocab_size if given is None else hashlib.sha256(given.encoder.to_str().encode()).hexdigest(),
         text_column=text_column,
         holdout=holdout,
         max_documents=max_documents,
@@ -102,19 +100,24 @@ def prepare(
     if state is None:
         if given is None:
             console.print(f"training a byte-level BPE with {vocab_size} entries")
-            given = train_tokenizer(read_texts(rows, text_column, source), vocab_size), TRAINED_EOS
-        state = _start(out, fingerprint, *given)
+            trained = train_tokenizer(read_texts(rows, text_column, source), vocab_size)
+            given = Given(trained, TRAINED_EOS)
+        state = _start(out, fingerprint, given)
     else:
         console.print(f"going on in {out} after {state['rows']:,} documents")
+        before = state["rows"] - _total(state["splits"], "documents")  # of a version that did not tell them apart
+        state.setdefault("left_out", {"without_text": 0, "empty": before})
     _tokenize(read_texts(rows.skip(state["rows"]), text_column, source), out, state, seed, holdout, console)
     if not any(counts["documents"] for counts in state["splits"].values()):
-        raise ConfigError("SOURCE", source, "it has no documents")
+        raise ConfigError("SOURCE", source, f"it has no documents ({tell_left_out(state) or 'no rows at all'})")
     index = {"format": INDEX_FORMAT, "source": source, "text_column": text_column}
     index |= {"tokenizer": state["tokenizer"], "dtype": state["dtype"], "seed": seed, "holdout": holdout}
-    index |= {"splits": {}, "fingerprint": fingerprint}
+    index |= {"splits": {}, "left_out": state["left_out"], "fingerprint": fingerprint}
     for name, counts in state["splits"].items():
         index["splits"][name] = {"file": f"{name}.bin", **counts, "sha256": file_sha256(out / f"{name}.bin")}
         console.print(f"{name}: {counts['tokens']:,} tokens of {counts['documents']:,} documents")
+    if left_out := tell_left_out(index):
+        console.print(left_out)
     write_json(out / INDEX_FILE, index)
     (out / PROGRESS_FILE).unlink()
     return index
@@ -136,7 +139,7 @@ def local_files(source: str, out: Path) -> list[Path] | None:
     Raises:
         ConfigError: a path or pattern that names no file in a supported format, or files in several formats.
     """
-    path = Path(source).expanduser()
+    path = Path(source)
     if path.is_file():
         candidates = [path]
     elif path.is_dir():
@@ -147,8 +150,11 @@ def local_files(source: str, out: Path) -> list[Path] | None:
         raise ConfigError("SOURCE", source, "there is no such file or folder")
     else:
         return None
-    written = {out.resolve() / name for name in WRITTEN_JSON}  # the output may lie inside the source
-    files = sorted((f for f in candidates if _builder_of(f) and f.resolve() not in written), key=lambda file: file.as_posix())
+    folder = out.resolve()  # which may lie inside the source
+    files = sorted(
+        (file for file in candidates if _builder_of(file) and not (file.resolve().parent == folder and _is_written(file.name))),
+        key=lambda file: file.as_posix(),
+    )
     if not files:
         raise ConfigError("SOURCE", source, "it names no file in a supported format", f"supported: {SUPPORTED_TEXT}")
     builders = sorted({str(_builder_of(file)) for file in files})
@@ -156,6 +162,11 @@ def local_files(source: str, out: Path) -> list[Path] | None:
         mixed = f"it mixes the formats {' and '.join(builders)}"
         raise ConfigError("SOURCE", source, mixed, "name the files of one format, e.g. 'folder/**/*.jsonl'")
     return files
+
+
+def _is_written(name: str) -> bool:
+    """Whether a file of this name in the output was put there by a preparation."""
+    return name in (INDEX_FILE, PROGRESS_FILE) or tokenizers.is_one_of_them(name)
 
 
 def _looks_like_a_path(name: str) -> bool:
@@ -203,22 +214,26 @@ def _open_files(files: list[Path]) -> datasets.IterableDataset:
         return datasets.load_dataset(builder, data_files=patterns, split="train", streaming=True, cache_dir=cache, **options)
 
 
-def read_texts(rows: datasets.IterableDataset, text_column: str, source: str) -> Iterator[str]:
-    """The text of each row, ``""`` where it is null; ConfigError for a row that cannot be decoded or whose text is not text."""
+def read_texts(rows: datasets.IterableDataset, text_column: str, source: str) -> Iterator[str | None]:
+    """The text of each row, ``None`` where it is null or there is no such column.
+
+    Raises:
+        ConfigError: a row that cannot be decoded, or whose text is not text.
+    """
     iterator = iter(rows)
     while True:
         try:
-            text = next(iterator)[text_column]
+            text = next(iterator).get(text_column)
         except StopIteration:
             return
         except (ValueError, EOFError) as error:
             raise ConfigError("SOURCE", source, f"damaged or not UTF-8 ({error})", "mend that file or leave it out") from error
         if text is not None and not isinstance(text, str):
             raise ConfigError("--text-column", text_column, f"it holds {type(text).__name__} values, not text")
-        yield text or ""
+        yield text
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str | None], vocab_size: int) -> Tokenizer:
     """Trains a byte-level BPE on the head of ``texts``: at most 20 million characters of 100,000 documents.
 
     Id 0 ends a document. All 256 bytes are in the vocabulary, and nothing is normalised, so decoding gives back any text.
@@ -233,46 +248,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _head(texts: Iterable[str], documents: int, characters: int) -> Iterator[str]:
+def _head(texts: Iterable[str | None], documents: int, characters: int) -> Iterator[str]:
     """The first ``documents`` texts, cut off after ``characters`` characters in all."""
-    for _, text in zip(range(documents), texts, strict=False):
+    for _, text in zip(range(documents), (text or "" for text in texts), strict=False):
         yield text[:characters]
         characters -= len(text)
         if characters <= 0:
             return
-
-
-def load_tokenizer(name: str) -> tuple[Tokenizer, str]:
-    """A tokenizer from a file, a folder or the hub, and the token that ends a document in it.
-
-    Raises:
-        ConfigError: on ``--tokenizer``, when there is none under that name or it has no such token.
-    """
-    path = Path(name).expanduser()
-    file = path / TOKENIZER_FILE if path.is_dir() else path
-    if not path.exists() and (_looks_like_a_path(name) or path.suffix == ".json"):
-        raise ConfigError("--tokenizer", name, "there is no such file or folder")
-    try:
-        if file.is_file():
-            tokenizer, named = Tokenizer.from_file(str(file)), _configured_eos(file.with_name("tokenizer_config.json"))
-        else:
-            wrapper = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-            tokenizer, named = wrapper.backend_tokenizer, wrapper.eos_token
-    except Exception as error:  # both libraries raise many kinds, `tokenizers` nothing but this one
-        raise ConfigError("--tokenizer", name, f"it cannot be loaded as a fast tokenizer ({error})") from error
-    eos = next((token for token in (named, *KNOWN_EOS) if token and tokenizer.token_to_id(token) is not None), None)
-    if eos is None:
-        raise ConfigError("--tokenizer", name, f"it has no token that ends a document (eos_token, or {', '.join(KNOWN_EOS)})")
-    # What a tokenizer.json says about cutting and filling would silently change documents.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer, eos
-
-
-def _configured_eos(config: Path) -> str | None:
-    """``eos_token`` of a ``tokenizer_config.json``: a string, or an object with ``content``; ``None`` when there is none."""
-    eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else None
-    return eos.get("content") if isinstance(eos, dict) else eos
 
 
 def held_out(numbers: npt.NDArray[np.int64], seed: int, holdout: float) -> npt.NDArray[np.bool_]:
@@ -289,30 +271,31 @@ def held_out(numbers: npt.NDArray[np.int64], seed: int, holdout: float) -> npt.N
     return (below | (numbers == 1)) & (numbers != 0) if holdout else below
 
 
-def _start(out: Path, fingerprint: str, tokenizer: Tokenizer, eos: str) -> dict[str, Any]:
+def _start(out: Path, fingerprint: str, given: Given) -> dict[str, Any]:
     """Makes the folder with the tokenizer in it, and the record of a preparation that has read nothing yet."""
     if (out / f"{TRAIN}.bin").exists() or (out / f"{VALIDATION}.bin").exists():
         raise ConfigError("--out", str(out), "token files are in it, but no record of a preparation", "name another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos).save_pretrained(out)
-    vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps, and a model needs a row for the largest
+    vocab_size = tokenizers.write(given, out)
+    encoder_size = max(given.encoder.get_vocab().values()) + 1
     saved = {"file": TOKENIZER_FILE, "sha256": file_sha256(out / TOKENIZER_FILE)}
     state = {
         "fingerprint": fingerprint,
-        "tokenizer": saved | {"vocab_size": vocab_size, "eos_id": tokenizer.token_to_id(eos)},
+        "tokenizer": saved
+        | {"vocab_size": vocab_size, "encoder_size": encoder_size, "eos_id": given.encoder.token_to_id(given.eos)},
         "dtype": "uint16" if vocab_size <= 1 << 16 else "uint32",
         "rows": 0,
+        "left_out": {"without_text": 0, "empty": 0},
         "splits": {name: {"tokens": 0, "documents": 0} for name in (TRAIN, VALIDATION)},
     }
     write_json(out / PROGRESS_FILE, state)
     return state
 
 
-def _tokenize(texts: Iterable[str], out: Path, state: dict[str, Any], seed: int, holdout: float, console: Console) -> None:
+def _tokenize(texts: Iterable[str | None], out: Path, state: dict[str, Any], seed: int, holdout: float, console: Console) -> None:
     """Appends the tokens of ``texts`` to the files in ``out``; after each batch of documents, ``state`` there says so."""
     if file_sha256(out / TOKENIZER_FILE) != state["tokenizer"]["sha256"]:
         raise ConfigError("--out", str(out), f"{TOKENIZER_FILE} has changed since the preparation began", "delete the folder")
-    tokenizer = Tokenizer.from_file(str(out / TOKENIZER_FILE))
+    tokenizer = tokenizers.read_encoder(out)
     tokenizer.encode_special_tokens = True  # a document that spells out a special token is text: only the joins are the token
     dtype, eos_id, splits = DTYPES[state["dtype"]], state["tokenizer"]["eos_id"], state["splits"]
     started, before = time.monotonic(), _total(splits, "tokens")
@@ -323,7 +306,8 @@ def _tokenize(texts: Iterable[str], out: Path, state: dict[str, Any], seed: int,
         files = {
             name: stack.enter_context(_reopen(out / f"{name}.bin", splits[name]["tokens"] * dtype.itemsize)) for name in splits
         }
-        for row_count, batch in _batches(texts):
+        for rows in _batches(texts):
+            batch = [text for text in rows if text]
             first = _total(splits, "documents")
             validates = held_out(np.arange(first, first + len(batch)), seed, holdout)
             encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
@@ -336,7 +320,9 @@ def _tokenize(texts: Iterable[str], out: Path, state: dict[str, Any], seed: int,
             for file in files.values():
                 file.flush()
                 os.fsync(file.fileno())  # before the record says that these tokens are there
-            state["rows"] += row_count
+            state["rows"] += len(rows)
+            state["left_out"]["without_text"] += rows.count(None)
+            state["left_out"]["empty"] += rows.count("")
             write_json(out / PROGRESS_FILE, state)
             tokens, seconds = _total(splits, "tokens"), time.monotonic() - started
             done = f"{state['rows']:,} documents, {tokens:,} tokens, {(tokens - before) / seconds:,.0f} tokens/s"
@@ -348,19 +334,25 @@ def _total(splits: dict[str, dict[str, int]], key: str) -> int:
     return sum(counts[key] for counts in splits.values())
 
 
-def _batches(texts: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
-    """Rows read, and their texts without the empty ones. Where batches end does not show in the output."""
-    rows, batch, characters = 0, [], 0
+def _batches(texts: Iterable[str | None]) -> Iterator[list[str | None]]:
+    """The texts of some rows at a time. Where batches end does not show in the output."""
+    rows: list[str | None] = []
+    characters = 0
     for text in texts:
-        rows += 1
-        characters += len(text)
-        if text:
-            batch.append(text)
-        if rows == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-            yield rows, batch
-            rows, batch, characters = 0, [], 0
+        rows.append(text)
+        characters += len(text or "")
+        if len(rows) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+            yield rows
+            rows, characters = [], 0
     if rows:
-        yield rows, batch
+        yield rows
+
+
+def tell_left_out(record: dict[str, Any]) -> str:
+    """The rows that gave no document, for people; empty where there were none, or the record of an older version does not say."""
+    left_out = record.get("left_out", {})
+    said = {"without text (null, or no such column)": left_out.get("without_text"), "empty": left_out.get("empty")}
+    return "left out: " + ", ".join(f"{count:,} {kind}" for kind, count in said.items()) if any(said.values()) else ""
 
 
 def _reopen(path: Path, size: int) -> BinaryIO:

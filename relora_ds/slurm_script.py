@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError
 
 from relora_ds.config import Positive, Section, explain, read_yaml
 from relora_ds.errors import ConfigError
+from relora_ds.paths import LocalPath
 
 SITE_FILE = Path(".config/relora-ds/slurm.yaml")
 """Under the home directory: the settings that are the same for all jobs of a user on a cluster."""
@@ -59,11 +60,11 @@ class Settings(Section):
     """So many attempts in a row without a newer checkpoint end the job."""
     setup: Lines
     """Shell lines before anything else runs: module load …, source …/activate."""
-    environment_file: str | None = None
+    environment_file: LocalPath | None = None
     """A file of NAME=VALUE lines that all processes get."""
     container: str | None = None
     """Words before the training command, e.g. apptainer exec --nv image.sif. What runs before and after training runs outside."""
-    python: str | None = None
+    python: LocalPath | None = None
     """The interpreter on the nodes; left out: the one that submits."""
     sbatch_args: Lines
     """More options of sbatch, one each: --reservation=week."""
@@ -110,8 +111,9 @@ def settings(site: dict[str, Any], options: dict[str, Any], site_path: Path = SI
     try:
         found = Settings.model_validate({**site, **options})
     except ValidationError as error:
-        complaint = explain(error, Settings, options)
-        raise ConfigError(option_name(complaint.key), complaint.value, str(error.errors()[0]["msg"]).lower()) from None
+        complaint, first = explain(error, Settings, options), error.errors()[0]
+        said = str(first.get("ctx", {}).get("error") or first["msg"].lower())
+        raise ConfigError(option_name(complaint.key), complaint.value, said) from None
     _check(found)
     return found
 

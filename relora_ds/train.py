@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import socket
 import time
 from dataclasses import asdict
@@ -16,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from relora_ds import checkpoint as checkpoints
-from relora_ds import elastic, faults, launch, phases
+from relora_ds import elastic, faults, generation, launch, phases, tokenizer
 from relora_ds.checks import Checked
 from relora_ds.config import dump
 from relora_ds.data import TokenDataset, rank_micro_batches
@@ -167,7 +166,8 @@ class Trainer:
         self.watchdog.update = update
         self._set_learning_rates(update)
         # Dropout is a function of (seed, update, rank): a resumed run draws the same without any saved generator state.
-        torch.manual_seed((self.config.run.seed * 1_000_003 + update) * 65_537 + self.place.rank)
+        # torch takes 64 bits of it, and large seeds make more.
+        torch.manual_seed(((self.config.run.seed * 1_000_003 + update) * 65_537 + self.place.rank) % 2**64)
         micro_batches = rank_micro_batches(
             update, global_batch=train.global_batch, micro_batch=train.micro_batch,
             rank=self.place.rank, world_size=self.place.world_size,
@@ -398,8 +398,8 @@ class Trainer:
         write_atomically(self.folder.config, dump(self.config))
         write_atomically(self.folder.deepspeed, json.dumps(self.checked.deepspeed, indent=2))
         self.checked.architecture.save_pretrained(self.folder.model)
-        for source in Path(self.config.data.path).glob("*token*.json"):
-            shutil.copyfile(source, self.folder.model / source.name)
+        generation.keep_generation_config(self.config.model, self.folder.model)
+        tokenizer.hand_on(Path(self.config.data.path), self.folder.model)
 
     def _tell_size(self) -> None:
         trainable, everything = count_parameters(self.engine.module)

@@ -186,6 +186,14 @@ def test_resume_is_refused_for_another_run(content: dict[str, Any], tmp_path: Pa
     check(parse(harmless), Path("recipe.yaml"), 2)
 
 
+@pytest.mark.parametrize("seed", [0, 2**31 - 1])
+def test_the_smallest_and_the_largest_seed(content: dict[str, Any], seed: int) -> None:
+    """Through a real update of both phases, whose dropout is seeded by more than 64 bits of the largest."""
+    content["run"]["seed"] = seed
+    content["train"]["updates"], content["relora"]["warm_start"], content["optimizer"] = 2, 1, {"lr": 0.002}
+    assert run(1, train_here, content) == [EXIT_DONE]
+
+
 def losses_of_a_run(content: dict[str, Any]) -> list[float]:
     train_here(content)
     records = read_log(Path(content["run"]["dir"]) / "metrics.jsonl")

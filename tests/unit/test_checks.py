@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer, LlamaConfig
 
 from relora_ds import config
 from relora_ds import manifest as manifests
 from relora_ds.checks import check
 from relora_ds.errors import ConfigError
 from relora_ds.manifest import Manifest
+from relora_ds.prepare import train_tokenizer
+from relora_ds.tokenizer import Given
+from relora_ds.tokenizer import write as write_tokenizer
+from tests.conftest import TINY_LLAMA
 from tests.unit.test_config import judge, refusal
 
 
@@ -91,3 +99,77 @@ def test_a_run_goes_on_with_another_number_of_ranks(checkpointed: Path, ranks: i
 def test_ranks_over_which_the_global_batch_does_not_divide(checkpointed: Path, ranks: int) -> None:
     line = refusal(checkpointed, ranks=ranks)
     assert line == f"--nproc={ranks}: train.global_batch=8 does not divide over so many ranks; go on with 1, 2, 4, 8"
+
+
+# The tokenizer of the data, and the model's
+
+
+def others_model(folder: Path, size: int) -> Path:
+    """A model made elsewhere, with a tokenizer of its own."""
+    LlamaConfig(**{**TINY_LLAMA, "vocab_size": size}).save_pretrained(folder)
+    write_tokenizer(Given(train_tokenizer([f"{i} is the number {i}" for i in range(99)], size), "<|endoftext|>"), folder)
+    return folder
+
+
+def as_adapter(folder: Path, model: Path) -> Path:
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(model)}))
+    return folder
+
+
+def as_run(folder: Path, model: Path) -> Path:
+    folder.mkdir()
+    (folder / "config.yaml").write_text("")
+    (folder / "checkpoints").mkdir()
+    model.rename(folder / "model")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter", "run"])
+def test_data_of_another_tokenizer_than_the_models(recipe: Path, tmp_path: Path, kind: str) -> None:
+    """Although all of its ids are rows of the model."""
+    model = others_model(tmp_path / "model", 310)
+    start = {
+        "model": lambda: model,
+        "adapter": lambda: as_adapter(tmp_path / "lora", model),
+        "run": lambda: as_run(tmp_path / "r", model),
+    }
+    path = start[kind]()
+    line = refusal(recipe, "model.config=null", f"model.path={path}")
+    own = path / "model" if kind == "run" else model
+    assert re.match(rf"data\.path='.*': its tokenizer is not that of model\.path='{path}': \d+ tokens differ, such as ", line)
+    assert line.endswith(f"prepare the data with --tokenizer {own}")
+
+
+def test_data_of_the_models_tokenizer_or_of_a_model_that_has_none(recipe: Path, tmp_path: Path, token_folder: Path) -> None:
+    model = others_model(tmp_path / "model", 310)
+    overrides = ["model.config=null", f"model.path={model}"]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+    judge(recipe, *overrides)
+    AutoTokenizer.from_pretrained(token_folder).save_pretrained(model)  # other bytes
+    assert (model / "tokenizer.json").read_bytes() != (token_folder / "tokenizer.json").read_bytes()
+    judge(recipe, *overrides)
+
+
+def test_a_token_that_no_document_has_needs_no_row_of_the_models(recipe: Path, tmp_path: Path, token_folder: Path) -> None:
+    """As of published models whose tokenizer names a pad token for which they have no row; a new model gets one."""
+    data = tmp_path / "data"
+    shutil.copytree(token_folder, data)
+    index = json.loads((data / "index.json").read_text())
+    index["tokenizer"]["vocab_size"] += 1
+    (data / "index.json").write_text(json.dumps(index))
+    (tmp_path / "model").mkdir()
+    LlamaConfig(**{**TINY_LLAMA, "vocab_size": 300}).save_pretrained(tmp_path / "model")
+    given = ["model.config=null", f"model.path={tmp_path / 'model'}", f"data.path={data}"]
+    assert judge(recipe, *given).architecture.vocab_size == 300
+    assert judge(recipe, f"data.path={data}").architecture.vocab_size == 301
+    index["tokenizer"]["encoder_size"] += 1
+    (data / "index.json").write_text(json.dumps(index))
+    assert "its tokenizer has 301 entries, the model's vocabulary 300" in refusal(recipe, *given)
+
+
+def test_a_run_that_goes_on_is_not_asked_for_its_tokenizer_again(checkpointed: Path, tmp_path: Path) -> None:
+    overrides = ["model.config=null", f"model.path={others_model(tmp_path / 'model', 310)}"]
+    read = config.load(checkpointed, overrides)
+    check(read, checkpointed, 2, ["model"])

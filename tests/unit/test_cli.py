@@ -203,3 +203,53 @@ def test_a_bad_recipe_as_users_meet_it(recipe: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "relora-ds: error: relora.rnak=8: unknown key; did you mean 'rank'?\n"
+
+
+PATH_ARGUMENTS = [
+    ("prepare", "$UNSET/a", "out"),
+    ("prepare", "a", "$UNSET/out"),
+    ("prepare", "a", "out", "--tokenizer", "$UNSET"),
+    ("train", "$UNSET/r.yaml"),
+    ("eval", "$UNSET"),
+    ("eval", "run", "--data", "$UNSET"),
+    ("export", "$UNSET", "out"),
+    ("export", "run", "$UNSET"),
+    ("checkpoints", "$UNSET"),
+    ("report", "run", "$UNSET"),
+    ("report", "run", "--out", "$UNSET"),
+    ("traffic", "$UNSET"),
+    ("traffic", "r.yaml", "--out", "$UNSET"),
+    ("plan", "$UNSET", "--gpus", "1"),
+    ("slurm", "submit", "$UNSET"),
+    ("slurm", "submit", "r.yaml", "--site", "$UNSET"),
+    ("slurm", "submit", "r.yaml", "--tasks-per-node", "1", "--environment-file", "$UNSET"),
+    ("slurm", "submit", "r.yaml", "--tasks-per-node", "1", "--python", "$UNSET"),
+    ("slurm", "status", "$UNSET"),
+    ("slurm", "logs", "$UNSET"),
+    ("slurm", "cancel", "$UNSET"),
+    ("slurm", "before", "$UNSET", "--tasks-per-node", "1"),
+]
+
+
+@pytest.mark.parametrize("arguments", PATH_ARGUMENTS, ids=" ".join)
+def test_every_argument_that_is_a_path_is_filled_in(
+    refused: Refused, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("UNSET", raising=False)
+    assert "the environment variable UNSET is not set, or empty" in refused(*arguments)
+
+
+def test_home_is_filled_in_on_the_command_line(
+    recipe: Path, tmp_path: Path, spawned: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And in the batch script; nothing is made in a folder that is called ~."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path)
+    recipe.rename(tmp_path / "home" / "r.yaml")
+    assert main(["train", "~/r.yaml", "run.dir=~/runs/x", "--nproc", "2"]) == 0
+    assert spawned[0][0][1] == str(tmp_path / "home" / "r.yaml")
+    assert main(["slurm", "submit", "~/r.yaml", "run.dir=~/runs/x", "--tasks-per-node", "1", "--dry-run"]) == 0
+    script = capsys.readouterr().out
+    assert f"recipe={tmp_path}/home/runs/x/slurm/recipe.yaml" in script and "~" not in script
+    assert not (tmp_path / "~").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -82,6 +83,111 @@ def test_everything_else_is_ordinary_yaml(text: str, value: object) -> None:
 
 def test_ordinary_yaml_loader_is_left_alone() -> None:
     assert yaml.safe_load("a: 1e-3\nb: 24:00:00") == {"a": "1e-3", "b": 86400}
+
+
+# Keys that are given twice
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "lines"),
+    [
+        ("run: {dir: a}\noptimizer:\n  lr: 1\nmethod: full\noptimizer:\n  eps: 1", "optimizer", (5, 2)),
+        ("relora:\n  reset:\n    kind: full\n    ratio: 1\n    'kind': none", "relora.reset.kind", (5, 3)),
+        ("deepspeed: {zero_optimization: {stage: 1,\n stage: 2}}", "deepspeed.zero_optimization.stage", (2, 1)),
+        ("lines:\n- {a: 1}\n- {a: 1, b: 2, b: 2}", "lines.1.b", (3, 3)),
+        ("sec: {base: &a {<<: &b {x: 1},\n x: 2, x: 3}}\nother: {<<: *a}", "sec.base.x", (2, 2)),
+    ],
+)
+def test_a_key_given_twice_is_refused_at_any_depth(text: str, key: str, lines: tuple[int, int]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.read_yaml(text, "r.yaml")
+    assert str(caught.value).startswith(f"{key}='line {lines[0]} of r.yaml': is given twice: line {lines[1]} has it, too; ")
+
+
+def test_a_key_given_twice_in_recipe_and_override(recipe: Path) -> None:
+    recipe.write_text(recipe.read_text() + "optimizer: {lr: 0.5}\n")
+    assert refusal(recipe).startswith("optimizer='line ")
+    recipe.write_text(recipe.read_text().replace("optimizer: {lr: 0.5}", ""))
+    assert refusal(recipe, "relora={rank: 4, rank: 8}").startswith("rank='line 1 of relora': is given twice")
+
+
+def test_merge_keys_and_anchors_still_work() -> None:
+    """Also where a merge is filled in before the mapping that it comes from is built: a mapping's own keys win, and are no twins."""
+    text = "sec: {base: &b {<<: &a {x: 1, y: 2}, x: 3}}\nother: {<<: [*b, *a], y: 4}\nsame: *b\ntwo: {<<: *a, z: 1, <<: {q: 5}}"
+    read = config.read_yaml(text, "r.yaml")
+    assert read["sec"]["base"] == read["same"] == {"x": 3, "y": 2}
+    assert read["other"] == {"x": 3, "y": 4}
+    assert read["two"] == {"x": 1, "y": 2, "z": 1, "q": 5}
+    assert config.read_yaml("a: {x: 1}\nb: {x: 1}\n1: x\n'1': y", "r.yaml") == {"a": {"x": 1}, "b": {"x": 1}, 1: "x", "1": "y"}
+
+
+@pytest.mark.parametrize("text", ['{"bf16": {}, "bf16": {}}', '{"zero_optimization": {"stage": 1, "stage": 2}}'])
+def test_a_key_given_twice_in_deepspeeds_json(tmp_path: Path, text: str) -> None:
+    (tmp_path / "ds.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"ds\.json': is not valid JSON: '(bf16|stage)' is given twice in one object"):
+        ds_config.read(tmp_path / "ds.json")
+
+
+# Paths
+
+
+PATHS = ("run.dir", "data.path", "model.path", "model.config", "model.weights", "deepspeed")
+
+
+def at_key(content: Any, key: str) -> Any:
+    for name in key.split("."):
+        content = getattr(content, name)
+    return content
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_home_and_variables_are_filled_in_wherever_a_path_is_read(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    monkeypatch.delenv("UNSET", raising=False)
+    free = ["model.config=null"] * (key == "model.path")
+    for text, path in (("~/a", "/home/me/a"), ("$SCRATCH/a", "/scratch/me/a"), ("${SCRATCH}_2/a", "/scratch/me_2/a")):
+        read = config.load(recipe, [*free, f"{key}={text}"])
+        assert at_key(read, key) == path
+        assert config.parse(yaml.safe_load(config.dump(read))) == read
+    for text, name in (("$UNSET/a", "UNSET"), ("${UNSET}", "UNSET"), ("~nobody-of-this-name/a", "~nobody-of-this-name")):
+        with pytest.raises(ConfigError, match=re.escape(name)) as caught:
+            config.load(recipe, [*free, f"{key}={text}"])
+        assert (caught.value.key, caught.value.value) == (key, text)
+
+
+# Re-warmup
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rewarmup"),
+    [
+        (["relora.restart_every=400"], 100),  # as it always was
+        (["relora.restart_every=101"], 100),
+        (["relora.restart_every=100"], 25),
+        (["relora.restart_every=10"], 2),
+        (["relora.restart_every=1"], 0),
+        (["relora.restart_every=400", "relora.reset.every=12"], 3),
+        (["relora.restart_every=10", "relora.restart_growth=2.0"], 2),
+        (["method=lora", "relora.restart_every=10"], 100),  # which never restarts
+        (["relora.restart_every=10", "relora.restart_warmup=7"], 7),
+    ],
+)
+def test_a_rewarmup_that_is_left_out_fits_the_interval(recipe: Path, overrides: list[str], rewarmup: int) -> None:
+    content = yaml.safe_load(recipe.read_text())
+    del content["relora"]["restart_warmup"]
+    recipe.write_text(yaml.safe_dump(content))
+    read = config.load(recipe, ["train.updates=1000", *overrides])
+    assert read.relora.restart_warmup == rewarmup
+    assert yaml.safe_load(config.dump(read))["relora"]["restart_warmup"] == rewarmup, "config.yaml says what it was"
+
+
+def test_a_rewarmup_that_is_left_out_in_a_script() -> None:
+    assert config.parse_relora({"restart_every": 10}).rewarmup == 2
+    with pytest.raises(ConfigError, match=r"^relora\.restart_warmup=10: not shorter than relora\.restart_every=10"):
+        config.parse_relora({"restart_every": 10, "restart_warmup": 10})
 
 
 # Overrides

@@ -20,7 +20,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from relora_ds import prepare as module
 from relora_ds.data import read_index, verify
 from relora_ds.errors import ConfigError
-from relora_ds.prepare import held_out, load_tokenizer, train_tokenizer
+from relora_ds.prepare import held_out, train_tokenizer
+from relora_ds.tokenizer import load
 
 DOCUMENTS = [f"Document {i}: naïve café — tab\there\nsecond line {i * i}\n" + "word " * (i % 5) for i in range(23)]
 OUTPUTS = ("train.bin", "validation.bin", "tokenizer.json", "tokenizer_config.json", "index.json")
@@ -118,7 +119,7 @@ def test_index_describes_the_files(source: Path, tmp_path: Path) -> None:
     assert (index["format"], index["source"], index["text_column"]) == (1, str(source), "text")
     assert (index["dtype"], index["seed"], index["holdout"]) == ("uint16", 4, 0.3)
     digest = hashlib.sha256((tmp_path / "out" / "tokenizer.json").read_bytes()).hexdigest()
-    assert index["tokenizer"] == {"file": "tokenizer.json", "sha256": digest, "vocab_size": 300, "eos_id": 0}
+    assert index["tokenizer"] == {"file": "tokenizer.json", "sha256": digest, "vocab_size": 300, "encoder_size": 300, "eos_id": 0}
     for split, entry in index["splits"].items():
         data = (tmp_path / "out" / f"{split}.bin").read_bytes()
         assert (entry["tokens"], entry["sha256"]) == (len(data) // 2, hashlib.sha256(data).hexdigest())
@@ -164,6 +165,50 @@ def test_null_and_empty_documents_are_left_out(tmp_path: Path) -> None:
     prepare(tmp_path / "a.jsonl", tmp_path / "out")
     assert read_documents(tmp_path / "out", "train") == ["one"]
     assert read_documents(tmp_path / "out", "validation") == ["two"]
+
+
+LEFT_OUT = [{"text": None}, {"text": ""}, {"text": "one"}, {"notext": 1}, {"text": ""}, {"text": "two"}, {"notext": 2}]
+
+
+@pytest.mark.parametrize("cut", [None, 2, 3, 4])
+def test_rows_that_gave_no_document_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cut: int | None
+) -> None:
+    """Also over an interruption, whether it comes before or after a batch of them."""
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in LEFT_OUT))
+    monkeypatch.setattr(module, "BATCH_DOCUMENTS", 2)
+    if cut is not None:
+        with monkeypatch.context() as patch:
+            kill_at_write(patch, cut, before=cut == 3)
+            with pytest.raises(Killed):
+                prepare(tmp_path / "a.jsonl", tmp_path / "out")
+    index = prepare(tmp_path / "a.jsonl", tmp_path / "out", progress=True)
+    assert index["left_out"] == {"without_text": 3, "empty": 2}
+    assert "left out: 3 without text (null, or no such column), 2 empty" in " ".join(capsys.readouterr().err.split())
+    assert read_index(tmp_path / "out").splits["train"].documents == 1
+
+
+def test_counts_of_what_was_left_out_are_told_only_where_they_are_known(source: Path, tmp_path: Path) -> None:
+    index = prepare(source, tmp_path / "out")
+    assert index["left_out"] == {"without_text": 0, "empty": 0} and module.tell_left_out(index) == ""
+    del index["left_out"]  # as versions before wrote it
+    (tmp_path / "out" / "index.json").write_text(json.dumps(index))
+    assert read_index(tmp_path / "out").vocab_size == 300
+    assert prepare(source, tmp_path / "out") == index and module.tell_left_out(index) == ""
+
+
+def test_an_interrupted_preparation_of_an_earlier_version_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in LEFT_OUT))
+    monkeypatch.setattr(module, "BATCH_DOCUMENTS", 2)
+    with monkeypatch.context() as patch:
+        kill_at_write(patch, 2, before=False)
+        with pytest.raises(Killed):
+            prepare(tmp_path / "a.jsonl", tmp_path / "out")
+    path = tmp_path / "out" / "progress.json"
+    state = json.loads(path.read_text())
+    del state["left_out"]
+    path.write_text(json.dumps(state))
+    assert prepare(tmp_path / "a.jsonl", tmp_path / "out")["left_out"] == {"without_text": 2, "empty": 3}, "five in all"
 
 
 def test_max_documents(source: Path, tmp_path: Path) -> None:
@@ -236,7 +281,7 @@ def test_resumption_is_byte_identical(
 def test_batches_end_at_characters_too(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(source, tmp_path / "whole")
     monkeypatch.setattr(module, "BATCH_CHARACTERS", 100)
-    assert [rows for rows, _ in module._batches(["x" * 60, "", "x" * 60, "x"])] == [3, 1]
+    assert [len(rows) for rows in module._batches(["x" * 60, None, "x" * 60, "x"])] == [3, 1]
     prepare(source, tmp_path / "small")
     assert (tmp_path / "small" / "train.bin").read_bytes() == (tmp_path / "whole" / "train.bin").read_bytes()
 
@@ -346,7 +391,7 @@ def save_tokenizer(folder: Path, eos: str | None, extra: int = 0) -> Path:
     tokenizer.add_tokens([f"<extra {i}>" for i in range(extra)])
     tokenizer.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
     tokenizer.enable_truncation(4)
-    tokenizer.enable_padding(length=999, pad_id=1)
+    tokenizer.enable_padding(length=999, pad_token="<|endoftext|>")
     if eos is not None:
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos).save_pretrained(folder)
     folder.mkdir(exist_ok=True)
@@ -366,23 +411,23 @@ def test_given_tokenizer(source: Path, tmp_path: Path, form: str) -> None:
 
 def test_eos_that_the_tokenizer_names_comes_first(tmp_path: Path) -> None:
     folder = save_tokenizer(tmp_path / "tok", "<extra 0>", extra=1)
-    assert load_tokenizer(str(folder))[1] == "<extra 0>"
+    assert load(str(folder)).eos == "<extra 0>"
     (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "<extra 0>"}}')
-    assert load_tokenizer(str(folder))[1] == "<extra 0>"
+    assert load(str(folder)).eos == "<extra 0>"
     (folder / "tokenizer_config.json").unlink()
-    assert load_tokenizer(str(folder))[1] == "<|endoftext|>"
+    assert load(str(folder)).eos == "<|endoftext|>"
 
 
 def test_tokenizer_without_eos(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(train_tokenizer(DOCUMENTS, 280).to_str().replace("<|endoftext|>", "<|unusual|>"))
     with pytest.raises(ConfigError, match="no token that ends a document") as caught:
-        load_tokenizer(str(tmp_path))
+        load(str(tmp_path))
     assert caught.value.key == "--tokenizer"
 
 
 def test_file_that_is_no_tokenizer(source: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be loaded"):
-        load_tokenizer(str(source))
+        load(str(source))
 
 
 def test_large_vocabulary_takes_four_bytes(source: Path, tmp_path: Path) -> None:
