@@ -137,10 +137,6 @@ def losses(own_way: bool, model: str, changes: dict[str, Any]) -> dict[str, Any]
             "stage": 2, "accumulation": 3, "dtype": "bf16", "accumulates_in": "fp32",
             "offload_optimizer": {"device": "cpu", "pin_memory": False},
         }),
-        (2, "llama", {
-            "stage": 1, "accumulation": 3, "dtype": "bf16", "accumulates_in": "float32",
-            "offload_optimizer": {"device": "cpu", "pin_memory": False},
-        }),
         (2, "llama", {"stage": 2, "accumulation": 3, "dtype": "bf16", "wire": "fp32"}),
         (2, "llama", {"stage": 1, "accumulation": 3, "dtype": "bf16"}),
         pytest.param(3, "llama", {"stage": 2, "accumulation": 2, "dtype": "fp16"}, marks=needs_fp16),
