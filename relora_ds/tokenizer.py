@@ -166,8 +166,16 @@ def special_ids(folder: Path) -> dict[str, int | None] | None:
 
 
 def vocabulary(folder: Path) -> dict[str, int]:
-    """Token -> id, as transformers has them: to those of tokenizer.json it adds what the other files name and that one lacks."""
-    config, found = _read(folder / CONFIG_FILE), Tokenizer.from_file(str(folder / TOKENIZER_FILE)).get_vocab()
+    """Token -> id, as transformers has them: to those of tokenizer.json it adds what the other files name and that one lacks.
+
+    Raises:
+        ConfigError: a file is damaged.
+    """
+    config = _read(folder / CONFIG_FILE)
+    try:
+        found = Tokenizer.from_file(str(folder / TOKENIZER_FILE)).get_vocab()
+    except Exception as error:  # `tokenizers` raises nothing but this
+        raise _damaged(folder / TOKENIZER_FILE, error) from None
     listed = {str(_content(token)): int(number) for number, token in config.get("added_tokens_decoder", {}).items()}
     found = {**listed, **_read(folder / "added_tokens.json"), **found}
     more = [token for key in ("additional_special_tokens", "extra_special_tokens") for token in config.get(key) or ()]
@@ -216,11 +224,18 @@ def _content(token: Any) -> str | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON object; an empty one where there is no such file."""
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """A JSON object; an empty one where there is no such file. Raises ConfigError for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise _damaged(path, error) from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path.name} does not hold a JSON object")
+        raise _damaged(path, "no JSON object")
     return content
+
+
+def _damaged(path: Path, why: object) -> ConfigError:
+    return ConfigError(path.name, str(path.parent), f"cannot be read: {why}", "copy it anew from where the tokenizer comes from")
 
 
 def _write(path: Path, content: dict[str, Any], before: dict[str, Any]) -> None:

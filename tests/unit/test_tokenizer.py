@@ -218,3 +218,13 @@ def test_no_tokenizer_that_can_be_read(tmp_path: Path, content: str | None) -> N
         with pytest.raises(ConfigError, match="cannot be loaded"):
             module.load(str(tmp_path))
     assert module.find(str(tmp_path)) is None
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"])
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_file_is_named(folder: Path, name: str, text: str) -> None:
+    """In the launching process, which asks for the ids before rank 0 copies the files while the others wait."""
+    (folder / name).write_text(text)
+    with pytest.raises(ConfigError, match="cannot be read") as caught:
+        module.special_ids(folder)
+    assert (caught.value.key, caught.value.value) == (name, str(folder))
