@@ -9,7 +9,7 @@ from relora_ds.errors import ConfigError, RestartError
 if TYPE_CHECKING:
     from relora_ds.engine import initialize
     from relora_ds.optimizer import ReLoRAOptimizer
-    from relora_ds.zero_release import release
+    from relora_ds.teardown import release
 
 __version__ = "0.1.0"
 __all__ = ["ConfigError", "ReLoRAOptimizer", "RestartError", "__version__", "initialize", "release"]
@@ -26,7 +26,7 @@ def __getattr__(name: str) -> Any:
 
         return ReLoRAOptimizer
     if name == "release":
-        from relora_ds.zero_release import release
+        from relora_ds.teardown import release
 
         return release
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

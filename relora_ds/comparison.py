@@ -29,7 +29,7 @@ from relora_ds.launch import Place
 from relora_ds.ledger import GRADIENT, LEDGER, LOSS, START_UP, by_purpose, count_everything, label
 from relora_ds.lora import param_groups
 from relora_ds.optimizer import ReLoRAOptimizer
-from relora_ds.zero_release import collect, release
+from relora_ds.teardown import collect, release
 
 ARMS = {
     "recipe": "the recipe",

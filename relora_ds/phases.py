@@ -20,9 +20,9 @@ from relora_ds.engine import adamw, initialize, wrapping
 from relora_ds.export import merged_weights
 from relora_ds.frozen import own_rows
 from relora_ds.run_folder import RunFolder
+from relora_ds.teardown import collect, release
 from relora_ds.weights import Source, blank, pretrained
 from relora_ds.zero import ZeroState, data_parallel_group
-from relora_ds.zero_release import collect, release
 
 
 @dataclass(frozen=True)

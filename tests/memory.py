@@ -1,7 +1,8 @@
-"""Live bytes of tensors, counted at the dispatcher: exact, and the same on every machine."""
+"""Live bytes of tensors: the most at one time, counted at the dispatcher, the same on every machine; and those there are."""
 
 from __future__ import annotations
 
+import gc
 import weakref
 from typing import Any
 
@@ -39,6 +40,17 @@ class PeakMemory(TorchDispatchMode):
 
     def _free(self, num_bytes: int) -> None:
         self.live -= num_bytes
+
+
+def live_bytes() -> int:
+    """Of all storages that Python's tensors refer to now, whoever made them: what a checkpoint brought counts, too."""
+    gc.collect()
+    storages = {}
+    for value in gc.get_objects():
+        if issubclass(type(value), torch.Tensor) and value.device.type == "cpu" and not torch._is_functional_tensor(value):
+            storage = value.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
+    return sum(storages.values())
 
 
 def _is_real(value: Any) -> bool:

@@ -23,8 +23,8 @@ from relora_ds.errors import EXIT_DONE
 from relora_ds.export import export, load_merged
 from relora_ds.lora import relora_layers
 from relora_ds.run_folder import RunFolder
+from relora_ds.teardown import release
 from relora_ds.train import Trainer
-from relora_ds.zero_release import release
 from tests.distributed import common
 from tests.distributed.pool import run
 from tests.distributed.test_training import at, read_log, train_here

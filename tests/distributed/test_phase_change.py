@@ -17,10 +17,11 @@ from relora_ds import launch, phases
 from relora_ds.checks import check
 from relora_ds.config import Optimizer, parse
 from relora_ds.engine import adamw
+from relora_ds.teardown import release
 from relora_ds.train import Trainer
-from relora_ds.zero_release import release
 from tests.distributed import common
 from tests.distributed.pool import run
+from tests.memory import live_bytes
 
 CPU = torch.device("cpu")
 WARM_START = 2
@@ -47,17 +48,6 @@ def trainer_of(content: dict[str, Any]) -> Trainer:
 def end(trainer: Trainer) -> None:
     trainer.close(exit_code=1)
     release(trainer.engine)
-
-
-def live_bytes() -> int:
-    """Of all storages that Python's tensors refer to."""
-    gc.collect()
-    storages = {}
-    for value in gc.get_objects():
-        if issubclass(type(value), torch.Tensor) and value.device.type == "cpu" and not torch._is_functional_tensor(value):
-            storage = value.untyped_storage()
-            storages[storage._cdata] = storage.nbytes()
-    return sum(storages.values())
 
 
 def what_lives_on(content: dict[str, Any]) -> dict[str, bool]:

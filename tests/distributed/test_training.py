@@ -25,10 +25,10 @@ from relora_ds.export import export
 from relora_ds.frozen import FrozenWeight
 from relora_ds.ledger import CountedGroup
 from relora_ds.run_folder import RunFolder
+from relora_ds.teardown import release
 from relora_ds.train import Trainer, TrainingError
 from relora_ds.train import train as train_run
 from relora_ds.zero import ZeroState
-from relora_ds.zero_release import release
 from tests.distributed.common import WITH_VOCABULARY
 from tests.distributed.pool import run
 

@@ -174,7 +174,10 @@ LAUNCHERS = {
     "a rank's own program": ("subprocess.run(launch.tied([sys.executable, 'train']))", 1),
 }
 """What is run, and how many children it has."""
-LAUNCHER = "import subprocess, sys, threading; from relora_ds import launch; sys.executable = sys.argv[1]; "
+LAUNCHER = (
+    "import signal, subprocess, sys, threading; signal.signal(signal.SIGHUP, signal.SIG_DFL); "  # ignored under nohup
+    "from relora_ds import launch; sys.executable = sys.argv[1]; "
+)
 
 
 def wait_until(holds: Callable[[], bool], timeout_s: float = 20.0) -> None:
