@@ -1,6 +1,7 @@
 """Memory at most, foretold beside measured, over methods, dtypes, stages and accumulation; and llama_60m as in the paper's table.
 
     python -c "from benchmarks.plan import main; main()"
+    python -c "from benchmarks.plan import changes; changes()"      # the change of phase
 
 Measured are the live bytes of all tensors of engines on CPUs, over gloo: building, two updates, a restart; the highest rank.
 """
@@ -11,7 +12,7 @@ import itertools
 from typing import Any
 
 from tests.distributed.pool import close_all, run
-from tests.distributed.test_plan import INT8, LORA, case, foretold, measured
+from tests.distributed.test_plan import INT8, LORA, case, foretold, foretold_change, measured, measured_change
 
 LLAMA_60M = {
     "sizes": {
@@ -52,4 +53,23 @@ def main() -> None:
         most = max(max(peaks.values()) for peaks in run(of["world_size"], measured, of))
         told = max(foretold(of).values())
         print(f"| {label} | {most / 1e6:.2f} | {told / 1e6:.2f} | {told / most:.3f} |", flush=True)
+    close_all()
+
+
+def changes() -> None:
+    """The most at the change of phase, foretold beside measured."""
+    print("| model, factors and frozen store | dtype | ranks | measured, MB | foretold, MB | ratio |")
+    print("|---|---|---|---|---|---|")
+    stores = {
+        "as trained": LORA, "int8": INT8, "int8, sharded": {**LORA, "frozen": {"dtype": "int8", "master": "sharded"}},
+        "moments kept": {**LORA, "keep_moments": True},
+    }  # fmt: skip
+    sizes: dict[str, dict[str, Any]] = {"small": {}, "llama_60m": LLAMA_60M}
+    for (name, more), (label, relora), dtype, ranks in itertools.product(sizes.items(), stores.items(), ("bf16", "fp32"), (1, 2)):
+        if more and ranks == 1:
+            continue
+        of = case(relora={**relora, "rank": 128} if more else relora, dtype=dtype, world_size=ranks, **more)
+        most = max(max(peaks.values()) for peaks in run(ranks, measured_change, of))
+        told = max(foretold_change(of).values())
+        print(f"| {name}, {label} | {dtype} | {ranks} | {most / 1e6:.2f} | {told / 1e6:.2f} | {told / most:.3f} |", flush=True)
     close_all()
