@@ -21,6 +21,7 @@ from relora_ds.checks import check
 from relora_ds.config import parse
 from relora_ds.prepare import prepare
 from relora_ds.train import Trainer
+from tests.distributed import pool
 from tests.distributed.pool import close_all, run
 from tests.memory import PeakMemory, live_bytes
 
@@ -30,12 +31,12 @@ WARM_START, UPDATES = 2, 4
 
 
 def recipe(folder: Path, model: dict[str, Any], frozen: dict[str, Any], *, bf16: bool) -> dict[str, Any]:
-    """Two updates at full rank, two with factors, one sample of 128 tokens on each rank."""
+    """Two updates at full rank, two with factors, one sample on each rank: of 128 tokens, of 16 for llama_60m."""
     rank = 16 if model is DEMO else 128
     return {
         "run": {"dir": str(folder / "run"), "seed": 1},
         "model": {"config": {"model_type": "llama", **model}},
-        "data": {"path": str(folder / "tokens"), "sequence_length": 128},
+        "data": {"path": str(folder / "tokens"), "sequence_length": 128 if model is DEMO else 16},
         "relora": {"rank": rank, "warm_start": WARM_START, "restart_every": 1000, "restart_warmup": 0, "frozen": frozen},
         "train": {"updates": 10, "global_batch": 2, "micro_batch": 1},
         "wandb": {"mode": "disabled"},
@@ -76,6 +77,7 @@ def measure(content: dict[str, Any]) -> dict[str, int]:
 
 
 def main() -> None:
+    pool.TIMEOUT_S = 1800.0  # llama_60m takes minutes on two cores
     columns = ["full-rank phase, most", "change of phase, most", "LoRA phase, most", "LoRA phase, held"]
     print(f"| MB on rank 0 of 2 | {' | '.join(columns)} | LoRA phase resumed, held |")
     print("|---|" + "---|" * (len(columns) + 1))
