@@ -93,8 +93,9 @@ def kept_stores(dtype: str) -> tuple[list[str], str]:
     relora = {"rank": 3, "restart_every": 2, "restart_warmup": 0, "frozen": {"dtype": dtype}}
     engine, *_ = relora_ds.initialize(model=model, config=config, relora=relora)
     stores = sorted({str(layer.weight.values.dtype) for _, layer in relora_layers(engine.module)})
+    precision = ds_config.precision_of(engine)
     common.end(engine)
-    return stores, ds_config.precision_of(engine)
+    return stores, precision
 
 
 @pytest.mark.parametrize("dtype", ["auto", "int8", "fp32"])
