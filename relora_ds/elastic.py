@@ -126,7 +126,8 @@ def convert(checkpoint: Path, folder: Path, tell: Callable[[str], None], *, trus
     tell(f"converting {checkpoint} for another number of ranks, once (DeepSpeed's ds_to_universal)")
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "relora_ds.universal", "--inject_missing_state"]
+    # Unbuffered, so that what it says last comes last.
+    command = [sys.executable, "-u", "-m", "relora_ds.universal", "--inject_missing_state"]
     command += ["--input_folder", str(checkpoint), "--output_folder", str(folder)]
     command += ["--num_extract_workers", "1", "--num_merge_workers", "1", *["--trust"] * trust]
     # What asks a run to stop reaches all processes of a SLURM step: the conversion is finished first, and the run then stops.

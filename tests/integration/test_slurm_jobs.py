@@ -23,7 +23,7 @@ import pytest
 from tests.integration.cluster import Cluster, missing
 from tests.integration.conftest import ROOT, environment, read_log, relora, write_recipe
 
-pytestmark = [pytest.mark.skipif(missing() is not None, reason=missing() or ""), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.skipif(missing() is not None, reason=missing() or ""), pytest.mark.timeout(1500)]
 RELORA = (sys.executable, "-m", "relora_ds.cli")
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 PARTITIONS = """\
@@ -67,7 +67,7 @@ class Site:
 
     def finish(self, job: int) -> dict[str, Any]:
         """The job once it is over; it has come to the end of the run."""
-        ended = self.cluster.wait(job, OVER, timeout=420)
+        ended = self.cluster.wait(job, OVER, timeout=900)
         assert ended["state"] == "COMPLETED", self.output
         assert "the run is done" in self.output
         return ended
@@ -185,14 +185,18 @@ def dead_node(site: Site, whole: Callable[[str], Path]) -> None:
 
 
 def cut_off_node(site: Site, whole: Callable[[str], Path]) -> None:
-    """Rank 0's node, for a minute: the job goes on elsewhere while the old ranks and their script live.
+    """Rank 0's node, until the job has begun elsewhere: it goes on there while the old ranks and their script live.
 
     Once it is back, its srun may end the step of the same number, which is the new start's: one start more.
     """
     job = site.submit(site.recipe("long"), "--nodes", "2-4")
     site.train_to(job, 70)
     site.cluster.cut("node1")
-    time.sleep(60)
+    deadline = time.monotonic() + 300
+    while len(site.events("started", "nodes")) < 2:  # SLURM looks at its nodes twice a minute, and waits before it starts anew
+        assert time.monotonic() < deadline, f"{site.cluster.job(job)}\n{site.output}"
+        time.sleep(0.5)
+    time.sleep(10)
     site.cluster.join("node1")
     site.finish(job)
     first, second, *_ = site.events("started", "nodes")
@@ -217,12 +221,16 @@ def bad_node(site: Site, whole: Callable[[str], Path]) -> None:
 
 
 def hung_rank(site: Site, whole: Callable[[str], Path]) -> None:
-    """Its process is stopped: the others write their stacks after train.hang_timeout, the job ends and goes on."""
+    """Its process is stopped: the others write their stacks after train.hang_timeout, the job ends and goes on.
+
+    Of a step that it could not end at once, SLURM may later end the one of the same number: one start more.
+    """
     job = site.submit(site.recipe("long", train={**TRAIN, "hang_timeout": 5.0}), "--nodes", 2)
     site.train_to(job, 45)
     site.cluster.run("node2", "pkill", "-STOP", "-f", "relora_ds.cli train")
     site.finish(job)
-    assert site.events("ended", "suspects") == [["node2"], []]
+    first, *others = site.events("ended", "suspects")
+    assert first == ["node2"] and others and not any(others)
     assert list((site.run_dir / "stacks").glob("*/rank_00000.txt"))
     site.assert_equals(whole("long"))
 
