@@ -227,7 +227,8 @@ def test_nothing_is_run_for_a_parent_that_died_before_it_could_be_tied(tmp_path:
 
 def test_what_is_tied_is_run_as_it_is(tmp_path: Path) -> None:
     """Its process id, its exit code, its streams and its signals are those of the process that was started."""
-    script = "import os, signal; print(os.getpid(), signal.getsignal(signal.SIGTERM) == signal.SIG_DFL); os.kill(os.getpid(), 4)"
+    told = "print(os.getpid(), signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, flush=True)"
+    script = f"import os, signal; {told}; os.kill(os.getpid(), 4)"
     process = subprocess.Popen(launch.tied([sys.executable, "-c", script]), stdout=subprocess.PIPE, text=True)
     told, _ = process.communicate(timeout=30)
     assert process.returncode == -signal.SIGILL
