@@ -21,7 +21,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def stand_in(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Puts a shell script in the interpreter's place; its argument 7 is the folder to write."""
+    """Puts a shell script in the interpreter's place; its argument 8 is the folder to write."""
     path = tmp_path / "python"
     tie = f'case "$1" in -I) exec {sys.executable} "$@";; esac'  # what ties it to the rank is Python's still
     path.write_text(f"#!/bin/bash\n{tie}\n{text}\n")
@@ -34,7 +34,7 @@ def test_it_is_finished_although_the_run_is_asked_to_stop(
 ) -> None:
     """SLURM signals every process of a step."""
     signals = "".join(f"kill -s {name} $$; " for name in ("TERM", "USR1", "USR2", "HUP", "INT"))
-    stand_in(tmp_path, f'{signals} mkdir -p "$7"', monkeypatch)
+    stand_in(tmp_path, f'{signals} mkdir -p "$8"', monkeypatch)
     told: list[str] = []
     for _ in range(2):
         elastic.convert(checkpoint, tmp_path / "universal", told.append)
@@ -42,7 +42,7 @@ def test_it_is_finished_although_the_run_is_asked_to_stop(
 
 
 def test_a_failure_has_the_programs_last_words(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in(tmp_path, "mkdir -p $7; echo no space left; exit 1", monkeypatch)
+    stand_in(tmp_path, "mkdir -p $8; echo no space left; exit 1", monkeypatch)
     with pytest.raises(elastic.ConversionError, match=r"ds_to_universal failed on .*update_0000004: no space left"):
         elastic.convert(checkpoint, tmp_path / "universal", print)
     assert not (tmp_path / "universal").exists()
