@@ -27,11 +27,12 @@ import psutil
 import torch
 import yaml
 
+from benchmarks.kill_test import token_folder
 from relora_ds import launch
 from relora_ds.checks import check
 from relora_ds.config import load
-from relora_ds.prepare import prepare
 from relora_ds.train import Trainer, train
+from tests.memory import live_bytes
 
 RANKS, WARM_START, SAMPLES = 2, 20, 20
 MODEL = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -78,31 +79,18 @@ def recipe(out: Path, updates: int, restart_every: int) -> Path:
     return path
 
 
-def token_folder(out: Path) -> None:
-    source = out / "text.jsonl"
-    lines = (f"Entry {i}: the square of {i} is {i * i}, and {i} words follow." + " and so on" * (i % 7) for i in range(200))
-    source.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    prepare(str(source), out / "tokens", vocab_size=300, holdout=0.1, progress=False)
-
-
 # In a rank
 
 
 def held() -> dict[str, int]:
     """What this process holds once garbage is collected; of tensors each storage once."""
-    gc.collect()
-    objects, process = gc.get_objects(), psutil.Process()
-    storages = {}
-    for thing in objects:
-        if issubclass(type(thing), torch.Tensor) and thing.layout is torch.strided:  # not isinstance: that wakes proxies
-            storage = thing.untyped_storage()
-            storages[storage._cdata] = storage.nbytes()
+    tensor_bytes, process = live_bytes(), psutil.Process()  # collects first
     return {
-        "tensor_bytes": sum(storages.values()),
+        "tensor_bytes": tensor_bytes,
         "rss_bytes": process.memory_info().rss,
         "files": process.num_fds(),
         "threads": process.num_threads(),
-        "objects": len(objects),
+        "objects": len(gc.get_objects()),
     }
 
 
