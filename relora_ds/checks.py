@@ -74,7 +74,7 @@ def check(
         on_cuda: whether the ranks have GPUs; None: as this machine, which will run them.
     """
     resumed = _check_resume(config, world_size, allow_changed)
-    if resumed is not None and resumed.world_size != world_size:
+    if resumed is not None:  # whatever number of ranks wrote the newest checkpoint: it may be one that had to adapt as well
         config = ds_config.adapt(config, world_size)
     content = ds_config.of_recipe(config, recipe.resolve().parent, recipe.resolve().parent.parent)
     fitted = ds_config.fit(content, config, world_size)

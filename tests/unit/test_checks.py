@@ -26,15 +26,21 @@ from tests.unit.test_config import judge, refusal
 def checkpointed(recipe: Path) -> Path:
     """``recipe``, of which two ranks have written a checkpoint."""
     started = config.load(recipe)
-    newest = Path(started.run.dir) / "checkpoints" / "update_0000008"
-    newest.mkdir(parents=True)
+    Path(started.run.dir).mkdir()
     (Path(started.run.dir) / "config.yaml").write_text(config.dump(started))
-    content = Manifest(
-        update=8, phase="lora", restarts=1, lora_updates=8, world_size=2, zero_stage=2, precision="fp32", config_sha256="",
-        data={}, rng={}, progress={}, base=None, versions={},
-    )  # fmt: skip
-    manifests.write(newest, content)
+    write_checkpoint(Path(started.run.dir), update=8, ranks=2)
     return recipe
+
+
+def write_checkpoint(run: Path, *, update: int, ranks: int) -> None:
+    """As far as the checks before a start look at it."""
+    folder = run / "checkpoints" / f"update_{update:07}"
+    folder.mkdir(parents=True)
+    content = Manifest(
+        update=update, phase="lora", restarts=1, lora_updates=update, world_size=ranks, zero_stage=2, precision="fp32",
+        config_sha256="", data={}, rng={}, progress={}, base=None, versions={},
+    )  # fmt: skip
+    manifests.write(folder, content)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +99,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(checkpointed: Path, ranks: i
     assert checked.config.train.micro_batch == micro_batch
     assert checked.deepspeed["train_batch_size"] == 8
     assert checked.deepspeed["gradient_accumulation_steps"] * micro_batch * ranks == 8
+    write_checkpoint(Path(checked.config.run.dir), update=12, ranks=ranks)
+    assert judge(checkpointed, ranks=ranks).config == checked.config, "and once more with as many, whose checkpoint is the newest"
 
 
 @pytest.mark.parametrize("ranks", [3, 16])
