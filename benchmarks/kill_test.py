@@ -29,7 +29,7 @@ from relora_ds.prepare import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-TIMES = ("tokens_per_s", "seconds", "sent_bytes")
+TIMES = ("tokens_per_s", "seconds", "parts", "sent_bytes")
 POLL_S = 0.0005
 Aim = Callable[[Path, float], bool]
 """(run's folder, seconds since the run was started) -> whether the moment has come."""

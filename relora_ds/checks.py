@@ -26,6 +26,8 @@ MATTERS = ("run.seed", "method", "model", "data", "relora", "optimizer", "traffi
 HARMLESS = (
     "model.attention",
     "model.gradient_checkpointing",
+    "model.compile",
+    "relora.linear",
     "relora.frozen.verify_every",
     "relora.frozen.on_mismatch",
     "relora.frozen.master_device",
@@ -102,7 +104,8 @@ def check(
         _refuse_changes([("deepspeed", resumed.precision, ds_config.precision(fitted))], config.run.dir, allow_changed)
     if resumed is None:
         _check_start(config, trust)
-    remarks = (ds_config.idle(content), full_rank, config.short_last_interval())
+    slow = models.slow_widths(architecture) if on_cuda or (on_cuda is None and here) else None
+    remarks = (ds_config.idle(content), full_rank, config.short_last_interval(), slow)
     return Checked(config, fitted, architecture, index, trust, tuple(filter(None, remarks)))
 
 

@@ -40,6 +40,9 @@ class Run(Section):
     """Of the weights, the data order, LoRA's initialisations, dropout and random pruning."""
 
 
+LinearForm = Literal["auto", "split", "merged"]
+
+
 class Model(Section):
     """Exactly one of ``preset``, ``path`` and ``config``."""
 
@@ -53,6 +56,10 @@ class Model(Section):
     """A plain DeepSpeed checkpoint's folder, whose weights are the start instead of random ones."""
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
     """auto: flash-attention 2 on CUDA in bf16 where it is installed, else SDPA."""
+    compile: bool | Literal["auto"] = "auto"
+    """Each block by torch.compile; auto: on CUDA with Triton."""
+    multiple_of: Positive = 1
+    """The MLP's width and the vocabulary's rows of a new model are rounded up to a multiple; 64 suits GPUs."""
     gradient_checkpointing: bool = False
 
 
@@ -106,6 +113,8 @@ class ReLoRA(Section):
     """Of A, with B = 0, at the start and at every restart; residual: B·A is what the store lost of the sharded master (an SVD)."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """On the input of A, in linear layers; none in embeddings."""
+    linear: LinearForm = "auto"
+    """How linear layers multiply: ``split`` by W, A and B; ``merged`` by W + s·B·A, one product; auto: whichever loses nothing."""
     targets: str | list[str] = "all-linear"
     """``all-linear`` (all but the head), ``output-head``, ``input-embedding``, or dotted parts of layer paths: ``[q_proj, mlp]``."""
     warm_start: Count = 0

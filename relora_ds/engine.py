@@ -209,6 +209,7 @@ def wrapping(settings: ReLoRA, seed: int, precision: str) -> dict[str, Any]:
         "shard": shard,
         "trainable_scaling": settings.trainable_scaling,
         "init": settings.init,
+        "linear": settings.linear,
     }
 
 

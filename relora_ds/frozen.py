@@ -40,7 +40,8 @@ def quantise(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     rows, columns = weight.shape
     ragged = -columns % group_size
     groups = F.pad(weight, (0, ragged)).view(rows, -1, group_size)
-    scales = groups.abs().amax(-1) / INT8_MAX
+    divisor = torch.full((), INT8_MAX, dtype=torch.float32, device=weight.device)  # CUDA multiplies by the inverse of a number
+    scales = groups.abs().amax(-1) / divisor
     values = (groups / scales.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)).round_().clamp_(-INT8_MAX, INT8_MAX)
     return values.to(torch.int8).view(rows, -1)[:, :columns].contiguous(), scales
 
@@ -53,25 +54,8 @@ def dequantise(values: Tensor, scales: Tensor, group_size: int, dtype: torch.dty
     return (groups * scales.unsqueeze(-1)).flatten(1)[:, :columns].to(dtype)
 
 
-class _LinearOnStored(torch.autograd.Function):
-    """x Wᵀ with W converted for the product and dropped: backward converts again instead of keeping a copy."""
-
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, x: Tensor, values: Tensor, scales: Tensor | None, group_size: int
-    ) -> Tensor:
-        ctx.save_for_backward(values, scales)
-        ctx.group_size = group_size  # type: ignore[attr-defined]
-        return F.linear(x, _convert(values, scales, group_size, x.dtype))
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        values, scales = ctx.saved_tensors  # type: ignore[attr-defined]
-        (grad,) = grads
-        return grad @ _convert(values, scales, ctx.group_size, grad.dtype), None, None, None  # type: ignore[attr-defined]
-
-
-def _convert(values: Tensor, scales: Tensor | None, group_size: int, dtype: torch.dtype) -> Tensor:
+def convert(values: Tensor, scales: Tensor | None, group_size: int, dtype: torch.dtype) -> Tensor:
+    """A stored weight in ``dtype``: itself where it is stored in that."""
     return values.to(dtype) if scales is None else dequantise(values, scales, group_size, dtype)
 
 
@@ -132,7 +116,7 @@ class FrozenWeight(nn.Module):
     @staticmethod
     def exact(values: Tensor, scales: Tensor | None, group_size: int) -> Tensor:
         """The counterpart of :meth:`rounded`: (rows, in) fp32."""
-        return _convert(values, scales, group_size, torch.float32)
+        return convert(values, scales, group_size, torch.float32)
 
     def read(self, rows: slice = slice(None)) -> Tensor:
         """The stored weight, or rows of it, in fp32."""
@@ -161,19 +145,12 @@ class FrozenWeight(nn.Module):
             self.store(*stored, rows)
         return stats
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x (..., in) -> x Wᵀ + bias (..., out)."""
-        if self.values.dtype == x.dtype:
-            return F.linear(x, self.values, bias)
-        product = _LinearOnStored.apply(x, self.values, self.scales, self.group_size)
-        return product if bias is None else product + bias
-
     def look_up(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of the stored weight: ids (...) -> (..., in) of ``dtype``; only these rows are converted."""
         flat = ids.flatten()
         values = F.embedding(flat, self.values)
         scales = None if self.scales is None else F.embedding(flat, self.scales)
-        return _convert(values, scales, self.group_size, dtype).view(*ids.shape, self.shape[1])
+        return convert(values, scales, self.group_size, dtype).view(*ids.shape, self.shape[1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenWeight:
         """Moves between devices as any module does; keeps the stored dtype where a cast is asked for."""

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from relora_ds import exact
-from relora_ds.config import Frozen
+from relora_ds.config import Frozen, LinearForm
 from relora_ds.errors import ConfigError, nearest
 from relora_ds.frozen import FLOATS, Change, FrozenWeight, own_rows, pieces
+from relora_ds.linear import Form, Merged, Split, choose
 from relora_ds.reinit import InitName, initial_A, initial_B
 
 ALL_LINEAR = "all-linear"
@@ -132,19 +133,44 @@ class ReLoRALinear(ReLoRALayer):
         base: the layer to wrap.
         rank, alpha: as :class:`ReLoRALayer` takes them.
         dropout: on the input of A.
+        form: of the product, see :mod:`relora_ds.linear`; ``auto``: the faster one that loses nothing, for the tokens of each pass.
         how: what else :class:`ReLoRALayer` takes.
     """
 
-    def __init__(self, base: nn.Linear | Conv1D, rank: int, alpha: float, dropout: float = 0.0, **how: Any) -> None:
+    def __init__(
+        self,
+        base: nn.Linear | Conv1D,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        form: LinearForm = "auto",
+        **how: Any,
+    ) -> None:
         super().__init__(base, rank, alpha, **how)
         self.dropout = nn.Dropout(dropout)
+        self.form = form
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in) -> (..., out)."""
-        low_rank = F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B) * self.scale(self.lora_scaling)
-        if self.weight is not None:
-            return self.weight(x, self.bias) + low_rank
-        return low_rank if self.bias is None else low_rank + self.bias
+        flat = x.reshape(-1, self.in_features)
+        stored = (None, None, 0) if self.weight is None else (self.weight.values, self.weight.scales, self.weight.group_size)
+        if self.form_for(flat.shape[0]) == "merged":
+            y = Merged.apply(flat, *stored, self.lora_A, self.lora_B, self.scaling, self.bias)
+        else:
+            lowered = self.dropout(flat) if self.training and self.dropout.p > 0 else None
+            scale = self.scale(self.lora_scaling)
+            y = Split.apply(flat, lowered, *stored, self.lora_A, self.lora_B, scale, self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def form_for(self, tokens: int, form: LinearForm | None = None) -> Form:
+        """The form of the product in a pass over so many tokens; ``form``: instead of the layer's own setting."""
+        form = form or self.form
+        drops = self.training and self.dropout.p > 0
+        if drops or self.weight is None or self.lora_scaling is not None:
+            return "split"  # A's input is another one, there is no W, or the scale has a gradient
+        if form != "auto":
+            return form
+        return choose(self.lora_A.dtype, tokens=tokens, inputs=self.in_features, outputs=self.out_features)
 
 
 class ReLoRAEmbedding(ReLoRALayer):
@@ -361,6 +387,7 @@ def wrap_layers(
     shard: tuple[int, int] | None = None,
     trainable_scaling: bool = False,
     init: InitName = "kaiming",
+    linear: LinearForm = "auto",
 ) -> None:
     """Wraps these layers of ``model``, by name; one that is registered in several places is wrapped once.
 
@@ -370,6 +397,7 @@ def wrap_layers(
         rank, alpha, frozen, shard, trainable_scaling: as :class:`ReLoRALayer` takes them.
         dropout: of linear layers.
         seed, init: of the factors' first values.
+        linear: the form of linear layers' products.
     """
     how: dict[str, Any] = {"frozen": frozen, "shard": shard, "trainable_scaling": trainable_scaling}
     wrapped: dict[int, nn.Module] = {}
@@ -378,7 +406,7 @@ def wrap_layers(
         if isinstance(module, nn.Embedding):
             layer = ReLoRAEmbedding(module, rank, alpha, **how)
         else:
-            layer = ReLoRALinear(module, rank, alpha, dropout, **how)
+            layer = ReLoRALinear(module, rank, alpha, dropout, linear, **how)
         layer.reset(name, seed, restart=0, init=init)
         wrapped[id(module)] = layer.train(model.training)
     _replace(model, wrapped)

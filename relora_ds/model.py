@@ -36,6 +36,8 @@ PRESETS: dict[str, tuple[int, int, int, int, int]] = {
     "llama_7b": (4096, 11008, 32, 32, 2048),
 }
 """Vocabulary apart, which is the tokenizer's (32,100 in the paper: T5's)."""
+MLP_KEYS = ("intermediate_size", "n_inner", "ffn_dim")
+"""How architectures call the width of the MLP."""
 
 
 def preset_config(name: str, vocab_size: int) -> LlamaConfig:
@@ -69,15 +71,35 @@ def hf_config(settings: Model, vocab_size: int) -> PretrainedConfig:
         ConfigError: unknown preset or model type, or a configuration that cannot be read.
     """
     if settings.preset is not None:
-        return preset_config(settings.preset, vocab_size)
+        return _rounded_up(preset_config(settings.preset, vocab_size), settings.multiple_of)
     if isinstance(settings.config, dict):
-        return _inline_config(settings.config, vocab_size)
+        return _rounded_up(_inline_config(settings.config, vocab_size), settings.multiple_of)
+    if settings.multiple_of != 1:
+        way_out = "leave it out, or write the configuration's keys into the recipe"
+        raise ConfigError("model.multiple_of", settings.multiple_of, "is for a preset or keys of model.config", way_out)
     key, source = ("model.path", settings.path) if settings.path is not None else ("model.config", settings.config)
     assert source is not None, "validated"
     run = RunFolder(Path(source))
     if run.exists():
         return read_hf_config(run.model, key)
     return read_hf_config(peft_base(Path(source)) if is_peft(source) else source, key)
+
+
+def _rounded_up(config: PretrainedConfig, multiple: int) -> PretrainedConfig:
+    """With the MLP's width and the vocabulary's rows rounded up; rows beyond the tokenizer's stand for no token."""
+    for key in ("vocab_size", *MLP_KEYS):
+        if getattr(config, key, None):
+            setattr(config, key, -(-getattr(config, key) // multiple) * multiple)
+    return config
+
+
+def slow_widths(config: PretrainedConfig) -> str | None:
+    """One line where a GPU's matrix products would be slow by their widths; None where they are not."""
+    odd = {key: getattr(config, key) for key in ("hidden_size", *MLP_KEYS, "vocab_size") if (getattr(config, key, None) or 0) % 8}
+    if not odd:
+        return None
+    named = ", ".join(f"{key} {value:,}" for key, value in odd.items())
+    return f"{named}: no multiple of 8, which GPUs multiply slowly; model.multiple_of=64 rounds a new model's up"
 
 
 def read_hf_config(source: str | Path, key: str) -> PretrainedConfig:
@@ -226,7 +248,7 @@ def control_config(target: PretrainedConfig, wanted: int) -> PretrainedConfig:
     Raises:
         ConfigError: the architecture has no width to change, or not even its narrowest model is so small.
     """
-    mlp_key = next((key for key in ("intermediate_size", "n_inner", "ffn_dim") if hasattr(target, key)), None)
+    mlp_key = next((key for key in MLP_KEYS if hasattr(target, key)), None)
     heads = getattr(target, "num_attention_heads", None)
     if not hasattr(target, "hidden_size") or mlp_key is None or heads is None:
         raise ConfigError("method", "control", f"cannot tell the width of a {target.model_type}", "use a LLaMA or GPT")

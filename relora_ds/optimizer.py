@@ -39,6 +39,9 @@ from relora_ds.zero import ZeroProxy, ZeroState, data_parallel_group
 STATE_KEY = "relora_ds"
 
 
+PARTS = ("merge", "reset", "verify")
+
+
 @dataclass(frozen=True)
 class RestartRecord:
     """What one restart did: a line of restarts.jsonl.
@@ -49,7 +52,7 @@ class RestartRecord:
         merged_change: norm of all merged changes over the norm of the weights they went into.
         merge_error: share of the merged change that rounding to the stored dtype lost (norms).
         by_layer_type: the same two figures for each kind of layer (q_proj, up_proj, …).
-        seconds: wall time on this rank.
+        seconds: wall time on this rank. parts: of these, into merging with fresh factors, the reset, and comparing.
         bytes: payload of this restart's collectives on this rank.
         weights_checksum: of all wrapped layers' weights, the same on all ranks.
     """
@@ -59,6 +62,7 @@ class RestartRecord:
     merged_change: float
     merge_error: float
     seconds: float
+    parts: dict[str, float]
     bytes: int
     weights_checksum: str
     by_layer_type: dict[str, dict[str, float]]
@@ -202,18 +206,22 @@ class ReLoRAOptimizer(ZeroProxy):
         Raises:
             RestartError: the ranks disagree afterwards; names the first layer and the ranks that differ.
         """
-        started, bytes_before = time.perf_counter(), LEDGER.payload_bytes((RESTART, VERIFY))
+        times, bytes_before = [self._now()], LEDGER.payload_bytes((RESTART, VERIFY))
         self.restarts += 1
         stats = self._merge_and_reinitialise()
+        times.append(self._now())
         pruned = self.reset() if reset else 0.0
+        times.append(self._now())
         digest = self.verify()
+        times.append(self._now())
         total = functools.reduce(operator.add, stats.values())
         self.last_restart = RestartRecord(
             restart=self.restarts,
             pruned_fraction=pruned,
             merged_change=total.relative_change,
             merge_error=total.merge_error,
-            seconds=time.perf_counter() - started,
+            seconds=times[-1] - times[0],
+            parts={name: after - before for name, before, after in zip(PARTS, times, times[1:], strict=False)},
             bytes=LEDGER.payload_bytes((RESTART, VERIFY)) - bytes_before,
             weights_checksum=digest,
             by_layer_type={
@@ -222,6 +230,12 @@ class ReLoRAOptimizer(ZeroProxy):
             },
         )
         return self.last_restart
+
+    def _now(self) -> float:
+        """When all that was asked of the device is done."""
+        if self.comm.device.type == "cuda":
+            torch.cuda.synchronize(self.comm.device)
+        return time.perf_counter()
 
     def _merge_and_reinitialise(self) -> dict[str, MergeStats]:
         """Layer by layer, so that no more than one layer's change exists in fp32 at a time. Returns the figures by layer type."""

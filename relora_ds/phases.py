@@ -15,6 +15,7 @@ from relora_ds import ds_config, lora
 from relora_ds import model as models
 from relora_ds.adapters import deepspeed_weights, is_peft, peft_base, peft_weights
 from relora_ds.checks import Checked
+from relora_ds.compiling import compile_blocks, is_wanted
 from relora_ds.config import Config
 from relora_ds.engine import adamw, initialize, wrapping
 from relora_ds.export import merged_weights
@@ -106,7 +107,7 @@ def full_engine(model: nn.Module, checked: Checked) -> Any:
         traffic=checked.config.traffic,
         trust=checked.trust,
     )
-    return engine
+    return _compiled(engine, checked)
 
 
 def lora_engine(model: nn.Module, checked: Checked) -> Any:
@@ -124,6 +125,13 @@ def lora_engine(model: nn.Module, checked: Checked) -> Any:
         rewarm=config.optimizer.schedule == "jagged",
         trust=checked.trust,
     )
+    return _compiled(engine, checked)
+
+
+def _compiled(engine: Any, checked: Checked) -> Any:
+    """The engine, its model's blocks compiled where the recipe says so."""
+    if is_wanted(checked.config.model.compile, engine.device):
+        compile_blocks(engine.module)
     return engine
 
 

@@ -19,6 +19,7 @@ from relora_ds.errors import ConfigError
 from relora_ds.footprint import Engine, Peak
 from relora_ds.formulas import Bytes, Way
 from relora_ds.full_rank import full_rank_line
+from relora_ds.linear import Form
 from relora_ds.vocabulary import words_of
 
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -88,7 +89,7 @@ class Phase:
     sequence_length: int
 
     def __post_init__(self) -> None:
-        self.traces: dict[int, rehearsal.Trace] = {}
+        self.traces: dict[tuple[int, tuple[Form, ...]], rehearsal.Trace] = {}
         self.restart: Peak | None = None
         trained = [p for p in self.rehearsed.model.parameters() if p.requires_grad]
         self.words = words_of(self.rehearsed.model).among(trained).params
@@ -96,13 +97,26 @@ class Phase:
 
     def trace(self, micro_batch: int) -> rehearsal.Trace:
         """On the line through micro batches of 2 and 3, where both do the same; one sample alone may do less."""
-        if micro_batch > 3 and micro_batch not in self.traces:
-            extended = self.trace(2).extended(self.trace(3), micro_batch - 2)
-            if extended is not None:
-                self.traces[micro_batch] = extended
-        if micro_batch not in self.traces:
-            self.traces[micro_batch] = self.rehearsed.run(micro_batch, self.sequence_length)
-        return self.traces[micro_batch]
+        forms = self._forms(micro_batch * self.sequence_length)
+        extended = None
+        if micro_batch > 3:
+            extended = self._rehearsed(2, forms).extended(self._rehearsed(3, forms), micro_batch - 2)
+        return self._rehearsed(micro_batch, forms) if extended is None else extended
+
+    def _rehearsed(self, micro_batch: int, forms: tuple[Form, ...]) -> rehearsal.Trace:
+        """With each linear layer in its form, which more tokens than these may have chosen."""
+        if (micro_batch, forms) not in self.traces:
+            for layer, form in zip(self._linears(), forms, strict=True):
+                layer.form = form
+            self.traces[micro_batch, forms] = self.rehearsed.run(micro_batch, self.sequence_length)
+        return self.traces[micro_batch, forms]
+
+    def _forms(self, tokens: int) -> tuple[Form, ...]:
+        """The linear layers' forms in a pass over so many tokens."""
+        return tuple(layer.form_for(tokens, self.settings.linear) for layer in self._linears()) if self.settings else ()
+
+    def _linears(self) -> list[lora.ReLoRALinear]:
+        return [module for _, module in lora.relora_layers(self.rehearsed.model) if isinstance(module, lora.ReLoRALinear)]
 
     def peaks(self, engine: Engine, micro_batch: int, traffic: Traffic) -> dict[str, Peak]:
         frozen = None if self.settings is None else self.settings.frozen
@@ -115,8 +129,8 @@ class Phase:
         self.restart = found.get("restart", self.restart)
         return found if self.restart is None else {**found, "restart": self.restart}
 
-    def flops(self, tokens: int, *, recomputes: bool) -> float:
-        """Of an update of ``tokens``, over all ranks."""
+    def flops(self, tokens: int, *, per_pass: int, recomputes: bool) -> float:
+        """Of an update of ``tokens``, over all ranks, ``per_pass`` of them in a micro batch of one rank."""
         trained = frozen = head = 0
         output = self.rehearsed.model.get_output_embeddings()
         for module in self.rehearsed.model.modules():
@@ -133,9 +147,13 @@ class Phase:
         heads = config.num_attention_heads
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
         attention = config.num_hidden_layers * self.sequence_length * width
+        merged = [x for x, form in zip(self._linears(), self._forms(per_pass), strict=True) if form == "merged"]
         return formulas.update_flops(
             tokens, trained=trained, frozen=frozen, attention=attention,
             recomputed=trained + frozen - head if recomputes else 0, recomputed_attention=attention if recomputes else 0,
+        ) + formulas.merged_flops(
+            tokens, tokens // per_pass, factors=sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in merged),
+            formed=sum(layer.rank * layer.in_features * layer.out_features for layer in merged), recomputes=recomputes,
         )  # fmt: skip
 
 
@@ -230,7 +248,8 @@ class Planner:
             **(foretold.vocabulary(phase.words, self.config.traffic, engine.wire) if way == "owner" else {}),
         )  # fmt: skip
         tokens = train.global_batch * self.config.data.sequence_length
-        flops = phase.flops(tokens, recomputes=self.config.model.gradient_checkpointing)
+        per_pass = train.micro_batch * self.config.data.sequence_length
+        flops = phase.flops(tokens, per_pass=per_pass, recomputes=self.config.model.gradient_checkpointing)
         compute, link = flops / self.machine.gpus / self.machine.flops, self.machine.link_seconds(sent, way)
         return {
             "trainable": phase.trainable,

@@ -79,7 +79,7 @@ def train_here(content: dict[str, Any], kill_after: int | None = None, stop_afte
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """A log without what differs from run to run: times, and the bytes of updates after a resume (times travel, too)."""
-    volatile = ("tokens_per_s", "seconds", "sent_bytes")
+    volatile = ("tokens_per_s", "seconds", "parts", "sent_bytes")
     records = [json.loads(line) for line in path.read_text().splitlines()]
     return [{key: value for key, value in record.items() if key not in volatile} for record in records]
 

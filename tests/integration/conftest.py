@@ -18,7 +18,7 @@ import yaml
 from tests.conftest import tiny_settings
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMES = ("tokens_per_s", "seconds", "sent_bytes")
+TIMES = ("tokens_per_s", "seconds", "parts", "sent_bytes")
 
 
 def write_recipe(folder: Path, tokens: Path, name: str, **changes: dict[str, Any] | str) -> Path:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
-from relora_ds import exact, frozen, launch
+from relora_ds import exact, frozen
 from relora_ds.frozen import FLOATS, FrozenWeight, MergeStats, ShardedMaster, checksum, dequantise, own_rows, quantise
 from tests.memory import PeakMemory
 
@@ -207,34 +204,6 @@ def test_casts_of_the_model_leave_the_store_intact(dtype: str) -> None:
     assert all(torch.equal(buffer, before[name]) for name, buffer in other.named_buffers())
 
 
-@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
-def test_forward_and_input_gradient_are_those_of_the_stored_weight(dtype: str, x_dtype: torch.dtype) -> None:
-    launch.guard_bf16()
-    store = FrozenWeight(normal(24, 150, std=0.3), dtype)
-    bias = normal(1, 24, seed=3)[0].to(x_dtype).requires_grad_()
-    x, dense_x = (normal(6, 150, seed=2, std=1).to(x_dtype).requires_grad_() for _ in range(2))
-    weight = store.read().to(x_dtype)
-    result, expected = store(x, bias), torch.nn.functional.linear(dense_x, weight, bias.detach())
-    torch.testing.assert_close(
-        result, expected, rtol=1e-2 if x_dtype == torch.bfloat16 else 1e-6, atol=1e-2 if x_dtype == torch.bfloat16 else 1e-5
-    )
-    result.float().square().sum().backward()
-    expected.float().square().sum().backward()
-    assert x.grad is not None and dense_x.grad is not None and bias.grad is not None
-    torch.testing.assert_close(
-        x.grad, dense_x.grad, rtol=2e-2 if x_dtype == torch.bfloat16 else 1e-5, atol=0.1 if x_dtype == torch.bfloat16 else 1e-4
-    )
-
-
-def test_backward_keeps_no_converted_copy() -> None:
-    store = FrozenWeight(normal(64, 256), "int8")
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        store(normal(3, 256).requires_grad_())
-    assert {t.data_ptr() for t in kept} <= {b.data_ptr() for b in store.buffers()}
-
-
 # The sharded master
 
 
@@ -364,32 +333,3 @@ def test_the_master_takes_four_bytes_per_weight_and_rank() -> None:
         for rank in range(world_size):
             master = ShardedMaster(weights, rank, world_size, lambda out, mine: None, "cpu")
             assert sum(rows.nbytes for rows in master.rows.values()) == 4 * total / world_size
-
-
-# Under recomputation and compilation
-
-
-def test_int8_under_gradient_checkpointing() -> None:
-    store, x = FrozenWeight(normal(16, 130, std=0.3), "int8"), normal(4, 130, seed=1, std=1).requires_grad_()
-    plain = torch.autograd.grad(store(x).tanh().square().sum(), x)[0]
-    again = torch.utils.checkpoint.checkpoint(lambda x: store(x).tanh(), x, use_reentrant=False)
-    assert torch.equal(torch.autograd.grad(again.square().sum(), x)[0], plain)
-
-
-def test_int8_under_compile_with_merges_between() -> None:
-    """The default compiler (where there is no C++ compiler, all but its last stage), forward and backward, in one graph; a merge
-    changes the buffers in place and needs no new one."""
-    torch.compiler.reset()
-    backend = "inductor" if shutil.which("g++") or shutil.which("clang++") else "aot_eager"
-    store, x = FrozenWeight(normal(16, 130, std=0.3), "int8"), normal(4, 130, seed=1, std=1).requires_grad_()
-    counter = CompileCounterWithBackend(backend)
-    compiled = torch.compile(store, backend=counter, fullgraph=True)
-    for _ in range(3):
-        expected, result = store(x), compiled(x)
-        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
-        gradients = [torch.autograd.grad(value.square().sum(), x)[0] for value in (expected, result)]
-        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
-        before = store.read()
-        store.merge(normal(16, 130, seed=5, std=0.1).__getitem__)
-        assert not torch.equal(store.read(), before)
-    assert counter.frame_count == 1

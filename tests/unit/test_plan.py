@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from torch.utils.flop_counter import FlopCounterMode
 
 from relora_ds import cli, rehearsal
 from relora_ds.config import Frozen, Model, ReLoRA
@@ -17,6 +16,7 @@ from relora_ds.formulas import Bytes
 from relora_ds.model import build, hf_config, preset_config
 from relora_ds.plan import Machine, Phase
 from tests.memory import PeakMemory
+from tests.products import counter
 
 MODEL = {
     "model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 1,
@@ -164,13 +164,30 @@ def test_a_link_carries_what_one_rank_sends_and_gloo_more() -> None:
     assert on_cpu.link_seconds(sent, "all-reduce") == 1.0
 
 
-@pytest.mark.parametrize("settings", [None, ReLoRA(rank=4, frozen=Frozen(dtype="bf16"))], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "settings",
+    [None, ReLoRA(rank=4, frozen=Frozen(dtype="bf16"), linear="split"), ReLoRA(rank=16, linear="merged")],
+    ids=["full", "split", "merged"],
+)
 def test_operations_are_those_of_the_model(settings: ReLoRA | None) -> None:
     """PyTorch's own counter over the model's code, where attention is spelt out."""
     built = rehearsal.build(hf_config(Model(config=MODEL), 1), dtype=torch.float32, settings=settings, attention="eager")
-    with FlopCounterMode(display=False) as counter:
+    with counter() as counted:
         built.run(2, 32)
-    assert counter.get_total_flops() == pytest.approx(Phase(settings, built, 32).flops(2 * 32, recomputes=False), rel=0.02)
+    foretold = Phase(settings, built, 32).flops(2 * 32, per_pass=2 * 32, recomputes=False)
+    assert counted.get_total_flops() == pytest.approx(foretold, rel=0.02)
+
+
+@pytest.mark.parametrize("micro_batch", [4, 7])
+def test_the_form_of_a_linear_layer_is_that_of_the_micro_batch(micro_batch: int) -> None:
+    """Merged from as many tokens on as pay for W + s·B·A, although micro batches of 2 and 3 stand for it."""
+    built = rehearsal.build(hf_config(Model(config=MODEL), 1), dtype=torch.float32, settings=ReLoRA(rank=16), on_cuda=False)
+    phase = Phase(ReLoRA(rank=16), built, 32)
+    assert set(phase._forms(micro_batch * 32)) == ({"split", "merged"} if micro_batch == 4 else {"merged"})
+    foretold = phase.trace(micro_batch)
+    for layer in phase._linears():
+        layer.form = "auto"
+    assert foretold == built.run(micro_batch, 32)
 
 
 def test_a_rehearsal_is_exact_and_a_line() -> None:
