@@ -23,7 +23,8 @@ from tests.integration.cluster import Cluster
 RECORD = Path(__file__).resolve().parents[1] / "tests" / "unit" / "data" / "slurm_environments.json"
 KEPT = re.compile(r"(SLURM|PMI|CUDA_|ROCR_|HIP_|ZE_|GPU_DEVICE|OMPI_COMM_|OMPI_UNIVERSE_)")
 PASSING = (
-    "CONF .*_DIR .*_PORT .*_HOST .*ADDR .*_TIME .*USER .*_UID .*_GID .*_GROUP .*_PID WORKING_CLUSTER UMASK PRIO_.* TOPOLOGY_.*"
+    "CONF .*_DIR SRUN_COMM_PORT STEP_LAUNCHER_PORT .*_HOST .*ADDR .*_TIME .*USER .*_UID .*_GID .*_GROUP .*_PID WORKING_CLUSTER "
+    "UMASK PRIO_.* TOPOLOGY_.*"
 )
 LEFT_OUT = re.compile(rf"SLURMD?_({'|'.join(PASSING.split())})|PMIX?_(?!RANK|SIZE).*")
 TELL = "/usr/bin/env -0 >{folder}/${{OMPI_COMM_WORLD_RANK:-$SLURM_PROCID}}"

@@ -1,7 +1,7 @@
 """Jobs that take care of themselves, on a real SLURM: submitted, stopped, requeued, hit, and finished.
 
-The site is an unkind one: see cluster.py, PARTITIONS and LEAKED. Most of a job's time here is waiting: for SLURM to miss a node, for credentials to expire. So `make test` plays these stories, one
-after the other, each on a cluster of its own, beside all other tests.
+The site is an unkind one: see cluster.py, PARTITIONS and LEAKED. Most of a job's time here is waiting: for SLURM to miss a node, for
+credentials to expire. So `make test` plays these stories, one after the other, each on a cluster of its own, beside all other tests.
 """
 
 from __future__ import annotations
@@ -96,9 +96,12 @@ class Site:
 
     def train_to(self, job: int, update: int) -> None:
         """Until the run has logged ``update``."""
-        deadline = time.monotonic() + 180
+        deadline, asked = time.monotonic() + 180, time.monotonic()
         while self.updates < update:
             assert time.monotonic() < deadline, f"{self.cluster.job(job)}\n{self.output}"
+            if time.monotonic() > asked + 2:
+                assert (shown := self.cluster.job(job))["state"] not in OVER, f"{shown}\n{self.output}"
+                asked = time.monotonic()
             time.sleep(0.1)
 
     @property

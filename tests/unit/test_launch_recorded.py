@@ -1,0 +1,59 @@
+"""Places in jobs of a real SLURM, of two versions, as `benchmarks/slurm_environments.py` recorded what their tasks were told."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from relora_ds.launch import discover
+
+RECORDED: dict[str, dict[str, dict[str, dict[str, str]]]] = json.loads(
+    (Path(__file__).parent / "data" / "slurm_environments.json").read_text()
+)
+SHELLS = ("batch", "shell")
+JOBS = [
+    pytest.param({task: told for task, told in tasks.items() if task not in SHELLS}, id=f"{version}-{shape}")
+    for version, shapes in RECORDED.items()
+    for shape, tasks in shapes.items()
+    if len(tasks) > 2
+]
+
+
+@pytest.mark.parametrize("tasks", JOBS)
+def test_every_task_finds_its_place(tasks: dict[str, dict[str, str]]) -> None:
+    """A task's name is its rank; its node, and so its local rank, is told by which others are there."""
+    nodes = defaultdict(list)
+    for rank in sorted(map(int, tasks)):
+        nodes[tasks[str(rank)]["SLURMD_NODENAME"]].append(rank)
+    masters = set()
+    for task, told in tasks.items():
+        place = discover(told | {"MASTER_ADDR": "n1"} if "OMPI_COMM_WORLD_RANK" in told else told)  # asked of MPI, if not given
+        assert place is not None
+        mates = nodes[told["SLURMD_NODENAME"]]
+        assert (place.rank, place.world_size) == (int(task), len(tasks))
+        assert (place.local_rank, place.local_world_size) == (mates.index(int(task)), len(mates))
+        assert place.is_one_node == (len(nodes) == 1)
+        masters.add((place.master_addr, place.master_port))
+    assert len(masters) == 1
+    assert masters.pop()[0] == ("127.0.0.1" if len(nodes) == 1 else "n1")
+
+
+@pytest.mark.parametrize("version", RECORDED)
+def test_scripts_and_shells_are_no_ranks(version: str) -> None:
+    for shape, tasks in RECORDED[version].items():
+        for name in SHELLS:
+            if name in tasks:
+                assert discover(tasks[name]) is None, shape
+
+
+def test_what_slurm_says_of_gpus_of_a_task_depends_on_its_version() -> None:
+    """So that which GPU is a rank's own is decided by what it sees."""
+    says = {
+        version: {name for name in shapes["srun_gpus_per_task"]["1"] if name in ("SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK")}
+        for version, shapes in RECORDED.items()
+    }
+    assert says == {"22.05.8": set(), "24.11.5": {"SLURM_TRES_PER_TASK"}}
+    assert all(shapes["srun_gpus_per_task"]["1"]["CUDA_VISIBLE_DEVICES"] == "1" for shapes in RECORDED.values())
