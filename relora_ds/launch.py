@@ -107,6 +107,11 @@ def attempt(environment: Mapping[str, str] | None = None) -> str:
     return f"{job}.{env.get('SLURM_RESTART_COUNT') or 0}" if job else ""
 
 
+def environment() -> dict[str, str]:
+    """A copy of this process's environment as it is now."""
+    return dict(os.environ)
+
+
 def expand(path: str, environment: Mapping[str, str] | None = None) -> str:
     """A path with its ``$VAR`` and ``${VAR}`` filled in, then a leading ``~`` or ``~user``, as a shell does.
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from relora_ds import faults
+from relora_ds import faults, launch
 from relora_ds import slurm_client as client
 from relora_ds.config import Config
 from relora_ds.errors import EXIT_BAD_CONFIG, EXIT_DONE, EXIT_STOPPED, ConfigError
 from relora_ds.lock import STALE_AFTER_S, WAY_OUT, RunLock
 from relora_ds.run_folder import RunFolder
 from relora_ds.slurm_client import Job, SlurmError
-from relora_ds.slurm_events import Events, newest_update, read_outcome
+from relora_ds.slurm_environment import for_sbatch
+from relora_ds.slurm_events import Event, Events, newest_update, read_outcome
 
 Say = Callable[[str], None]
 FAULT_LINE = re.compile(r"^srun: error: (?P<node>[\w.-]+): tasks? [\d,-]+: (?!Terminated)(?P<what>.+)$", re.MULTILINE)
@@ -23,6 +24,12 @@ FAULT_LINE = re.compile(r"^srun: error: (?P<node>[\w.-]+): tasks? [\d,-]+: (?!Te
 LOST_OTHERS = re.compile(r"connection (was )?(reset|closed|refused)|broken pipe|remote ?error|timed? ?out|peer", re.IGNORECASE)
 """The error of a rank that is well itself: another one went away."""
 LOCK_PAUSE_S = 2.0
+UNDER_WAY = ("RUNNING", "SIGNALING", "CONFIGURING", "RESIZING")
+"""States of a job that has its nodes; the last three are shown in the place of RUNNING while SLURM is at it."""
+OUTAGE_S = 1800.0
+"""How long the end of a start waits for a controller that is away: no time limit is enforced meanwhile either."""
+LOG_BYTES = 2**20
+"""So much of the end of a job's output is searched: what srun says of a rank that died is among the last lines."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +44,31 @@ class Attempt:
         return f"{self.job}.{self.restart}"
 
 
+def confirmed(attempt: Attempt, patience_s: float | None = None) -> Attempt:
+    """The attempt with a restart count that SLURM agrees to.
+
+    Its variable is not set at a first start, so that one of another job may stand there: it counts more than SLURM does. Where it
+    counts less, this is what is left of a start that SLURM has given up, and keeps its own number.
+    """
+    try:
+        shown = client.shown(attempt.job, patience_s)
+    except SlurmError:
+        return attempt
+    return attempt if shown is None else replace(attempt, restart=min(attempt.restart, shown.restarts))
+
+
 # Before the ranks
 
 
-def before(config: Config, attempt: Attempt, fits: Callable[[int], None], *, requeue_by: str, say: Say) -> int:
+def before(
+    config: Config,
+    attempt: Attempt,
+    fits: Callable[[int], None],
+    *,
+    requeue_by: str,
+    say: Say,
+    environment: Mapping[str, str] | None = None,
+) -> int:
     """Gets an attempt ready; returns the number of nodes to use.
 
     Args:
@@ -49,6 +77,7 @@ def before(config: Config, attempt: Attempt, fits: Callable[[int], None], *, req
         fits: raises ConfigError if the recipe cannot run on so many nodes.
         requeue_by: as in the job's settings.
         say: tells the user.
+        environment: the job's; None: what this process has now.
 
     Raises:
         ConfigError: the recipe cannot run on any number of these nodes, or another job has the run's folder.
@@ -58,7 +87,7 @@ def before(config: Config, attempt: Attempt, fits: Callable[[int], None], *, req
     events = Events(run)
     close_vanished(events, run, attempt, say)
     bad = [node for node in suspects(events, attempt.job) if node in attempt.nodes]
-    shown = client.shown(attempt.job)
+    shown = _known(attempt, say)
     log = Path(shown.log) if shown and shown.log else None
     events.add(
         "started", job=attempt.job, attempt=str(attempt), update=newest_update(run), nodes=list(attempt.nodes),
@@ -73,7 +102,29 @@ def before(config: Config, attempt: Attempt, fits: Callable[[int], None], *, req
     if available not in known:  # a later start need not go through the slow imports once more
         known[available] = most_nodes(available, fits, say)
         events.add("ready", job=attempt.job, attempt=str(attempt), available=available, use=known[available])
+    if requeue_by == "dependency" and shown is not None:
+        provide_successor(shown, say, events, environment)
     return known[available]
+
+
+def _known(attempt: Attempt, say: Say) -> Job | None:
+    """The job as SLURM has it; None while the controller is away: a start needs nothing of it."""
+    try:
+        return client.shown(attempt.job)
+    except SlurmError as error:
+        say(f"going on without the controller: {error}")
+        return None
+
+
+def provide_successor(shown: Job, say: Say, events: Events, environment: Mapping[str, str] | None) -> None:
+    """Submits the job's successor, if none waits: at the start already, since the node of the batch script may die with it."""
+    waiting = events.successor(shown.id)
+    try:
+        there = client.shown(waiting) if waiting is not None else None
+        if there is None or there.is_over:
+            succeed(shown, [], say, events, environment)
+    except SlurmError as error:
+        say(f"no successor yet: {error}; tried again when this job ends")
 
 
 class ExcludedError(RuntimeError):
@@ -125,7 +176,16 @@ def wait_for_lock(run: RunFolder, attempt: Attempt, events: Events, say: Say) ->
 # After the ranks
 
 
-def after(config: Config, attempt: Attempt, code: int, *, requeue_by: str, max_stalled: int, say: Say) -> int:
+def after(
+    config: Config,
+    attempt: Attempt,
+    code: int,
+    *,
+    requeue_by: str,
+    max_stalled: int,
+    say: Say,
+    environment: Mapping[str, str] | None = None,
+) -> int:
     """Starts the job again, or not; returns its exit code.
 
     Args:
@@ -134,25 +194,34 @@ def after(config: Config, attempt: Attempt, code: int, *, requeue_by: str, max_s
         code: of what started the ranks, or of what ran before them.
         requeue_by, max_stalled: as in the job's settings.
         say: tells the user.
+        environment: the job's; None: what this process has now.
     """
     run = RunFolder(Path(config.run.dir))
     events, update, outcome = Events(run), newest_update(run), read_outcome(run, str(attempt))
     named = failed_nodes(run, events, attempt) if outcome is None and code not in (EXIT_DONE, EXIT_BAD_CONFIG) else []
     final = code if outcome is None else outcome
-    shown = client.shown(attempt.job)
+    shown = client.shown(attempt.job, OUTAGE_S)
+    is_taken = shown is not None and taken_away(shown)
+    if shown is not None and shown.is_preempted:
+        named = []
 
     def end(decision: str) -> None:
-        events.add("ended", attempt=str(attempt), job=attempt.job, code=final, update=update, suspects=named, decision=decision)
+        events.add(
+            "ended", attempt=str(attempt), job=attempt.job, code=final, update=update, suspects=named, decision=decision,
+            taken_away=is_taken,
+        )  # fmt: skip
 
     if not may_go_on(shown, attempt):
         end("slurm")
+        if shown is not None and shown.restarts == attempt.restart:
+            withdraw_successor(attempt.job, say, events)
         say(
             f"attempt {attempt} is over at update {update}; SLURM has the job as {shown.state if shown else 'gone'}: left to SLURM"
         )
         return final
     assert shown is not None
     decision = decide(
-        outcome, code, stalled=stalled_attempts(events, attempt.job, update), max_stalled=max_stalled,
+        outcome, code, stalled=stalled_attempts(events, attempt.job, update) - is_taken, max_stalled=max_stalled,
         is_cancelled=bool(events.of("cancelled", [attempt.job])),
     )  # fmt: skip
     go_on = decision.go_on and requeue_by != "none"
@@ -162,21 +231,32 @@ def after(config: Config, attempt: Attempt, code: int, *, requeue_by: str, max_s
     if go_on:
         twice = suspects(events, attempt.job)
         try:
-            (requeue if requeue_by == "requeue" else succeed)(shown, twice, say, events)
+            if requeue_by == "requeue":
+                requeue(shown, twice, say, events, environment)
+            else:
+                hand_over(shown, twice, say, events, environment)
         except SlurmError as error:
             say(
                 f"the job could not be started again: {error}; sbatch {shown.command or 'the script'} goes on from the checkpoint"
             )
     elif decision.go_on:
         say(f"to go on from there: sbatch {shown.command or 'the same script'}")
+    else:
+        withdraw_successor(attempt.job, say, events)
     return final
 
 
 def may_go_on(shown: Job | None, attempt: Attempt) -> bool:
-    """Whether what becomes of the job is this attempt's to say: SLURM has neither cancelled nor requeued it meanwhile."""
+    """Whether what becomes of the job is this attempt's to say: SLURM has not requeued it meanwhile, and nobody has cancelled it."""
     if shown is None or shown.restarts != attempt.restart:
         return False
-    return shown.state == "RUNNING" or (shown.state == "COMPLETING" and shown.reason == "TimeLimit")
+    return shown.state in UNDER_WAY or taken_away(shown) or (shown.state == "COMPLETING" and shown.reason == "TimeLimit")
+
+
+def taken_away(shown: Job) -> bool:
+    """Whether SLURM ends the job for its own reasons, a preemption or a dead node, and leaves it at that."""
+    is_ending = shown.state in ("COMPLETING", "PREEMPTED", "NODE_FAIL")
+    return is_ending and (shown.is_preempted or shown.reason == "NodeDown" or shown.state == "NODE_FAIL")
 
 
 @dataclass(frozen=True)
@@ -213,8 +293,18 @@ def decide(outcome: int | None, code: int, *, stalled: int, max_stalled: int, is
 
 
 def stalled_attempts(events: Events, job: int, update: int) -> int:
-    """How many attempts of a job and its forerunners began at ``update``, where the run still is."""
-    return sum(event["update"] >= update for event in events.of("started", events.chain(job)))
+    """How many attempts of a job and its forerunners began at ``update``, where the run still is, and had time to go on from there:
+    those that SLURM ended are not counted."""
+    stalled = [event for event in events.of("started", events.chain(job)) if event["update"] >= update]
+    return sum(not ended_by_slurm(events.ended(event["attempt"])) for event in stalled)
+
+
+def ended_by_slurm(event: Event | None) -> bool:
+    """Whether an attempt ended for no fault of its own, by its event; None: it has not ended."""
+    if event is None:
+        return False
+    vanished = event["decision"] == "vanished" and not event["suspects"]
+    return event["decision"] == "slurm" or vanished or bool(event.get("taken_away"))
 
 
 def suspects(events: Events, job: int) -> list[str]:
@@ -232,10 +322,10 @@ def failed_by_srun(log: str) -> list[str]:
 
 
 def log_since(path: str, offset: int) -> str:
-    """What a job's output file has got since ``offset`` bytes; empty where it cannot be read."""
+    """What a job's output file has got since ``offset`` bytes, at most its end; empty where it cannot be read."""
     try:
         with Path(path).open("rb") as file:
-            file.seek(offset)
+            file.seek(max(offset, file.seek(0, 2) - LOG_BYTES))
             return file.read().decode("utf-8", errors="replace")
     except OSError:
         return ""
@@ -258,19 +348,21 @@ def failed_nodes(run: RunFolder, events: Events, attempt: Attempt) -> list[str]:
     return [node for node in failed_by_srun(log) if node not in {fault["host"] for fault in lost}][:1]
 
 
-def requeue(shown: Job, bad: Sequence[str], say: Say, events: Events | None = None) -> None:
+def requeue(
+    shown: Job, bad: Sequence[str], say: Say, events: Events | None = None, environment: Mapping[str, str] | None = None
+) -> None:
     """Puts the running job back into the queue, kept off the nodes ``bad``; where that is not allowed, submits a successor.
 
     Raises:
         SlurmError: neither could be done.
     """
     try:
-        client.insist("scontrol", "requeue", shown.id)
+        client.insist("scontrol", "requeue", shown.id, patience_s=OUTAGE_S)
     except SlurmError as error:
         if events is None:
             raise
         say(f"SLURM does not requeue the job ({error}); submitting a successor")
-        succeed(shown, bad, say, events)
+        succeed(shown, bad, say, events, environment)
         return
     say(f"requeued job {shown.id}")
     if bad:
@@ -278,14 +370,41 @@ def requeue(shown: Job, bad: Sequence[str], say: Say, events: Events | None = No
         client.insist("scontrol", "update", f"JobId={shown.id}", f"ExcNodeList={','.join([*shown.excluded, *bad])}")
 
 
-def succeed(shown: Job, bad: Sequence[str], say: Say, events: Events) -> None:
+def hand_over(shown: Job, bad: Sequence[str], say: Say, events: Events, environment: Mapping[str, str] | None) -> None:
+    """Leaves the run to the successor that waits, kept off the nodes ``bad``, or to a new one. Raises SlurmError."""
+    waiting = events.successor(shown.id)
+    there = client.shown(waiting) if waiting is not None else None
+    if there is None or there.is_over:
+        succeed(shown, bad, say, events, environment)
+        return
+    say(f"job {there.id} starts when job {shown.id} has ended")
+    if bad:
+        say(f"{', '.join(bad)} failed twice running: excluded from now on")
+        client.insist("scontrol", "update", f"JobId={there.id}", f"ExcNodeList={','.join([*shown.excluded, *bad])}")
+
+
+def withdraw_successor(job: int, say: Say, events: Events) -> None:
+    """Takes back the successor that a job's start submitted: nothing is left to do. Tells what SLURM says against it."""
+    waiting = events.successor(job)
+    if waiting is None:
+        return
+    try:
+        client.insist("scancel", waiting)
+    except SlurmError as error:
+        say(f"job {waiting}, the successor, could not be withdrawn: {error}; scancel {waiting}")
+        return
+    events.add("withdrawn", job=waiting)
+
+
+def succeed(shown: Job, bad: Sequence[str], say: Say, events: Events, environment: Mapping[str, str] | None = None) -> None:
     """Submits the same script once more, to start when this job has ended. Raises SlurmError."""
     if not shown.command:
         raise SlurmError("SLURM does not say which script this job runs")
-    options = [f"--dependency=afterany:{shown.id}"]
+    script, options = Path(shown.command), [f"--dependency=afterany:{shown.id}"]
     if bad:
         options.append(f"--exclude={','.join([*shown.excluded, *bad])}")
-    successor = client.submit(Path(shown.command), *options)
-    events.add("successor", job=successor, of=shown.id)
+    how = for_sbatch(launch.environment() if environment is None else environment, client.text_of(script))
+    successor, cluster = client.submit(script, *options, *how.options, environment=how.environment)
+    events.add("successor", job=successor, of=shown.id, cluster=cluster)
     without = f", without {', '.join(bad)}" if bad else ""
     say(f"submitted job {successor}, which starts when job {shown.id} has ended{without}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,20 +31,23 @@ class Cluster:
         self.bad: list[str] = []
         self.calls: list[str] = []
         self.refuses = False
-        monkeypatch.setattr(slurm_client, "shown", lambda _: self.job)
+        self.environments: list[Mapping[str, str]] = []
+        """What sbatch was called in, each time."""
+        monkeypatch.setattr(slurm_client, "shown", lambda job, *_, **__: self.job and replace(self.job, id=job))
         monkeypatch.setattr(slurm_client, "unusable", lambda nodes: [node for node in nodes if node in self.bad])
         monkeypatch.setattr(slurm_client, "insist", self.insist)
         monkeypatch.setattr(slurm_client, "submit", self.submit)
 
-    def insist(self, *words: object) -> str:
+    def insist(self, *words: object, **_: object) -> str:
         if self.refuses:
             raise SlurmError("Access/permission denied")
         self.calls.append(" ".join(map(str, words)))
         return ""
 
-    def submit(self, script: Path, *options: object) -> int:
+    def submit(self, script: Path, *options: object, environment: Mapping[str, str]) -> tuple[int, str]:
         self.calls.append(" ".join(["sbatch", *map(str, options), str(script)]))
-        return 18
+        self.environments.append(environment)
+        return 17 + len(self.environments), ""
 
 
 @pytest.fixture
@@ -212,6 +215,67 @@ def test_what_slurm_decided_stands(job: Job | None, cluster: Cluster, before: Be
     assert after(143) == 143 and cluster.calls == []
 
 
+@pytest.mark.parametrize("state", ["SIGNALING", "CONFIGURING", "RESIZING"])
+def test_a_job_that_slurm_is_busy_with_is_under_way(state: str, cluster: Cluster, before: Before, after: After) -> None:
+    """scontrol shows these in the place of RUNNING: SIGNALING while a node has not yet answered to a warning."""
+    before()
+    cluster.job = replace(RUNNING, state=state)
+    after(1)
+    assert cluster.calls == ["scontrol requeue 17"]
+
+
+TAKEN = [
+    replace(RUNNING, state="COMPLETING", is_preempted=True),
+    replace(RUNNING, state="PREEMPTED", is_preempted=True),
+    replace(RUNNING, state="COMPLETING", reason="NodeDown"),
+    replace(RUNNING, state="NODE_FAIL"),
+]
+"""What SLURM shows of a job that it ended by PreemptMode=CANCEL, or for a dead node although it must not requeue."""
+
+
+@pytest.mark.parametrize("job", TAKEN)
+def test_a_job_that_slurm_gave_up_goes_on(job: Job, cluster: Cluster, before: Before, after: After, run: RunFolder) -> None:
+    before()
+    cluster.job = job
+    assert after(143) == 143
+    assert cluster.calls == ["scontrol requeue 17"]
+
+
+def test_a_preempted_node_is_not_to_blame(cluster: Cluster, before: Before, after: After, run: RunFolder) -> None:
+    before()
+    faults.record(run.path, kind="error", attempt="17.0", rank=0, host="node1", update=3, detail="RuntimeError: what is this")
+    cluster.job = TAKEN[0]
+    after(143)
+    assert Events(run).of("ended")[0]["suspects"] == []
+
+
+def test_starts_that_slurm_ended_are_not_without_progress(
+    cluster: Cluster, before: Before, after: After, run: RunFolder, said: list[str]
+) -> None:
+    """Four preemptions and two faults, all before the first checkpoint; the third fault ends it."""
+    jobs = [TAKEN[0], RUNNING, TAKEN[0], TAKEN[2], RUNNING, TAKEN[0], RUNNING]
+    for restart, job in enumerate(jobs):
+        attempt = Attempt(17, restart, ("node1",))
+        cluster.job = replace(job, restarts=restart)
+        before(attempt)
+        after(1, attempt)
+    assert len(cluster.calls) == 6
+    assert "3 attempts in a row wrote no newer checkpoint: not started again" in said[-1]
+
+
+def test_starts_that_vanished_or_that_an_operator_ended_are_not_either(
+    cluster: Cluster, before: Before, after: After, run: RunFolder
+) -> None:
+    for restart in (0, 1, 2):  # killed with all that ran there, and the node is well again
+        before(Attempt(17, restart, ("node1",)))
+    before(Attempt(17, 3, ("node1",)))
+    cluster.job = replace(RUNNING, restarts=4)  # scontrol requeue
+    after(143, Attempt(17, 3, ("node1",)))
+    before(Attempt(17, 4, ("node1",)))
+    after(1, Attempt(17, 4, ("node1",)))
+    assert cluster.calls == ["scontrol requeue 17"]
+
+
 def test_a_limit_that_came_before_the_checkpoint(cluster: Cluster, before: Before, after: After) -> None:
     before()
     cluster.job = replace(RUNNING, state="COMPLETING", reason="TimeLimit")
@@ -284,6 +348,105 @@ def test_a_successor(refuses: bool, cluster: Cluster, before: Before, after: Aft
     assert "submitted job 18" in said[-1]
 
 
+def test_a_successor_waits_from_the_start(
+    cluster: Cluster, before: Before, after: After, run: RunFolder, said: list[str]
+) -> None:
+    """The node of the batch script may die with it: then nobody could submit one any more."""
+    before(requeue_by="dependency")
+    assert cluster.calls == ["sbatch --dependency=afterany:17 /runs/job.sbatch"]
+    checkpoint(run, 5)
+    write_outcome(run, "17.0", 75)
+    after(75, requeue_by="dependency")
+    assert len(cluster.calls) == 1, "it is there already"
+    assert Events(run).newest_job() == 18 and said[-1] == "job 18 starts when job 17 has ended"
+    before(Attempt(18, 0, ("node1",)), requeue_by="dependency")
+    assert cluster.calls[1:] == ["sbatch --dependency=afterany:18 /runs/job.sbatch"], "and one of its own"
+
+
+def test_a_successor_keeps_off_a_bad_node(cluster: Cluster, before: Before, after: After, run: RunFolder) -> None:
+    for job in (17, 18):
+        attempt = Attempt(job, 0, ("node1", "node2"))
+        cluster.job = replace(RUNNING, excluded=("node9",))
+        before(attempt, requeue_by="dependency")
+        checkpoint(run, job)
+        faults.record(
+            run.path, kind="error", attempt=str(attempt), rank=1, host="node2", update=3, detail="RuntimeError: CUDA error"
+        )
+        after(1, attempt, requeue_by="dependency")
+    assert cluster.calls[2:] == ["scontrol update JobId=19 ExcNodeList=node9,node2"]
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True], ids=["done", "cancelled"])
+def test_a_successor_that_is_not_needed_is_withdrawn(
+    is_cancelled: bool, cluster: Cluster, before: Before, after: After, run: RunFolder
+) -> None:
+    before(requeue_by="dependency")
+    if is_cancelled:  # by scancel
+        cluster.job = replace(RUNNING, state="COMPLETING")
+    else:
+        write_outcome(run, "17.0", 0)
+    after(0, requeue_by="dependency")
+    assert cluster.calls[1:] == ["scancel 18"]
+    assert Events(run).newest_job() == 17 and Events(run).successor(17) is None
+
+
+def test_a_job_that_may_not_submit_yet_tries_again_at_its_end(
+    cluster: Cluster, before: Before, after: After, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise SlurmError("Job violates accounting/QOS policy")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(slurm_client, "submit", refuse)
+        assert before(requeue_by="dependency") == 2
+    assert said == ["no successor yet: Job violates accounting/QOS policy; tried again when this job ends"]
+    after(1, requeue_by="dependency")
+    assert cluster.calls == ["sbatch --dependency=afterany:17 /runs/job.sbatch"]
+
+
+def test_a_successor_gets_the_jobs_environment_without_its_place(
+    cluster: Cluster, config: Config, said: list[str], tmp_path: Path
+) -> None:
+    script = tmp_path / "job.sbatch"
+    script.write_text("#!/bin/bash\n#SBATCH --account=lm\n")
+    cluster.job = replace(RUNNING, command=str(script))
+    environment = {"SLURM_RESTART_COUNT": "2", "SBATCH_ACCOUNT": "x", "SBATCH_QOS": "high", "RANK": "0", "NAME": "value"}
+    slurm_job.before(config, FIRST, lambda _: None, requeue_by="dependency", say=said.append, environment=environment)
+    assert cluster.environments == [{"SBATCH_QOS": "high", "NAME": "value"}]
+
+
+@pytest.mark.parametrize(
+    ("told", "slurm_says", "restart"),
+    [(0, 0, 0), (2, 2, 2), (2, 0, 0), (1, 2, 1)],
+    ids=["first", "requeued", "another job's count", "left over from an earlier start"],
+)
+def test_the_restart_count_is_slurms(told: int, slurm_says: int, restart: int, cluster: Cluster) -> None:
+    cluster.job = replace(RUNNING, restarts=slurm_says)
+    assert slurm_job.confirmed(Attempt(17, told, ("node1",))) == Attempt(17, restart, ("node1",))
+
+
+def test_a_start_needs_no_controller(before: Before, cluster: Cluster, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(*_: object, **__: object) -> None:
+        raise SlurmError("Unable to contact slurm controller")
+
+    monkeypatch.setattr(slurm_client, "shown", silent)
+    assert slurm_job.confirmed(FIRST) == FIRST and before() == 2
+    assert said == ["going on without the controller: Unable to contact slurm controller"]
+
+
+def test_an_end_waits_for_the_controller(before: Before, after: After, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    before()
+    patience: list[float] = []
+
+    def shown(_: int, patience_s: float = 0.0, **__: object) -> Job:
+        patience.append(patience_s)
+        return RUNNING
+
+    monkeypatch.setattr(slurm_client, "shown", shown)
+    after(1)
+    assert patience == [1800.0]
+
+
 def test_left_to_the_user(cluster: Cluster, before: Before, after: After, run: RunFolder, said: list[str]) -> None:
     before()
     write_outcome(run, "17.0", 75)
@@ -319,6 +482,14 @@ def test_only_this_attempts_output_counts(cluster: Cluster, before: Before, afte
         file.write("srun: error: node2: task 1: Killed\n")
     after(137)
     assert Events(run).of("ended")[0]["suspects"] == ["node2"]
+
+
+def test_only_the_end_of_a_long_output_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "job.out"
+    log.write_text("x" * 1000 + "the end")
+    monkeypatch.setattr(slurm_job, "LOG_BYTES", 7)
+    assert slurm_job.log_since(str(log), 10) == "the end"
+    assert slurm_job.log_since(str(log), 1004) == "end"
 
 
 LOST = "RuntimeError: [pair.cc:537] Read error [10.77.0.2]:10460: Connection reset by peer. This is typically caused by"
