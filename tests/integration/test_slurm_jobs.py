@@ -304,7 +304,7 @@ def cancelled(site: Site, _whole: Callable[[str], Path]) -> None:
     path = site.recipe("long")
     job = site.submit(path, "--nodes", 1, within=("srun", "--partition=urgent", "--gpus-per-node=1", "--cpu-bind=none"))
     refused = site.slurm("submit", path, "--tasks-per-node", 1, expect=2).stderr
-    assert f"job {job} (" in refused and "is there for it; relora-ds slurm cancel" in refused
+    assert f"job {job} (" in refused and "is there for it; relora-ds slurm cancel" in refused, refused
     site.train_to(job, 10)
     said = site.slurm("status", site.run_dir).stdout
     assert f"job {job} (run): RUNNING on n1" in said and "left of its time limit" in said and "of 300 (" in said

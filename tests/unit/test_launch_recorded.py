@@ -1,4 +1,4 @@
-"""Places in jobs of a real SLURM, of two versions, as `benchmarks/slurm_environments.py` recorded what their tasks were told."""
+"""Places in jobs of a real SLURM, of three versions, as `benchmarks/slurm_environments.py` recorded what their tasks were told."""
 
 from __future__ import annotations
 
@@ -49,11 +49,16 @@ def test_scripts_and_shells_are_no_ranks(version: str) -> None:
                 assert discover(tasks[name]) is None, shape
 
 
-def test_what_slurm_says_of_gpus_of_a_task_depends_on_its_version() -> None:
+def test_what_slurm_says_of_a_tasks_gpus_is_no_word_on_what_it_sees() -> None:
     """So that which GPU is a rank's own is decided by what it sees."""
-    says = {
-        version: {name for name in shapes["srun_gpus_per_task"]["1"] if name in ("SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK")}
-        for version, shapes in RECORDED.items()
-    }
-    assert says == {"22.05.8": set(), "24.11.5": {"SLURM_TRES_PER_TASK"}}
-    assert all(shapes["srun_gpus_per_task"]["1"]["CUDA_VISIBLE_DEVICES"] == "1" for shapes in RECORDED.values())
+
+    def of_rank_1(version: str, shape: str) -> tuple[bool, bool, str]:
+        told = RECORDED[version][shape]["1"]
+        return "SLURM_GPUS_PER_TASK" in told, "SLURM_TRES_PER_TASK" in told, told["CUDA_VISIBLE_DEVICES"]
+
+    assert of_rank_1("20.11.4", "gpus_per_task") == (True, False, "0,1")
+    assert of_rank_1("20.11.4", "srun_gpus_per_task") == (False, False, "0,1")
+    assert of_rank_1("22.05.8", "gpus_per_task") == (True, False, "1")
+    assert of_rank_1("22.05.8", "srun_gpus_per_task") == (False, False, "1")
+    assert of_rank_1("24.11.5", "gpus_per_task") == (False, True, "1")
+    assert of_rank_1("24.11.5", "gpus_per_task_unbound") == (False, True, "0,1")
