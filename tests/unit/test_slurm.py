@@ -206,7 +206,28 @@ def test_what_only_cannot_start_now_is_submitted(
         assert calls == [] and not Path(config.run.dir).exists()
     else:
         assert slurm.submit(config, FOUND, {}, text, workdir=tmp_path, say=said.append)[0] == 17
-        assert complaint in said[0] and "submitted all the same" in said[0]
+        assert said == [f"submitted, but it has to wait: {complaint} (nodes may be down, drained or reserved just now)"]
+        assert Path(config.run.dir).exists()
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_refused_job_leaves_nothing_behind(
+    is_new: bool, config: Config, run: RunFolder, calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot start now may never start: sbatch knows, and says so in its only line."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise SlurmError("Requested node configuration is not available")
+
+    monkeypatch.setattr(slurm_client, "test", refuse)
+    monkeypatch.setattr(slurm_client, "submit", refuse)
+    if not is_new:
+        run.path.mkdir(parents=True)
+    said: list[str] = []
+    text = slurm.script(config, FOUND, recipe_name="demo", workdir=tmp_path)
+    with pytest.raises(ConfigError, match="--nodes='2': SLURM refuses the job: Requested node configuration is not available"):
+        slurm.submit(config, FOUND, {}, text, workdir=tmp_path, say=said.append)
+    assert said == [] and run.path.exists() is not is_new
 
 
 # Status and logs
