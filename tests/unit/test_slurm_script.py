@@ -161,10 +161,11 @@ def test_a_container_has_an_interpreter_of_its_own(launcher: str) -> None:
     """The one that submits is a path that the image need not have."""
     lines = script(launcher=launcher, container="apptainer exec --nv a.sif", python="/venv/bin/python").splitlines()
     assert "container_python=python" in lines and "python=/venv/bin/python" in lines
-    (ranks,) = (line for line in lines if "apptainer" in line)
+    (ranks,) = (line for line in lines if "apptainer" in line and "slurm before" not in line)
     assert ranks.strip().startswith('apptainer exec --nv a.sif "$container_python" -m relora_ds.cli ')
     around = [line for line in lines if "slurm before" in line or "slurm after" in line]
-    assert len(around) == 2 and all('"$python" -m' in line and "container" not in line for line in around)
+    assert len(around) == 2 and all('"$python" -m relora_ds.cli slurm ' in line for line in around)
+    assert " --probe 'apptainer exec --nv a.sif python -m relora_ds.cli --version'" in around[0] and "container" not in around[1]
 
 
 def test_an_image_may_be_named_to_srun() -> None:
