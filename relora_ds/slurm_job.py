@@ -382,9 +382,13 @@ def hand_over(shown: Job, bad: Sequence[str], say: Say, events: Events, environm
         succeed(shown, bad, say, events, environment)
         return
     say(f"job {there.id} starts when job {shown.id} has ended")
-    if bad:
-        say(f"{', '.join(bad)} failed twice running: excluded from now on")
+    if not bad:
+        return
+    try:
         client.insist("scontrol", "update", f"JobId={there.id}", f"ExcNodeList={','.join([*shown.excluded, *bad])}")
+        say(f"{', '.join(bad)} failed twice running: excluded from now on")
+    except SlurmError as error:  # it starts all the same
+        say(f"{', '.join(bad)} failed twice running, but could not be excluded: {error}")
 
 
 def withdraw_successor(job: int, say: Say, events: Events) -> None:
