@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import signal
+import subprocess
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,7 @@ def add_commands(parent: Any, parser_class: type[argparse.ArgumentParser]) -> No
     for command in (before, torchrun):
         command.add_argument("--tasks-per-node", type=int, required=True)
         add_insisting(command)
+    before.add_argument("--probe", metavar="COMMAND", help="what must run where the ranks are to: a container's interpreter")
     after.add_argument("--code", type=int, required=True, help="of what started the ranks")
     for command in (before, after):
         command.add_argument("--requeue-by", choices=typing.get_args(RequeueBy), default="requeue")
@@ -276,15 +278,32 @@ def run_before(options: argparse.Namespace, rest: Sequence[str]) -> int:
         ranks = nodes * options.tasks_per_node
         check(config, Path(options.recipe), ranks, options.allow_changed, options.trust, on_cuda=True)
 
+    def probe() -> None:
+        if options.probe is not None:
+            try_container(options.probe, environment)
+
     try:
         with redirect_stdout(sys.stderr):  # whatever a library prints must not come between
             attempt = slurm_job.confirmed(this_attempt())
-            nodes = slurm_job.before(config, attempt, fits, requeue_by=options.requeue_by, say=say, environment=environment)
+            nodes = slurm_job.before(
+                config, attempt, fits, requeue_by=options.requeue_by, say=say, environment=environment, probe=probe
+            )
     except slurm_job.ExcludedError as error:
         say(str(error))
         return EXIT_STOPPED
     print(nodes, attempt.restart)
     return EXIT_DONE
+
+
+def try_container(command: str, environment: Mapping[str, str]) -> None:
+    """Raises ConfigError where a shell command that only tells the version fails: relora_ds is not there in the container."""
+    done = subprocess.run(
+        ["bash", "-c", command], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        said = " ".join((done.stderr or done.stdout).strip().splitlines()[-1:]) or f"code {done.returncode}"
+        way_out = "install relora_ds in the image, bind the folder it is in, or name --container-python"
+        raise ConfigError("--container", command, f"relora_ds does not start in it: {said}", way_out)
 
 
 def run_after(options: argparse.Namespace, rest: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -71,11 +71,17 @@ def submit(
     run = RunFolder(Path(config.run.dir))
     how = for_sbatch(launch.environment() if environment is None else environment, text)
     refuse_second(run)
-    check_script(text, found, how, say)
+    doubts = check_script(text, found, how)
+    is_new = not run.path.exists()
     snapshot(run, config, deepspeed, text, workdir)
-    with refused_by_sbatch(found):
-        job, cluster = client.submit(absolute(run, workdir) / SCRIPT, *how.options, environment=how.environment)
-    for line in how.told:
+    try:
+        with refused_by_sbatch(found):
+            job, cluster = client.submit(absolute(run, workdir) / SCRIPT, *how.options, environment=how.environment)
+    except ConfigError:
+        if is_new:
+            discard(run)
+        raise
+    for line in (*how.told, *doubts):
         say(line)
     Events(run).add("submitted", job=job, cluster=cluster, settings=found.model_dump(exclude_unset=True))
     return job, absolute(run, workdir) / OUTPUT
@@ -109,8 +115,12 @@ def refuse_second(run: RunFolder) -> None:
         raise ConfigError("run.dir", str(run.path), f"in use by {other}", WAY_OUT)
 
 
-def check_script(text: str, found: Settings, how: Call, say: Callable[[str], None]) -> None:
-    """Raises ConfigError with the complaint of bash, about the set-up lines, or of sbatch; tells of what may only be so for now."""
+def check_script(text: str, found: Settings, how: Call) -> list[str]:
+    """What sbatch says against a start of the script on the nodes as they are just now, in lines for the user.
+
+    Raises:
+        ConfigError: with the complaint of bash, about the set-up lines, or of sbatch about what no waiting can mend.
+    """
     syntax = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
     if syntax.returncode:
         raise ConfigError("--setup", found.setup, client.in_one_line(syntax.stderr), "these lines are shell: see --dry-run")
@@ -120,7 +130,8 @@ def check_script(text: str, found: Settings, how: Call, say: Callable[[str], Non
         except SlurmError as error:
             if not NOT_NOW.search(str(error)):
                 raise
-            say(f"sbatch --test-only: {error}; submitted all the same: nodes may be down or reserved just now")
+            return [f"submitted, but it has to wait: {error} (nodes may be down, drained or reserved just now)"]
+    return []
 
 
 @contextmanager
@@ -147,6 +158,15 @@ def snapshot(run: RunFolder, config: Config, deepspeed: dict[str, Any], text: st
         raise ConfigError(
             "run.dir", str(run.path), error.strerror or str(error), "name a folder that can be written, from all nodes"
         ) from None
+
+
+def discard(run: RunFolder) -> None:
+    """Takes back what :func:`snapshot` made for a job that there will not be."""
+    for name in (RECIPE, DEEPSPEED, COMMIT, SCRIPT):
+        (run.slurm / name).unlink(missing_ok=True)
+    with suppress(OSError):  # something else is in it
+        run.slurm.rmdir()
+        run.path.rmdir()
 
 
 def commit(workdir: Path) -> dict[str, Any]:

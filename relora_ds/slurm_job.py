@@ -68,6 +68,7 @@ def before(
     requeue_by: str,
     say: Say,
     environment: Mapping[str, str] | None = None,
+    probe: Callable[[], None] = lambda: None,
 ) -> int:
     """Gets an attempt ready; returns the number of nodes to use.
 
@@ -78,9 +79,10 @@ def before(
         requeue_by: as in the job's settings.
         say: tells the user.
         environment: the job's; None: what this process has now.
+        probe: raises ConfigError if ranks cannot be started at all; asked at the first start.
 
     Raises:
-        ConfigError: the recipe cannot run on any number of these nodes, or another job has the run's folder.
+        ConfigError: ranks cannot be started, or not on any number of these nodes, or another job has the run's folder.
         ExcludedError: a node of this attempt failed twice running; the job was requeued without it.
     """
     run = RunFolder(Path(config.run.dir))
@@ -99,6 +101,8 @@ def before(
     wait_for_lock(run, attempt, events, say)
     available = len(attempt.nodes)
     known = {event["available"]: int(event["use"]) for event in events.of("ready", events.chain(attempt.job))}
+    if not known:
+        probe()
     if available not in known:  # a later start need not go through the slow imports once more
         known[available] = most_nodes(available, fits, say)
         events.add("ready", job=attempt.job, attempt=str(attempt), available=available, use=known[available])
@@ -378,9 +382,13 @@ def hand_over(shown: Job, bad: Sequence[str], say: Say, events: Events, environm
         succeed(shown, bad, say, events, environment)
         return
     say(f"job {there.id} starts when job {shown.id} has ended")
-    if bad:
-        say(f"{', '.join(bad)} failed twice running: excluded from now on")
+    if not bad:
+        return
+    try:
         client.insist("scontrol", "update", f"JobId={there.id}", f"ExcNodeList={','.join([*shown.excluded, *bad])}")
+        say(f"{', '.join(bad)} failed twice running: excluded from now on")
+    except SlurmError as error:  # it starts all the same
+        say(f"{', '.join(bad)} failed twice running, but could not be excluded: {error}")
 
 
 def withdraw_successor(job: int, say: Say, events: Events) -> None:

@@ -196,7 +196,8 @@ def render(
         "\n".join(f"{name}={value}" for name, value in _variables(found, recipe, python).items()),
         "\n".join(_surroundings(found)),
         _BEFORE.format(
-            before=f'{_relora("slurm before")} --tasks-per-node "$tasks_per_node" {requeue}{more}', step=_step(found, more)
+            before=f'{_relora("slurm before")} --tasks-per-node "$tasks_per_node" {requeue}{_probe(found)}{more}',
+            step=_step(found, more),
         ),
         _AFTER.format(after=f'{_relora("slurm after")} --code "$code" {requeue} --max-stalled {found.max_stalled}'),
     ]
@@ -211,6 +212,14 @@ def _variables(found: Settings, recipe: str, python: str) -> dict[str, object]:
 def _has_container(found: Settings) -> bool:
     """Whether the ranks have another file system than what runs around them, and so another interpreter."""
     return bool(found.container or found.container_python)
+
+
+def _probe(found: Settings) -> str:
+    """Has ``slurm before`` try whether relora_ds is there in the container."""
+    if not found.container:
+        return ""
+    inner = shlex.quote(found.container_python or "python")
+    return " --probe " + shlex.quote(f"{found.container} {inner} -m relora_ds.cli --version")
 
 
 def _relora(command: str, python: str = "python") -> str:

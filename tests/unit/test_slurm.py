@@ -206,7 +206,28 @@ def test_what_only_cannot_start_now_is_submitted(
         assert calls == [] and not Path(config.run.dir).exists()
     else:
         assert slurm.submit(config, FOUND, {}, text, workdir=tmp_path, say=said.append)[0] == 17
-        assert complaint in said[0] and "submitted all the same" in said[0]
+        assert said == [f"submitted, but it has to wait: {complaint} (nodes may be down, drained or reserved just now)"]
+        assert Path(config.run.dir).exists()
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_refused_job_leaves_nothing_behind(
+    is_new: bool, config: Config, run: RunFolder, calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot start now may never start: sbatch knows, and says so in its only line."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise SlurmError("Requested node configuration is not available")
+
+    monkeypatch.setattr(slurm_client, "test", refuse)
+    monkeypatch.setattr(slurm_client, "submit", refuse)
+    if not is_new:
+        run.path.mkdir(parents=True)
+    said: list[str] = []
+    text = slurm.script(config, FOUND, recipe_name="demo", workdir=tmp_path)
+    with pytest.raises(ConfigError, match="--nodes='2': SLURM refuses the job: Requested node configuration is not available"):
+        slurm.submit(config, FOUND, {}, text, workdir=tmp_path, say=said.append)
+    assert said == [] and run.path.exists() is not is_new
 
 
 # Status and logs
@@ -432,6 +453,30 @@ def test_before_says_nodes_and_restarts(
     monkeypatch.setenv("SLURM_HET_SIZE", "2")
     assert main(words) == 2
     assert "SLURM_HET_SIZE='2': jobs of several components are not served" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("image_has_it", [False, True])
+def test_a_container_without_relora_ds_is_told_before_its_ranks(
+    image_has_it: bool, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line, at the first start; a later one, on another node, is not the place to find a setting wrong for good."""
+    image = tmp_path / "image"
+    image.write_text("#!/bin/bash\necho asked >>asked\n" + ("exec true" if image_has_it else 'echo "FATAL: no $1" >&2; exit 255'))
+    image.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "node1")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    monkeypatch.setattr(slurm_client, "shown", lambda *_, **__: RUNNING)
+    command = f"{image} python -m relora_ds.cli --version"
+    words = ["slurm", "before", str(recipe), "--tasks-per-node", "2", "--probe", command]
+    codes = [main(words), main(words)]
+    said = capsys.readouterr()
+    if image_has_it:
+        assert codes == [0, 0] and said.out == "1 0\n1 0\n" and (tmp_path / "asked").read_text() == "asked\n"
+    else:
+        assert codes == [2, 2] and said.out == ""
+        assert f"--container='{command}': relora_ds does not start in it: FATAL: no python; install relora_ds in" in said.err
 
 
 @pytest.mark.parametrize("words", [["before", "--tasks-per-node", "1"], ["after", "--code", "0"]])

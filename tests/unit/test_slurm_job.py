@@ -376,6 +376,19 @@ def test_a_successor_keeps_off_a_bad_node(cluster: Cluster, before: Before, afte
     assert cluster.calls[2:] == ["scontrol update JobId=19 ExcNodeList=node9,node2"]
 
 
+def test_a_successor_that_cannot_be_kept_off_a_node_is_there_all_the_same(
+    cluster: Cluster, run: RunFolder, said: list[str]
+) -> None:
+    events = Events(run)
+    events.add("successor", job=18, of=17)
+    cluster.refuses = True
+    slurm_job.hand_over(RUNNING, ["node2"], said.append, events, {})
+    assert said == [
+        "job 18 starts when job 17 has ended",
+        "node2 failed twice running, but could not be excluded: Access/permission denied",
+    ]
+
+
 @pytest.mark.parametrize("is_cancelled", [False, True], ids=["done", "cancelled"])
 def test_a_successor_that_is_not_needed_is_withdrawn(
     is_cancelled: bool, cluster: Cluster, before: Before, after: After, run: RunFolder

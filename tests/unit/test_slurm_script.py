@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -160,10 +161,11 @@ def test_a_container_has_an_interpreter_of_its_own(launcher: str) -> None:
     """The one that submits is a path that the image need not have."""
     lines = script(launcher=launcher, container="apptainer exec --nv a.sif", python="/venv/bin/python").splitlines()
     assert "container_python=python" in lines and "python=/venv/bin/python" in lines
-    (ranks,) = (line for line in lines if "apptainer" in line)
+    (ranks,) = (line for line in lines if "apptainer" in line and "slurm before" not in line)
     assert ranks.strip().startswith('apptainer exec --nv a.sif "$container_python" -m relora_ds.cli ')
     around = [line for line in lines if "slurm before" in line or "slurm after" in line]
-    assert len(around) == 2 and all('"$python" -m' in line and "container" not in line for line in around)
+    assert len(around) == 2 and all('"$python" -m relora_ds.cli slurm ' in line for line in around)
+    assert " --probe 'apptainer exec --nv a.sif python -m relora_ds.cli --version'" in around[0] and "container" not in around[1]
 
 
 def test_an_image_may_be_named_to_srun() -> None:
@@ -289,3 +291,57 @@ def test_set_up_lines_come_first(tmp_path: Path) -> None:
         tmp_path, setup=["echo module >>calls"], environment_file="env", srun='echo "$NAME" >>calls; bash -c "echo $NAME" >>calls'
     )
     assert text[0] == "module" and text[3:5] == ["value", "value"]
+
+
+# Sites, as docs/slurm.md has them
+
+SITES: dict[str, tuple[list[str], list[str]]] = {
+    "GPUs by `--gpus-per-node`": (["#SBATCH --gpus-per-node=a100:8"], ["--gres"]),
+    "GPUs by `--gres`": (["#SBATCH --gres=gpu:4", "#SBATCH --ntasks-per-node=4"], ["--gpus-per-node"]),
+    "Whole nodes, no word about GPUs": (["#SBATCH --exclusive", "#SBATCH --ntasks-per-node=4"], ["--gpus-per-node", "--gres"]),
+    "One GPU shown to each task": (
+        [" --gpus-per-task=1 --gpu-bind=closest \\", "tasks_per_node=8"],
+        ["--gpus-per-node", "--gres"],
+    ),
+    "Apptainer": (['pytorch.sif "$container_python" -m relora_ds.cli train', "container_python=python3"], []),
+    "Pyxis": ([" --container-image=/project/me/pytorch.sqsh ", '\n        "$container_python" -m relora_ds.cli train'], []),
+    "`--export=NONE`": (
+        ["#SBATCH --export=NONE", "export SLURM_EXPORT_ENV=ALL", "source /etc/profile", "module load python cuda"],
+        [],
+    ),
+    "Compute nodes without internet": (["\nexport HF_HUB_OFFLINE=1\n"], []),
+    "Cray EX, with `MpiDefault=cray_shasta`": (["\nexport NCCL_SOCKET_IFNAME=hsn\n", "#SBATCH --gpus-per-node=8"], []),
+    "Requeue forbidden": (["#SBATCH --no-requeue", "--requeue-by dependency"], ["#SBATCH --requeue"]),
+}
+"""What is in the script of each, and what is not."""
+
+
+def documented_sites() -> dict[str, str]:
+    """The site files under the headings of docs/slurm.md."""
+    sections = (
+        (ROOT / "docs" / "slurm.md").read_text(encoding="utf-8").split("\n## Sites\n")[1].split("\n## ")[0].split("\n### ")[1:]
+    )
+    blocks = {section.partition("\n")[0]: re.findall(r"^    (.*\n)", section, re.MULTILINE) for section in sections}
+    return {name: "".join(lines) for name, lines in blocks.items()}
+
+
+def test_the_documented_sites_are_those_tested() -> None:
+    assert list(documented_sites()) == list(SITES)
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_a_documented_site_gives_a_job_script(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "slurm.yaml"
+    path.write_text(documented_sites()[name])
+    assert 1 < len(path.read_text().splitlines()) <= 10
+    found = settings(read_site(path), {"nodes": "2"}, path)
+    text = render(found, recipe="/runs/a/recipe.yaml", output="/runs/a/job.out", name="a")
+    present, absent = SITES[name]
+    for words in present:
+        assert words in text
+    for words in absent:
+        assert words not in text
+    assert found.num_gpus and doubts(found) == []
+    assert directives(text)["time"] == found.time and directives(text)["account"] == "my-project"
+    result = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
