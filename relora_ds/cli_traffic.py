@@ -43,7 +43,7 @@ def run_traffic(options: argparse.Namespace, rest: Sequence[str]) -> int:
     known = ["--nproc", "--updates", "--arms", "--link", "--out", "--trust"]
     overrides = options.overrides = with_rest(options.overrides, rest, known)
     launch.quiet_libraries()
-    place = launch.discover()
+    place = launch.launched()
     num_processes = _num_processes(options, place)
     links = {name.strip(): parse_bytes(name, "--link") for name in options.link.split(",")}
     arms = _arms(options)
@@ -102,7 +102,7 @@ def _measure(
     from relora_ds.comparison_table import NOTE, table, write
 
     config = checked.config
-    device = launch.start_process_group(place)
+    place, device = launch.start_process_group(place)
     tell = say if place.is_main else lambda text: None
     for remark in checked.remarks:
         tell(remark)
@@ -110,7 +110,7 @@ def _measure(
     if place.is_main:
         about = {
             "recipe": " ".join([options.recipe, *options.overrides]),
-            "ranks": f"{place.world_size} on {math.ceil(place.world_size / place.local_world_size)} node(s), {device.type}",
+            "ranks": f"{place.world_size} on {math.ceil(place.world_size / (place.local_world_size or 1))} node(s), {device.type}",
             "global batch": f"{config.train.global_batch} x {config.data.sequence_length} tokens",
             "micro batches": f"{accumulation(config, place.world_size)} of an update on a rank",
             "versions": _versions(),

@@ -14,11 +14,14 @@ from typing import Any, Literal
 
 from relora_ds.run_folder import RunFolder, append_line
 
+MAX_NCCL = 600
+"""Characters of an error of NCCL."""
+
 
 def record(
     run_dir: Path,
     *,
-    kind: Literal["hang", "error"],
+    kind: Literal["hang", "error", "refusal"],
     attempt: str,
     rank: int | None,
     host: str | None,
@@ -29,7 +32,7 @@ def record(
 
     Args:
         run_dir: the run's folder.
-        kind: hang (nothing moved) or error (an exception that nobody foresaw).
+        kind: hang (nothing moved), error (an exception that nobody foresaw), or refusal (this rank found wrong what others did not).
         attempt: of the SLURM job; empty outside of one.
         rank, host: where it happened; None when no rank stands out.
         update: the one in progress, 0 before the first.
@@ -42,8 +45,9 @@ def record(
 
 
 def describe(error: BaseException) -> str:
-    """An exception's type and first line."""
-    lines = str(error).strip().splitlines()
+    """An exception's type and first line; all of NCCL's, which says behind it what it lost."""
+    text = str(error).strip()
+    lines = [" ".join(text.split())[:MAX_NCCL]] if "NCCL error" in text else text.splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from relora_ds import faults, launch
 from relora_ds import slurm_client as client
@@ -21,8 +22,14 @@ from relora_ds.slurm_events import Event, Events, newest_update, read_outcome
 Say = Callable[[str], None]
 FAULT_LINE = re.compile(r"^srun: error: (?P<node>[\w.-]+): tasks? [\d,-]+: (?!Terminated)(?P<what>.+)$", re.MULTILINE)
 """srun on a rank that died: ``srun: error: node2: task 1: Killed``. Those that it terminated itself did not die first."""
-LOST_OTHERS = re.compile(r"connection (was )?(reset|closed|refused)|broken pipe|remote ?error|timed? ?out|peer", re.IGNORECASE)
+LOST_OTHERS = re.compile(
+    r"connection (was )?(reset|closed|refused)|broken pipe|remote ?error|timed? ?out|peer"  # gloo, sockets, the store
+    r"|remote process exited|network error|ncclRemoteError|heartbeat|store->get|failed to recv|got 0 bytes",  # NCCL, and around it
+    re.IGNORECASE,
+)
 """The error of a rank that is well itself: another one went away."""
+OUT_OF_MEMORY = re.compile(r"out of memory|oom[ _-]?kill|OutOfMemoryError", re.IGNORECASE)
+"""The recipe asks for more than the job has, or than a GPU has: another node would not do better."""
 LOCK_PAUSE_S = 2.0
 UNDER_WAY = ("RUNNING", "SIGNALING", "CONFIGURING", "RESIZING")
 """States of a job that has its nodes; the last three are shown in the place of RUNNING while SLURM is at it."""
@@ -202,7 +209,11 @@ def after(
     """
     run = RunFolder(Path(config.run.dir))
     events, update, outcome = Events(run), newest_update(run), read_outcome(run, str(attempt))
-    named = failed_nodes(run, events, attempt) if outcome is None and code not in (EXIT_DONE, EXIT_BAD_CONFIG) else []
+    told = faults.read(run.path, str(attempt)) if outcome is None else []
+    refusals = [str(fault["detail"]) for fault in told if fault["kind"] == "refusal"]
+    is_failure = outcome is None and (code not in (EXIT_DONE, EXIT_BAD_CONFIG) or refusals)
+    cause = find_cause(told, events, attempt) if is_failure else Cause()
+    named = list(cause.nodes)
     final = code if outcome is None else outcome
     shown = client.shown(attempt.job, OUTAGE_S)
     is_taken = shown is not None and taken_away(shown)
@@ -226,11 +237,11 @@ def after(
     assert shown is not None
     decision = decide(
         outcome, code, stalled=stalled_attempts(events, attempt.job, update) - is_taken, max_stalled=max_stalled,
-        is_cancelled=bool(events.of("cancelled", [attempt.job])),
+        is_cancelled=bool(events.of("cancelled", [attempt.job])), refusal=next(iter(refusals), None), update=update,
     )  # fmt: skip
     go_on = decision.go_on and requeue_by != "none"
     end(requeue_by if go_on else "stop")
-    where = f"; first failed: {', '.join(named)}" if named else ""
+    where = f"; first failed: {', '.join(named)}" if named else f"; {cause.remark}" if cause.remark else ""
     say(f"attempt {attempt} is over at update {update} (newest checkpoint): {decision.text}{where}")
     if go_on:
         twice = suspects(events, attempt.job)
@@ -271,7 +282,10 @@ class Decision:
     text: str
 
 
-def decide(outcome: int | None, code: int, *, stalled: int, max_stalled: int, is_cancelled: bool = False) -> Decision:
+def decide(
+    outcome: int | None, code: int, *, stalled: int, max_stalled: int, is_cancelled: bool = False, refusal: str | None = None,
+    update: int = 0,
+) -> Decision:  # fmt: skip
     """What becomes of a job after its step has ended. PURE.
 
     Args:
@@ -280,17 +294,23 @@ def decide(outcome: int | None, code: int, *, stalled: int, max_stalled: int, is
         stalled: attempts in a row, this one included, that began at the newest checkpoint there is now.
         max_stalled: so many of them end the job.
         is_cancelled: whether the user wants it to end.
+        refusal: what some ranks found wrong and others did not; None where there is no such thing.
+        update: of the newest checkpoint.
     """
     final = code if outcome is None else outcome
     if final == EXIT_DONE:
         return Decision(False, "the run is done")
-    if final == EXIT_BAD_CONFIG:
+    if outcome is None and refusal is not None and not update:
+        return Decision(False, f"{refusal}; nothing is trained yet, so look into it before the next start")
+    if final == EXIT_BAD_CONFIG and refusal is None:
         return Decision(False, "a setting is wrong (above): another start would find the same")
     if is_cancelled:
         return Decision(False, "cancelled")
     if outcome is not None and outcome != EXIT_STOPPED:
         return Decision(False, "the run itself gave up (above): look into it before the next start")
-    why = "stopped by a signal, with a checkpoint written" if outcome == EXIT_STOPPED else f"a rank failed (code {code})"
+    why = (
+        "stopped by a signal, with a checkpoint written" if outcome == EXIT_STOPPED else refusal or f"a rank failed (code {code})"
+    )
     if stalled >= max_stalled:
         return Decision(False, f"{why}; {stalled} attempts in a row wrote no newer checkpoint: not started again")
     return Decision(True, why)
@@ -335,21 +355,43 @@ def log_since(path: str, offset: int) -> str:
         return ""
 
 
-def failed_nodes(run: RunFolder, events: Events, attempt: Attempt) -> list[str]:
-    """The nodes to blame for the end of an attempt; [] where nobody names one.
+@dataclass(frozen=True)
+class Cause:
+    """``nodes``: to blame for the end of an attempt, by SLURM's names. ``remark``: for the user, where it is no node's fault."""
 
-    Those that SLURM cannot use; or the one whose rank told first of an error of its own; or the one whose rank died first by srun's
-    word, without having told that it lost the others.
+    nodes: tuple[str, ...] = ()
+    remark: str = ""
+
+
+def find_cause(told: Sequence[dict[str, Any]], events: Events, attempt: Attempt) -> Cause:
+    """What ended an attempt.
+
+    Blamed are those nodes that SLURM cannot use; or the one whose rank told first of an error of its own; or the one whose rank died
+    first by srun's word, without having told that it lost the others. Where memory ran out, or all ranks stood at the same place,
+    or some did not come, nobody is.
+
+    Args:
+        told: the faults of the attempt's ranks.
+        events: of the run's jobs.
+        attempt: the one that ended.
     """
     if gone := client.unusable(attempt.nodes):
-        return gone
-    told = faults.read(run.path, str(attempt))
+        return Cause(tuple(gone))
     lost = [fault for fault in told if fault["kind"] == "error" and LOST_OTHERS.search(str(fault["detail"]))]
-    if own := [str(fault["host"]) for fault in told if fault["host"] and fault not in lost]:
-        return own[:1]
+    first = next((fault for fault in told if fault not in lost), None)
+    if first is not None:
+        host = str(first["host"] or "")
+        if OUT_OF_MEMORY.search(str(first["detail"])):
+            return Cause(remark=f"{host} ran out of memory: {first['detail']}")
+        return Cause((host,) if host in attempt.nodes else (), "" if host in attempt.nodes else str(first["detail"]))
     started = [event for event in events.of("started") if event["attempt"] == str(attempt)]
     log = log_since(started[-1]["log"], started[-1]["offset"]) if started else ""
-    return [node for node in failed_by_srun(log) if node not in {fault["host"] for fault in lost}][:1]
+    for found in FAULT_LINE.finditer(log):
+        if OUT_OF_MEMORY.search(found["what"]):
+            return Cause(remark=f"{found['node']} ran out of memory: ask for more (--mem), or less of it (fewer ranks a node)")
+        if found["node"] in attempt.nodes and found["node"] not in {fault["host"] for fault in lost}:
+            return Cause((found["node"],))
+    return Cause()
 
 
 def requeue(
@@ -370,8 +412,18 @@ def requeue(
         return
     say(f"requeued job {shown.id}")
     if bad:
+        exclude(shown, bad, say)
+
+
+def exclude(shown: Job, bad: Sequence[str], say: Say) -> None:
+    """Keeps a job that waits off some nodes. It starts in any case: where this is refused, it may get them once more."""
+    command = ("scontrol", "update", f"JobId={shown.id}", f"ExcNodeList={','.join([*shown.excluded, *bad])}")
+    try:
+        client.insist(*command)
+    except SlurmError as error:
+        say(f"{', '.join(bad)} failed twice running, but could not be excluded ({error}); to do so by hand: {' '.join(command)}")
+    else:
         say(f"{', '.join(bad)} failed twice running: excluded from now on")
-        client.insist("scontrol", "update", f"JobId={shown.id}", f"ExcNodeList={','.join([*shown.excluded, *bad])}")
 
 
 def hand_over(shown: Job, bad: Sequence[str], say: Say, events: Events, environment: Mapping[str, str] | None) -> None:
@@ -382,13 +434,8 @@ def hand_over(shown: Job, bad: Sequence[str], say: Say, events: Events, environm
         succeed(shown, bad, say, events, environment)
         return
     say(f"job {there.id} starts when job {shown.id} has ended")
-    if not bad:
-        return
-    try:
-        client.insist("scontrol", "update", f"JobId={there.id}", f"ExcNodeList={','.join([*shown.excluded, *bad])}")
-        say(f"{', '.join(bad)} failed twice running: excluded from now on")
-    except SlurmError as error:  # it starts all the same
-        say(f"{', '.join(bad)} failed twice running, but could not be excluded: {error}")
+    if bad:
+        exclude(replace(there, excluded=shown.excluded), bad, say)
 
 
 def withdraw_successor(job: int, say: Say, events: Events) -> None:
@@ -408,11 +455,18 @@ def succeed(shown: Job, bad: Sequence[str], say: Say, events: Events, environmen
     """Submits the same script once more, to start when this job has ended. Raises SlurmError."""
     if not shown.command:
         raise SlurmError("SLURM does not say which script this job runs")
-    script, options = Path(shown.command), [f"--dependency=afterany:{shown.id}"]
-    if bad:
-        options.append(f"--exclude={','.join([*shown.excluded, *bad])}")
+    script = Path(shown.command)
     how = for_sbatch(launch.environment() if environment is None else environment, client.text_of(script))
-    successor, cluster = client.submit(script, *options, *how.options, environment=how.environment)
+    options = [f"--dependency=afterany:{shown.id}", *how.options]
+    kept_off = [f"--exclude={','.join([*shown.excluded, *bad])}"] if bad else []
+    try:
+        successor, cluster = client.submit(script, *options, *kept_off, environment=how.environment)
+    except SlurmError as error:
+        if not bad:
+            raise
+        successor, cluster = client.submit(script, *options, environment=how.environment)
+        say(f"{', '.join(bad)} failed twice running, but could not be excluded ({error})")
+        bad = []
     events.add("successor", job=successor, of=shown.id, cluster=cluster)
     without = f", without {', '.join(bad)}" if bad else ""
     say(f"submitted job {successor}, which starts when job {shown.id} has ended{without}")
