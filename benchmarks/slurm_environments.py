@@ -39,7 +39,7 @@ SHAPES = {
     "pmi2": ("--ntasks-per-node=2", "srun --mpi=pmi2"),
     "gpus_per_node": ("--ntasks-per-node=2 --gpus-per-node=2", "srun"),
     "gres": ("--ntasks-per-node=2 --gres=gpu:2", "srun"),
-    "gpus": ("--ntasks=4 --gpus=4", "srun"),
+    "gpus": ("--ntasks-per-node=2 --gpus=4", "srun"),
     "gpus_per_task": ("--ntasks-per-node=2 --gpus-per-task=1", "srun"),
     "gpus_per_task_unbound": ("--ntasks-per-node=2 --gpus-per-task=1", "srun --gpu-bind=none"),
     "srun_gpus_per_task": ("--ntasks-per-node=2 --gpus-per-node=2", "srun --gpus-per-task=1"),

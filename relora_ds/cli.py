@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options, rest)
     except ConfigError as error:
-        if _speaks_as(error.speaker if isinstance(error, RankError) else 0):
+        if not _runs_in_ranks(options) or _speaks_as(error.speaker if isinstance(error, RankError) else 0):
             print(f"relora-ds: error: {error}", file=sys.stderr)
         return EXIT_BAD_CONFIG
     except StartError as error:
@@ -128,6 +128,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RestartError, SlurmError) as error:
         print(f"relora-ds: error: {error}", file=sys.stderr)
         return EXIT_FAILED
+
+
+def _runs_in_ranks(options: argparse.Namespace) -> bool:
+    """Whether a launcher starts this command many times. Others speak wherever they are called, also in a shell that has a RANK."""
+    return options.command in ("train", "traffic") or getattr(options, "slurm_command", None) == "torchrun"
 
 
 def is_main() -> bool:

@@ -296,6 +296,8 @@ def successor(site: Site, whole: Callable[[str], Path]) -> None:
     assert site.cluster.wait(job, OVER)["exit_code"] == 75
     (following,) = site.events("successor", "job")
     assert following > job and site.finish(following)["restarts"] == 0
+    waiting = site.cluster.run("ctl", "squeue", "--noheader", "--states=PENDING,RUNNING").stdout
+    assert waiting == "", "none is left to wait for a run that is done"
     site.assert_equals(whole("long"))
 
 
@@ -313,6 +315,15 @@ def cancelled(site: Site, _whole: Callable[[str], Path]) -> None:
     site.cluster.wait(job, OVER)
     assert (site.events("ended", "decision"), site.events("ended", "code")) == (["stop"], [75])
     assert "a checkpoint is written" in site.output and "cancelled" in site.output
+
+
+def gpus_unseen(site: Site, _whole: Callable[[str], Path]) -> None:
+    """SLURM gives GPUs that PyTorch does not see, as where a driver is missing: nothing trains on CPUs in their stead."""
+    job = site.submit(site.recipe("short"), "--nodes", 2, "--gpus-per-node", 1, "--gpu-request", "gres")
+    ended = site.cluster.wait(job, OVER)
+    assert (ended["exit_code"], ended["restarts"], site.updates) == (2, 0, 0), site.output
+    (line,) = [line for line in site.output.splitlines() if line.startswith("relora-ds: error: ")]
+    assert "SLURM gave n1 GPUs, but PyTorch sees none" in line
 
 
 def bad_submissions(site: Site, _whole: Callable[[str], Path]) -> None:
@@ -341,7 +352,7 @@ def bad_submissions(site: Site, _whole: Callable[[str], Path]) -> None:
 
 STORIES: list[Story] = [
     time_limits, cut_off_node, signals_operators_preemption, preempted_by_cancel, dead_node, bad_node, hung_rank, four_nodes,
-    torchrun, mpirun, successor, cancelled, bad_submissions,
+    torchrun, mpirun, successor, cancelled, gpus_unseen, bad_submissions,
 ]  # fmt: skip
 
 

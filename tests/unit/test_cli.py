@@ -117,6 +117,13 @@ def test_rank_0_speaks_for_all_but_of_what_it_cannot_hear(
     assert capfd.readouterr().err == told
 
 
+def test_a_command_that_no_launcher_starts_speaks_in_any_shell(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a pod, or of a job, whose variables say that it is rank 1."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "RECIPE='/nowhere'" in refused("slurm", "status", "/nowhere")
+
+
 def test_a_command_that_is_told_of_a_launcher_finds_its_trace(refused: Refused, recipe: Path) -> None:
     assert "--under='srun': nothing in the environment says which rank this is" in refused(
         "train", str(recipe), "--under", "srun"

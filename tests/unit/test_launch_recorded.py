@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from relora_ds import devices
 from relora_ds.launch import discover
 
 RECORDED: dict[str, dict[str, dict[str, dict[str, str]]]] = json.loads(
@@ -62,3 +63,28 @@ def test_what_slurm_says_of_a_tasks_gpus_is_no_word_on_what_it_sees() -> None:
     assert of_rank_1("22.05.8", "srun_gpus_per_task") == (False, False, "1")
     assert of_rank_1("24.11.5", "gpus_per_task") == (False, True, "1")
     assert of_rank_1("24.11.5", "gpus_per_task_unbound") == (False, True, "0,1")
+
+
+def shows_gpus(tasks: dict[str, dict[str, str]]) -> bool:
+    return any("SLURM_JOB_GPUS" in told for told in tasks.values())
+
+
+@pytest.mark.parametrize("tasks", JOBS)
+def test_no_two_ranks_of_a_node_drive_the_same_gpu(tasks: dict[str, dict[str, str]]) -> None:
+    """Whatever each is shown: all of the node, its own, or what no variable says (srun --gpu-bind=none), which is all."""
+    drives = defaultdict(list)
+    for told in tasks.values():
+        place = discover(told | {"MASTER_ADDR": "n1"} if "OMPI_COMM_WORLD_RANK" in told else told)
+        assert place is not None
+        shown = told.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
+        drives[told["SLURMD_NODENAME"]].append(shown[devices.own(place.local_rank, len(shown))])
+    for gpus in drives.values():
+        assert sorted(gpus) == ["0", "1"][: len(gpus)]
+
+
+@pytest.mark.parametrize("tasks", JOBS)
+def test_gpus_that_slurm_gave_are_missed(tasks: dict[str, dict[str, str]]) -> None:
+    for told in tasks.values():
+        error = devices.missing(told, "n1", num_visible=0)
+        assert (error is not None) == shows_gpus(tasks)
+        assert devices.missing(told, "n1", num_visible=1) is None
