@@ -33,7 +33,7 @@ PartitionName=main Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE Grac
 PartitionName=scavenge Nodes=ALL PriorityTier=1 PreemptMode=CANCEL GraceTime=0 MaxTime=60
 PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF
 """
-TRAIN = {"updates": 300, "checkpoint_every": 20, "eval_every": 150, "global_batch": 12, "micro_batch": 3}
+TRAIN = {"updates": 240, "checkpoint_every": 20, "eval_every": 120, "global_batch": 12, "micro_batch": 3}
 # without dropout, which each rank draws for itself: these go on over other numbers of ranks
 RELORA_LONG = {"restart_every": 40, "restart_warmup": 5, "dropout": 0.0}
 RECIPES: dict[str, dict[str, Any]] = {
@@ -48,8 +48,8 @@ LEAKED = {
 }  # fmt: skip
 """What a login node's profile and the job around a terminal leave in a user's environment; each would spoil the job."""
 AT_ONCE = 1
-SLOW_LINK = "2mbit"
-"""So that 300 updates take longer than a minute, without work for the cores."""
+SLOW_LINK = "1600kbit"
+"""So that 240 updates take longer than a minute, without work for the cores."""
 
 
 class Site:
@@ -309,7 +309,7 @@ def cancelled(site: Site, _whole: Callable[[str], Path]) -> None:
     assert f"job {job} (" in refused and "is there for it; relora-ds slurm cancel" in refused, refused
     site.train_to(job, 10)
     said = site.slurm("status", site.run_dir).stdout
-    assert f"job {job} (run): RUNNING on n1" in said and "left of its time limit" in said and "of 300 (" in said
+    assert f"job {job} (run): RUNNING on n1" in said and "left of its time limit" in said and "of 240 (" in said
     assert site.slurm("hostfile", "--job", job, "--slots", 8).stdout == "n1 slots=8\n"
     site.slurm("cancel", site.run_dir)
     site.cluster.wait(job, OVER)
