@@ -22,7 +22,7 @@ from relora_ds.lock import WAY_OUT, RunLock
 from relora_ds.metrics import say
 from relora_ds.run_folder import RunFolder, write_atomically
 from relora_ds.slurm_client import Job, SlurmError
-from relora_ds.slurm_environment import Call, for_sbatch
+from relora_ds.slurm_environment import Call, for_sbatch, option_of
 from relora_ds.slurm_events import Events, newest_update
 from relora_ds.slurm_script import Settings
 
@@ -128,10 +128,18 @@ def check_script(text: str, found: Settings, how: Call) -> list[str]:
         try:
             client.test(text, *how.options, environment=how.environment)
         except SlurmError as error:
-            if not NOT_NOW.search(str(error)):
+            if not NOT_NOW.search(str(error)) or needs_more_nodes(found, how):
                 raise
             return [f"submitted, but it has to wait: {error} (nodes may be down, drained or reserved just now)"]
     return []
+
+
+def needs_more_nodes(found: Settings, how: Call) -> bool:
+    """Whether a job asks for more nodes than there are at all: many a SLURM queues it for ever."""
+    if how.options or {"partition", "clusters"} & set(map(option_of, found.sbatch_args)):
+        return False  # sbatch knows
+    there = client.most_nodes(found.partition or how.environment.get("SBATCH_PARTITION"))
+    return there is not None and found.node_range[0] > there
 
 
 @contextmanager

@@ -279,6 +279,27 @@ def unusable(nodes: Iterable[str]) -> list[str]:
     return bad_nodes(text)
 
 
+def most_nodes(partitions: str | None) -> int | None:
+    """How many nodes the largest of the partitions has, whatever state they are in; None when SLURM does not say.
+
+    ``partitions``: names, as sbatch takes them; None: the default partition.
+    """
+    try:
+        text = call("sinfo", "--noheader", "--all", "--format=%P %D")
+    except SlurmError:
+        return None
+    return largest(text, partitions)
+
+
+def largest(text: str, partitions: str | None) -> int | None:
+    """:func:`most_nodes` from lines of ``sinfo --format='%P %D'``, which has one for each state of a partition's nodes."""
+    wanted, sizes = set((partitions or "").split(",")), dict[str, int]()
+    for name, size in re.findall(r"^(\S+) +(\d+)$", text, re.MULTILINE):
+        if name.removesuffix("*") in wanted or (name.endswith("*") and partitions is None):
+            sizes[name] = sizes.get(name, 0) + int(size)
+    return max(sizes.values(), default=None)
+
+
 def bad_nodes(text: str) -> list[str]:
     """The nodes in a bad state, from lines of ``sinfo --Node --format='%N %T'``, which has one for each partition of a node."""
     states = dict(line.split(None, 1) for line in text.splitlines() if " " in line)

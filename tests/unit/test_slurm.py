@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from relora_ds import cli_slurm, launch, slurm, slurm_agent, slurm_client
+from relora_ds import cli_slurm, launch, slurm, slurm_agent, slurm_client, slurm_environment
 from relora_ds.cli import main
 from relora_ds.config import Config, load, parse
 from relora_ds.errors import ConfigError
@@ -208,6 +208,31 @@ def test_what_only_cannot_start_now_is_submitted(
         assert slurm.submit(config, FOUND, {}, text, workdir=tmp_path, say=said.append)[0] == 17
         assert said == [f"submitted, but it has to wait: {complaint} (nodes may be down, drained or reserved just now)"]
         assert Path(config.run.dir).exists()
+
+
+@pytest.mark.parametrize(("nodes", "is_refused"), [("2-9", False), ("4", False), ("5-9", True)])
+def test_more_nodes_than_there_are_is_refused(
+    nodes: str, is_refused: bool, config: Config, calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SLURM says the same of nodes that are drained, and would queue both."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise SlurmError("Requested node configuration is not available")
+
+    asked: list[str | None] = []
+    monkeypatch.setattr(slurm_client, "test", refuse)
+    monkeypatch.setattr(slurm_client, "most_nodes", lambda partition: asked.append(partition) or 4)
+    found = job_settings({}, {"tasks_per_node": 2, "nodes": nodes})
+    text = slurm.script(config, found, recipe_name="demo", workdir=tmp_path)
+    words: dict[str, Any] = {"workdir": tmp_path, "environment": {"SBATCH_PARTITION": "small"}, "say": lambda _: None}
+    if is_refused:
+        with pytest.raises(ConfigError, match=f"--nodes='{nodes}': SLURM refuses the job"):
+            slurm.submit(config, found, {}, text, **words)
+    else:
+        slurm.submit(config, found, {}, text, **words)
+    assert asked == ["small"]
+    elsewhere = job_settings({}, {"tasks_per_node": 2, "nodes": nodes, "sbatch_args": ["-pbig"]})
+    assert not slurm.needs_more_nodes(elsewhere, slurm_environment.for_sbatch({}, text))
 
 
 @pytest.mark.parametrize("is_new", [True, False])

@@ -9,7 +9,7 @@ import pytest
 
 from relora_ds import slurm_client as client
 from relora_ds.errors import ConfigError
-from relora_ds.slurm_client import SlurmError, bad_nodes, duration, in_one_line, number, parse_json, parse_scontrol
+from relora_ds.slurm_client import SlurmError, bad_nodes, duration, in_one_line, largest, number, parse_json, parse_scontrol
 
 SCONTROL = (
     "JobId=7 JobName=my job UserId=me(1000) GroupId=me(1000) MCS_label=N/A Priority=42 Nice=0 Account=(null) QOS=(null) "
@@ -81,6 +81,12 @@ def test_complaints_in_one_line() -> None:
 def test_bad_nodes() -> None:
     text = "node1 idle\nnode1 idle\nnode2 down*\nnode3 mixed*\nnode4 drained\nnode5 allocated\nnode6 draining\nnode7 mixed\n"
     assert bad_nodes(text) == ["node2", "node3", "node4", "node6"]
+
+
+def test_the_size_of_a_partition() -> None:
+    text = "main* 3\nmain* 1\nlong 8\nshort 2\n"
+    assert [largest(text, names) for names in (None, "main", "short", "short,long", "nope")] == [4, 4, 2, 8, None]
+    assert largest("PARTITION NODES\n17\n", None) is None
 
 
 def test_a_program_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
