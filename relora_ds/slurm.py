@@ -323,14 +323,12 @@ def cancel(config: Config, *, wait_s: float, stop_signal: str, say: Callable[[st
     if (following := events.successor(number)) is not None:
         client.call("scancel", *where, following)
         events.add("withdrawn", job=following)
-    if wait_s and job.state == "RUNNING":
+    if wait_s and job.is_under_way:
         whom = ["--batch"] if hears_by_script(client.shown(number, cluster=cluster)) else []
         client.call("scancel", *where, *whom, f"--signal={stop_signal}", number)
         say(f"asked the ranks of job {number} to write a checkpoint and end; waiting up to {wait_s:.0f} s")
         deadline = time.monotonic() + wait_s
-        while (
-            time.monotonic() < deadline and (job := client.shown(number, cluster=cluster)) is not None and job.state == "RUNNING"
-        ):
+        while time.monotonic() < deadline and (job := client.shown(number, cluster=cluster)) is not None and job.is_under_way:
             time.sleep(POLL_S)
     if job is not None and not job.is_over:
         client.call("scancel", *where, number)

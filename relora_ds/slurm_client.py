@@ -26,6 +26,8 @@ ENDED = (
     "REVOKED",
     "TIMEOUT",
 )
+UNDER_WAY = ("RUNNING", "SIGNALING", "CONFIGURING", "RESIZING")
+"""States of a job that has its nodes; the last three are shown in the place of RUNNING while SLURM is at it."""
 UNUSABLE = ("down", "drain", "drng", "fail", "unk", "boot", "error", "no_respond", "perfctrs")
 """Beginnings of the states of a node that runs nothing; one that does not answer has a ``*`` behind its state."""
 TIMEOUT_S = 60.0
@@ -60,6 +62,10 @@ class Job:
     command: str = ""
     excluded: tuple[str, ...] = ()
     is_preempted: bool = False
+
+    @property
+    def is_under_way(self) -> bool:
+        return self.state in UNDER_WAY
 
     @property
     def is_over(self) -> bool:

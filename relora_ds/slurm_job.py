@@ -31,8 +31,6 @@ LOST_OTHERS = re.compile(
 OUT_OF_MEMORY = re.compile(r"out of memory|oom[ _-]?kill|OutOfMemoryError", re.IGNORECASE)
 """The recipe asks for more than the job has, or than a GPU has: another node would not do better."""
 LOCK_PAUSE_S = 2.0
-UNDER_WAY = ("RUNNING", "SIGNALING", "CONFIGURING", "RESIZING")
-"""States of a job that has its nodes; the last three are shown in the place of RUNNING while SLURM is at it."""
 OUTAGE_S = 1800.0
 """How long the end of a start waits for a controller that is away: no time limit is enforced meanwhile either."""
 LOG_BYTES = 2**20
@@ -265,7 +263,7 @@ def may_go_on(shown: Job | None, attempt: Attempt) -> bool:
     """Whether what becomes of the job is this attempt's to say: SLURM has not requeued it meanwhile, and nobody has cancelled it."""
     if shown is None or shown.restarts != attempt.restart:
         return False
-    return shown.state in UNDER_WAY or taken_away(shown) or (shown.state == "COMPLETING" and shown.reason == "TimeLimit")
+    return shown.is_under_way or taken_away(shown) or (shown.state == "COMPLETING" and shown.reason == "TimeLimit")
 
 
 def taken_away(shown: Job) -> bool:

@@ -353,7 +353,9 @@ def test_cancel_asks_whom_the_launcher_listens_to(
     script = tmp_path / "by_hand.sbatch"
     script.write_text(template({"srun": "multi_node_srun", "torchrun": "multi_node_torchrun", "mpi": "mpi"}[launcher]))
     monkeypatch.setattr(slurm_client, "job", lambda *_: RUNNING)
-    answers = iter([replace(RUNNING, command=str(script)), replace(RUNNING, state="FAILED")])
+    monkeypatch.setattr(slurm, "POLL_S", 0.01)
+    states = ("SIGNALING", "RUNNING", "FAILED")  # SLURM shows the first while a node has not yet answered
+    answers = iter([replace(RUNNING, command=str(script)), *(replace(RUNNING, state=state) for state in states)])
     monkeypatch.setattr(slurm_client, "shown", lambda *_, **__: next(answers))
     slurm.cancel(config, wait_s=5, stop_signal="USR2", say=lambda _: None)
     assert calls == [f"scancel{whom} --signal=USR2 17"]
