@@ -242,7 +242,7 @@ def _meet(place: Place, card: Card, limit_s: float) -> tuple[Place, Any]:
         place = find_master(place)
         _export(place)
         store = _open_store(limit_s)
-        _common = dist.PrefixStore(f"relora_ds/{next(_meetings)}", store)
+        _common = dist.PrefixStore(f"relora_ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_meetings)}", store)
         nodes = list(slurm_nodes.hosts(places.step_nodes(os.environ))) if place.launcher == "srun" else []
         cards = meeting.meet(_common, card, place.world_size, limit_s, _say, nodes)
     except (RankError, StartError):

@@ -367,7 +367,7 @@ class Job:
     def has(self, *cards: Card) -> None:
         """The other ranks say this; this one is rank 0."""
         for card in cards:
-            dist.PrefixStore("relora_ds/0", self.store).set(meeting._key(card.rank), json.dumps(asdict(card)))
+            dist.PrefixStore("relora_ds/0/0", self.store).set(meeting._key(card.rank), json.dumps(asdict(card)))
 
     def start(self, local_rank: int | None = 0, world_size: int = 2, **more: Any) -> tuple[Place, Any]:
         """This rank, 0 of ``world_size``, starts; ``local_rank`` is what its launcher says."""
