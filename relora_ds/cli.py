@@ -188,7 +188,7 @@ def _train_here(options: argparse.Namespace, recipe: Config, overrides: Sequence
     from relora_ds.checks import refuse_busy
 
     num_processes = options.nproc or launch.default_num_processes()
-    refuse_busy(recipe)
+    refuse_busy(recipe, launch.attempt())
     checked = _check(options, recipe, num_processes)
     launch.check_devices(num_processes)
     if num_processes == 1:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from relora_ds import cli_slurm, launch
+from relora_ds import cli_slurm, launch, nic
 from relora_ds.config import Run, load
 from relora_ds.errors import EXIT_DONE, ConfigError, nearest, with_rest
 from relora_ds.metrics import say
@@ -108,16 +108,20 @@ def _measure(
         tell(remark)
     results = compare(checked, place, device, arms_of(config, arms), options.updates, tell)
     if place.is_main:
+        unseen = nic.unseen(shares_memory=device.type == "cuda" and (place.local_world_size or 1) > 1)
         about = {
             "recipe": " ".join([options.recipe, *options.overrides]),
             "ranks": f"{place.world_size} on {math.ceil(place.world_size / (place.local_world_size or 1))} node(s), {device.type}",
             "global batch": f"{config.train.global_batch} x {config.data.sequence_length} tokens",
             "micro batches": f"{accumulation(config, place.world_size)} of an update on a rank",
             "versions": _versions(),
+            **({"not on the wire": f"what went by {', '.join(unseen)}"} if unseen else {}),
         }
         write(out, results, links, about)
         print("\n".join(aligned(table(results, links))))
         print(f"\n{NOTE}")
+        if unseen:
+            print(f"Not on the wire is what went by {', '.join(unseen)}.")
         say(f"wrote {out}/comparison.md, .png and .json")
     launch.leave_process_group()
     return EXIT_DONE

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from relora_ds.run_folder import RunFolder, append_line
+from relora_ds.run_folder import RunFolder, append_surely
 
 MAX_NCCL = 600
 """Characters of an error of NCCL."""
@@ -41,7 +41,7 @@ def record(
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     line = {"time": now, "attempt": attempt, "kind": kind, "rank": rank, "host": host, "update": update}
     with suppress(OSError, ValueError, TypeError):
-        append_line(RunFolder(run_dir).faults, {**line, "detail": " ".join(detail.split())})
+        append_surely(RunFolder(run_dir).faults, {**line, "detail": " ".join(detail.split())})
 
 
 def describe(error: BaseException) -> str:

@@ -33,6 +33,8 @@ from relora_ds.places import Place
 
 GRACE_S = 20.0
 """How long the other processes of a node may take to end after one of them failed, before they are killed."""
+ASK_PAUSE_S = 0.02
+"""Between the questions of two ranks to SLURM's controller: 500 at once are a storm to it, which it may answer by limits."""
 ORDERLY = (2, 75)
 """Exit codes with which all ranks end by themselves, together: a bad setting, a signal."""
 MEETING_S = 60.0
@@ -245,7 +247,7 @@ def _meet(place: Place, card: Card, limit_s: float) -> tuple[Place, Any]:
         place = find_master(place)
         _export(place)
         store = _open_store(limit_s)
-        _common = dist.PrefixStore(f"relora_ds/{next(_meetings)}", store)
+        _common = dist.PrefixStore(f"relora_ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_meetings)}", store)
         nodes = list(slurm_nodes.hosts(places.step_nodes(os.environ))) if place.launcher == "srun" else []
         cards = meeting.meet(_common, card, place.world_size, limit_s, _say, nodes)
     except (RankError, StartError):
@@ -341,7 +343,7 @@ def find_master(place: Place) -> Place:
         chosen = os.environ.get("MASTER_PORT")
         address, port = _ask_rank_0(int(chosen) if chosen else None)
         place = replace(place, master_addr=address, master_port=port)
-    return replace(place, master_addr=slurm_nodes.reachable(place.master_addr))
+    return replace(place, master_addr=slurm_nodes.reachable(place.master_addr, pause_s=ASK_PAUSE_S * place.rank))
 
 
 def _choose_interface(place: Place) -> None:

@@ -19,7 +19,7 @@ from datetime import datetime
 from typing import Any
 
 from relora_ds import manifest as manifests
-from relora_ds.run_folder import RunFolder, append_line, write_atomically
+from relora_ds.run_folder import RunFolder, append_surely, write_atomically
 
 Event = dict[str, Any]
 OUTCOME = "outcome.json"
@@ -43,7 +43,7 @@ class Events:
     def add(self, kind: str, **content: Any) -> None:
         event = {"event": kind, "time": datetime.now().astimezone().isoformat(timespec="seconds"), **content}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        append_line(self.path, event)
+        append_surely(self.path, event)
         self.all.append(event)
 
     def of(self, kind: str, jobs: Iterable[int] | None = None) -> list[Event]:

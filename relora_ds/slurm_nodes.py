@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import time
 from collections.abc import Iterator, Sequence
 
 from relora_ds.errors import ConfigError
@@ -72,10 +73,14 @@ def nodes_of_job(job_id: int | str) -> list[str]:
     return nodes
 
 
-def reachable(node: str) -> str:
+def reachable(node: str, pause_s: float = 0.0) -> str:
     """A name or address of ``node`` that this machine can connect to, asked of SLURM where the name alone is of no use.
 
     A name may be unknown here, or stand for 127.0.1.1 in the node's own hosts file.
+
+    Args:
+        node: its name.
+        pause_s: to wait before SLURM is asked, so that many ranks do not ask at once.
 
     Raises:
         ConfigError: neither the name nor SLURM's address of the node can be resolved.
@@ -83,6 +88,7 @@ def reachable(node: str) -> str:
     own = resolve(node)
     if own and not is_loopback(own):
         return node
+    time.sleep(pause_s)
     found = re.search(r"\bNodeAddr=(\S+)", _ask("scontrol", "--oneliner", "show", "node", node))
     if found and (address := resolve(found[1])) and not (own and is_loopback(address)):
         return found[1]

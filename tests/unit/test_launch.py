@@ -177,8 +177,11 @@ def test_gloo_is_left_alone_where_all_ways_are_loopback(monkeypatch: pytest.Monk
 
 
 def test_the_master_of_srun_is_looked_up_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slurm_nodes, "reachable", {"node03": "10.0.0.3"}.__getitem__)
+    pauses: list[float] = []
+    monkeypatch.setattr(slurm_nodes, "reachable", lambda node, pause_s: pauses.append(pause_s) or {"node03": "10.0.0.3"}[node])
     assert launch.find_master(NODES) == replace(NODES, master_addr="10.0.0.3")
+    launch.find_master(replace(NODES, rank=499))
+    assert pauses == pytest.approx([0.1, 9.98]), "one rank after the other"
     named = replace(NODES, launcher="torchrun")
     assert launch.find_master(named) is named
     assert launch.find_master(ONE_NODE) is ONE_NODE
@@ -364,7 +367,7 @@ class Job:
     def has(self, *cards: Card) -> None:
         """The other ranks say this; this one is rank 0."""
         for card in cards:
-            dist.PrefixStore("relora_ds/0", self.store).set(meeting._key(card.rank), json.dumps(asdict(card)))
+            dist.PrefixStore("relora_ds/0/0", self.store).set(meeting._key(card.rank), json.dumps(asdict(card)))
 
     def start(self, local_rank: int | None = 0, world_size: int = 2, **more: Any) -> tuple[Place, Any]:
         """This rank, 0 of ``world_size``, starts; ``local_rank`` is what its launcher says."""
@@ -463,7 +466,7 @@ def test_a_rank_that_refuses_where_rank_0_is_not_says_so_itself(job: Job, monkey
 
     monkeypatch.setattr(launch, "_open_store", gone)
     place = Place(3, 4, 1, 2, "node1", 29500, "srun")
-    monkeypatch.setattr(slurm_nodes, "reachable", lambda node: node)
+    monkeypatch.setattr(slurm_nodes, "reachable", lambda node, pause_s: node)
     with pytest.raises(RankError, match=r"rank 3 on .*: relora.rank=0: too small") as error:
         launch.start_process_group(place, refusal=ConfigError("relora.rank", 0, "too small"))
     assert error.value.speaker == 3
@@ -472,7 +475,7 @@ def test_a_rank_that_refuses_where_rank_0_is_not_says_so_itself(job: Job, monkey
 
 
 def test_a_name_that_one_rank_cannot_resolve_is_told_by_it(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unknown(node: str) -> NoReturn:
+    def unknown(node: str, pause_s: float) -> NoReturn:
         raise ConfigError("MASTER_ADDR", node, "this name does not resolve")
 
     monkeypatch.setattr(slurm_nodes, "reachable", unknown)
