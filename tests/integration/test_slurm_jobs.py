@@ -205,9 +205,11 @@ def signals_operators_preemption(site: Site, whole: Callable[[str], Path]) -> No
     site.cluster.run("ctl", "scontrol", "requeue", job)
     site.train_to(job, 150)
     site.urgent()
-    assert site.finish(job)["restarts"] == 3
-    assert site.events("ended", "decision") == ["requeue", "slurm", "requeue", "stop"]
-    assert site.events("ended", "code") == [75, 75, 75, 0], "every stop had its checkpoint"
+    assert site.finish(job)["restarts"] in (3, 4)
+    # SLURM 24.11 starts a job once more that requeued itself in the grace of a preemption, though it is done by then
+    ends = list(zip(site.events("ended", "decision"), site.events("ended", "code"), strict=True))
+    assert ends[:4] == [("requeue", 75), ("slurm", 75), ("requeue", 75), ("stop", 0)], "every stop had its checkpoint"
+    assert ends[4:] in ([], [("stop", 0)])
     site.assert_equals(whole("long"))
 
 
