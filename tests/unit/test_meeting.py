@@ -129,6 +129,14 @@ def test_ranks_on_one_node_are_known_to_be() -> None:
     assert meeting.complete(Place(1, 2, None, None, "pod", 29500, "torchrun"), cards).is_one_node
 
 
+def test_machines_of_one_name_are_two() -> None:
+    """Images of a cloud that are all called localhost: taken for one node, gloo would be kept on the loopback interface."""
+    cards = [Card(rank, "localhost", None, (A,), boot=f"boot {rank}") for rank in range(2)]
+    meeting.judge(cards)
+    place = meeting.complete(Place(1, 2, None, None, "10.0.0.1", 29500, "torchrun"), cards)
+    assert (place.local_rank, place.local_world_size, place.is_one_node) == (0, 1, False)
+
+
 def test_an_error_of_all_ranks_in_the_middle_of_a_run() -> None:
     assert together(lambda store, rank: meeting.is_found_by_all(store, rank, 3), [0, 1, 2]) == [True] * 3
 
