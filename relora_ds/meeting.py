@@ -27,6 +27,8 @@ ANSWER_S = 10.0
 """How long a rank that finds something wrong in the middle of a run waits for others that find the same."""
 PARTING_S = 5.0
 """How long the rank that holds the store waits for the others to have read the last word in it."""
+SPEAK_S = 2.0
+"""How long the others stay after it, so that rank 0 can tell it: whoever is the first to exit may have the rest ended."""
 POLL_S = 0.02
 
 
@@ -118,12 +120,15 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def part(store: Any, rank: int, world_size: int) -> None:
-    """Says that this rank has read the last word; rank 0, whose end may be the store's, waits a while for all to have."""
+    """Says that this rank has read the last word. Rank 0, whose end may be the store's, waits a while for all to have, and the others
+    for rank 0 to tell it."""
     with suppress(RuntimeError):
         read, deadline = store.add("read", 1), time.monotonic() + PARTING_S
         while rank == 0 and read < world_size and time.monotonic() < deadline:
             time.sleep(POLL_S)
             read = store.add("read", 0)
+    if rank != 0:
+        time.sleep(SPEAK_S)
 
 
 def judge(cards: Sequence[Card]) -> None:

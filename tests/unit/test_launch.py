@@ -342,6 +342,7 @@ def job(monkeypatch: pytest.MonkeyPatch, clean: None) -> Job:
     monkeypatch.setattr(launch, "_open_store", lambda limit_s: stand_in.store)
     monkeypatch.setattr(launch, "_meetings", itertools.repeat(0))
     monkeypatch.setattr(meeting, "PARTING_S", 0.1)
+    monkeypatch.setattr(meeting, "SPEAK_S", 0.0)
     monkeypatch.setattr(devices, "visible", lambda: list(stand_in.gpus))
     monkeypatch.setattr("torch.cuda.is_available", lambda: bool(stand_in.gpus))
     monkeypatch.setattr("torch.cuda.device_count", lambda: len(stand_in.gpus))
@@ -523,6 +524,7 @@ def test_an_error_after_the_start_is_of_all_or_of_one(monkeypatch: pytest.Monkey
     error, place = ConfigError("model.path", "m", "is not there"), Place(1, 2, 1, 2, "127.0.0.1", 29500, "torchrun")
     monkeypatch.setattr(launch, "_common", dist.HashStore())
     monkeypatch.setattr(meeting, "ANSWER_S", 0.1)
+    monkeypatch.setattr(meeting, "SPEAK_S", 0.0)
     mine = launch.of_all_or_one(error, place)
     assert isinstance(mine, RankError) and mine.speaker == 1 and str(mine).endswith(": model.path='m': is not there")
     assert launch.of_all_or_one(error, place) is error  # it is the second to find it

@@ -22,6 +22,11 @@ CPUS = [Card(0, "n1", 0), Card(1, "n1", 1), Card(2, "n2", 0), Card(3, "n2", 1)]
 GPUS = [replace(card, gpus=(A, B)) for card in CPUS]
 
 
+@pytest.fixture(autouse=True)
+def leave_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "SPEAK_S", 0.0)
+
+
 def together(function: Callable[[Any, int], Any], ranks: Sequence[int]) -> list[Any]:
     """``function(store, rank)`` in a thread a rank: what it returns, or the exception that it raises."""
     store = dist.HashStore()
@@ -156,3 +161,16 @@ def test_rank_0_stays_until_the_last_word_is_read(monkeypatch: pytest.MonkeyPatc
     assert together(leave, [0, 1])[0] > 0.25
     monkeypatch.setattr(meeting, "PARTING_S", 0.1)
     assert together(leave, [0])[0] < 2.0
+
+
+def test_the_others_stay_until_rank_0_has_told_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """srun --kill-on-bad-exit ends the rest when the first is gone."""
+    monkeypatch.setattr(meeting, "SPEAK_S", 0.4)
+
+    def leave(store: Any, rank: int) -> float:
+        began = time.monotonic()
+        meeting.part(store, rank, 2)
+        return time.monotonic() - began
+
+    first, second = together(leave, [0, 1])
+    assert first < 0.3 and second >= 0.4
