@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,19 +70,19 @@ def missing(env: Mapping[str, str], host: str, num_visible: int) -> ConfigError 
     )  # fmt: skip
 
 
-def shared(gpus: Sequence[tuple[int, str, Gpu]]) -> dict[str, tuple[int, int, Gpu, Gpu]]:
+def shared(gpus: Sequence[tuple[int, Hashable, Gpu]]) -> dict[Hashable, tuple[int, int, Gpu, Gpu]]:
     """The first two ranks of each node that drive the same GPU, with what each says of it.
 
     Args:
-        gpus: (rank, host, its GPU) of all ranks.
+        gpus: (rank, node, its GPU) of all ranks.
     """
-    found: dict[str, tuple[int, int, Gpu, Gpu]] = {}
-    before: dict[str, list[tuple[int, Gpu]]] = {}
-    for rank, host, gpu in gpus:
-        for other, its in before.setdefault(host, []):
+    found: dict[Hashable, tuple[int, int, Gpu, Gpu]] = {}
+    before: dict[Hashable, list[tuple[int, Gpu]]] = {}
+    for rank, node, gpu in gpus:
+        for other, its in before.setdefault(node, []):
             if gpu.is_same_as(its):
-                found.setdefault(host, (other, rank, its, gpu))
-        before[host].append((rank, gpu))
+                found.setdefault(node, (other, rank, its, gpu))
+        before[node].append((rank, gpu))
     return found
 
 

@@ -28,6 +28,7 @@ from typing import Any
 
 from relora_ds import cores, devices, meeting, network, places, slurm_nodes
 from relora_ds.errors import AllError, ConfigError, RankError, StartError
+from relora_ds.lock import boot_id
 from relora_ds.meeting import Card
 from relora_ds.places import Place
 
@@ -214,7 +215,7 @@ def start_process_group(place: Place, timeout_s: float = 1800.0, refusal: Config
     host = node_name()
     gpus = devices.visible()
     problem = refusal or devices.missing(os.environ, host, len(gpus))
-    card = Card(place.rank, host, place.local_rank, tuple(gpus), str(problem or ""))
+    card = Card(place.rank, host, place.local_rank, tuple(gpus), str(problem or ""), boot_id())
     place, store = _meet(place, card, min(timeout_s, meeting.REMIND_S if problem else meeting.ARRIVAL_S))
     number = devices.own(place.local_rank or 0, len(gpus)) if gpus else None
     _choose_interface(place)
@@ -226,6 +227,7 @@ def start_process_group(place: Place, timeout_s: float = 1800.0, refusal: Config
     from relora_ds import ledger
 
     skip_shared_memory_build()
+    store.set_timeout(timedelta(seconds=timeout_s))  # as torch does with a store of its own
     device = torch.device("cpu") if number is None else torch.device("cuda", number)
     with _one_gpu_each(place.rank, host):
         # Not by deepspeed.init_distributed, which binds NCCL to the GPU numbered LOCAL_RANK: a rank may be shown its own alone.

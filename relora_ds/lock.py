@@ -366,7 +366,7 @@ def _this_process(job: str) -> _Record:
         host=socket.gethostname(),
         pid=pid,
         start_time=found[1] if found else None,
-        boot_id=_boot_id(),
+        boot_id=boot_id(),
         pid_namespace=_pid_namespace(),
         token=secrets.token_hex(16),
         job=job,
@@ -379,7 +379,7 @@ def _is_running(record: _Record) -> bool | None:
 
     Containers may share a host name and a boot id, and number their processes each for itself: hence the namespace.
     """
-    here = (socket.gethostname(), _boot_id(), _pid_namespace())
+    here = (socket.gethostname(), boot_id(), _pid_namespace())
     if "" in here or here != (record.host, record.boot_id, record.pid_namespace):
         return None
     try:
@@ -408,7 +408,8 @@ def _state_and_start_time(pid: int) -> tuple[str, int] | None:
     return "X" if int(fields[6]) & PF_EXITING else fields[0], int(fields[19])
 
 
-def _boot_id() -> str:
+def boot_id() -> str:
+    """What tells this machine, since it was started, from others; empty where the kernel does not say."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:

@@ -27,6 +27,8 @@ ANSWER_S = 10.0
 """How long a rank that finds something wrong in the middle of a run waits for others that find the same."""
 PARTING_S = 5.0
 """How long the rank that holds the store waits for the others to have read the last word in it."""
+SPEAK_S = 2.0
+"""How long the others stay after it, so that rank 0 can tell it: whoever is the first to exit may have the rest ended."""
 POLL_S = 0.02
 
 
@@ -38,6 +40,7 @@ class Card:
         rank, host, local_rank: who; the last is None where its launcher does not say.
         gpus: those that it is shown; none on a CPU.
         problem: why it cannot train; empty where it can.
+        boot: what tells its machine from another of the same name.
     """
 
     rank: int
@@ -45,6 +48,12 @@ class Card:
     local_rank: int | None
     gpus: tuple[Gpu, ...] = ()
     problem: str = ""
+    boot: str = ""
+
+    @property
+    def node(self) -> tuple[str, str]:
+        """Two containers of one machine have other names, and two machines may have the same."""
+        return self.host, self.boot
 
     @property
     def kind(self) -> str:
@@ -111,12 +120,15 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def part(store: Any, rank: int, world_size: int) -> None:
-    """Says that this rank has read the last word; rank 0, whose end may be the store's, waits a while for all to have."""
+    """Says that this rank has read the last word. Rank 0, whose end may be the store's, waits a while for all to have, and the others
+    for rank 0 to tell it."""
     with suppress(RuntimeError):
         read, deadline = store.add("read", 1), time.monotonic() + PARTING_S
         while rank == 0 and read < world_size and time.monotonic() < deadline:
             time.sleep(POLL_S)
             read = store.add("read", 0)
+    if rank != 0:
+        time.sleep(SPEAK_S)
 
 
 def judge(cards: Sequence[Card]) -> None:
@@ -152,38 +164,39 @@ def _judge_kinds(cards: Sequence[Card]) -> None:
 def _judge_gpus(cards: Sequence[Card]) -> None:
     locals_ = local_ranks(cards)
     driven = [
-        (card.rank, card.host, card.gpus[devices.own(local, len(card.gpus))])
+        (card.rank, card.node, card.gpus[devices.own(local, len(card.gpus))])
         for card, local in zip(cards, locals_, strict=True)
         if card.gpus
     ]
     found = devices.shared(driven)
     if not found:
         return
-    host, (first, second, its, gpu) = next(iter(found.items()))
+    first, second, its, gpu = next(iter(found.values()))
+    host = cards[second].host
     what = "the same GPU" if its.uuid == gpu.uuid else "two instances (MIG) of one GPU, which NCCL does not serve,"
     shown = len(cards[second].gpus)
     problem = (
         f"drives {what} {gpu.uuid or gpu.bus} as rank {first}, and is shown {shown}: "
         "start one process for each GPU, and show each its own or all of them"
     )
-    if len(found) == len({card.host for card in cards}):  # on every node: it was asked for so
+    if len(found) == len({card.node for card in cards}):  # on every node: it was asked for so
         raise AllError(f"rank {second} on {host} {problem}")
     raise RankError(second, host, problem)
 
 
 def local_ranks(cards: Sequence[Card]) -> list[int]:
     """Each rank's number on its node: its launcher's word, or else by counting."""
-    seen: Counter[str] = Counter()
+    seen: Counter[tuple[str, str]] = Counter()
     found = []
     for card in cards:
-        found.append(seen[card.host] if card.local_rank is None else card.local_rank)
-        seen[card.host] += 1
+        found.append(seen[card.node] if card.local_rank is None else card.local_rank)
+        seen[card.node] += 1
     return found
 
 
 def complete(place: Place, cards: Sequence[Card]) -> Place:
     """The place with what its launcher did not say of the node, by the hosts of the ranks. PURE."""
-    here = sum(card.host == cards[place.rank].host for card in cards)
+    here = sum(card.node == cards[place.rank].node for card in cards)
     return replace(
         place,
         local_rank=local_ranks(cards)[place.rank],

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -21,6 +22,7 @@ from relora_ds import devices, launch, meeting, network, places, slurm_nodes
 from relora_ds.devices import Gpu
 from relora_ds.errors import AllError, ConfigError, RankError, StartError
 from relora_ds.launch import Place, attempt, discover
+from relora_ds.lock import boot_id
 from relora_ds.meeting import Card
 from tests.unit.launchers import BATCHSPAWNER, OVER_NODES, SRUN, TORCHRUN
 
@@ -340,6 +342,7 @@ def job(monkeypatch: pytest.MonkeyPatch, clean: None) -> Job:
     monkeypatch.setattr(launch, "_open_store", lambda limit_s: stand_in.store)
     monkeypatch.setattr(launch, "_meetings", itertools.repeat(0))
     monkeypatch.setattr(meeting, "PARTING_S", 0.1)
+    monkeypatch.setattr(meeting, "SPEAK_S", 0.0)
     monkeypatch.setattr(devices, "visible", lambda: list(stand_in.gpus))
     monkeypatch.setattr("torch.cuda.is_available", lambda: bool(stand_in.gpus))
     monkeypatch.setattr("torch.cuda.device_count", lambda: len(stand_in.gpus))
@@ -367,7 +370,8 @@ class Job:
     def has(self, *cards: Card) -> None:
         """The other ranks say this; this one is rank 0."""
         for card in cards:
-            dist.PrefixStore("relora_ds/0/0", self.store).set(meeting._key(card.rank), json.dumps(asdict(card)))
+            here = replace(card, boot=boot_id())
+            dist.PrefixStore("relora_ds/0/0", self.store).set(meeting._key(card.rank), json.dumps(asdict(here)))
 
     def start(self, local_rank: int | None = 0, world_size: int = 2, **more: Any) -> tuple[Place, Any]:
         """This rank, 0 of ``world_size``, starts; ``local_rank`` is what its launcher says."""
@@ -389,6 +393,7 @@ def test_a_rank_that_is_shown_its_own_gpu_drives_that(job: Job) -> None:
     assert (job.chosen, os.environ["LOCAL_RANK"], launch.naming_gpu().device_rank) == ([0], "1", 0)
     ((backend, words),) = job.joined
     assert (backend, words["device_id"], words["world_size"]) == ("nccl", device, 2)
+    assert job.store.timeout == timedelta(seconds=0.5), "that of the collectives, however long the ranks could take to come"
 
 
 def test_arguments_that_name_a_gpu_stay(job: Job) -> None:
@@ -519,6 +524,7 @@ def test_an_error_after_the_start_is_of_all_or_of_one(monkeypatch: pytest.Monkey
     error, place = ConfigError("model.path", "m", "is not there"), Place(1, 2, 1, 2, "127.0.0.1", 29500, "torchrun")
     monkeypatch.setattr(launch, "_common", dist.HashStore())
     monkeypatch.setattr(meeting, "ANSWER_S", 0.1)
+    monkeypatch.setattr(meeting, "SPEAK_S", 0.0)
     mine = launch.of_all_or_one(error, place)
     assert isinstance(mine, RankError) and mine.speaker == 1 and str(mine).endswith(": model.path='m': is not there")
     assert launch.of_all_or_one(error, place) is error  # it is the second to find it

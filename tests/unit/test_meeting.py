@@ -22,6 +22,11 @@ CPUS = [Card(0, "n1", 0), Card(1, "n1", 1), Card(2, "n2", 0), Card(3, "n2", 1)]
 GPUS = [replace(card, gpus=(A, B)) for card in CPUS]
 
 
+@pytest.fixture(autouse=True)
+def leave_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "SPEAK_S", 0.0)
+
+
 def together(function: Callable[[Any, int], Any], ranks: Sequence[int]) -> list[Any]:
     """``function(store, rank)`` in a thread a rank: what it returns, or the exception that it raises."""
     store = dist.HashStore()
@@ -129,6 +134,14 @@ def test_ranks_on_one_node_are_known_to_be() -> None:
     assert meeting.complete(Place(1, 2, None, None, "pod", 29500, "torchrun"), cards).is_one_node
 
 
+def test_machines_of_one_name_are_two() -> None:
+    """Images of a cloud that are all called localhost: taken for one node, gloo would be kept on the loopback interface."""
+    cards = [Card(rank, "localhost", None, (A,), boot=f"boot {rank}") for rank in range(2)]
+    meeting.judge(cards)
+    place = meeting.complete(Place(1, 2, None, None, "10.0.0.1", 29500, "torchrun"), cards)
+    assert (place.local_rank, place.local_world_size, place.is_one_node) == (0, 1, False)
+
+
 def test_an_error_of_all_ranks_in_the_middle_of_a_run() -> None:
     assert together(lambda store, rank: meeting.is_found_by_all(store, rank, 3), [0, 1, 2]) == [True] * 3
 
@@ -148,3 +161,16 @@ def test_rank_0_stays_until_the_last_word_is_read(monkeypatch: pytest.MonkeyPatc
     assert together(leave, [0, 1])[0] > 0.25
     monkeypatch.setattr(meeting, "PARTING_S", 0.1)
     assert together(leave, [0])[0] < 2.0
+
+
+def test_the_others_stay_until_rank_0_has_told_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """srun --kill-on-bad-exit ends the rest when the first is gone."""
+    monkeypatch.setattr(meeting, "SPEAK_S", 0.4)
+
+    def leave(store: Any, rank: int) -> float:
+        began = time.monotonic()
+        meeting.part(store, rank, 2)
+        return time.monotonic() - began
+
+    first, second = together(leave, [0, 1])
+    assert first < 0.3 and second >= 0.4

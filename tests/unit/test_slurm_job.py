@@ -573,6 +573,8 @@ def test_what_all_ranks_refuse_ends_the_job(cluster: Cluster, before: Before, af
 @pytest.mark.parametrize(
     "detail",
     [
+        "DistBackendError: NCCL error in: x.cpp:3356, remote process exited or there was a network error, NCCL version 2.26.2",
+        "DistBackendError: NCCL error in: x.cpp:2210, unhandled system error, NCCL version 2.21.5 ncclRemoteError: A call failed",
         "DistBackendError: NCCL error in: /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:3356, remote process exited or"
         " there was a network error, NCCL version 2.26.2 ncclRemoteError: A call failed possibly due to a network error or a remote"
         " process exiting prematurely. Last error: socketProgress: Connection closed by remote peer node2<41234>",
