@@ -159,10 +159,15 @@ def _check_resume(config: Config, world_size: int, allow_changed: Sequence[str])
     return checkpoints.read_manifest(newest)
 
 
-def refuse_busy(config: Config) -> None:
-    """Raises ConfigError when another job has the run's folder: asked before the ranks are started, of which rank 0 then takes it."""
+def refuse_busy(config: Config, attempt: str = "") -> None:
+    """Raises ConfigError when another job has the run's folder: asked before the ranks are started, of which rank 0 then takes it.
+
+    Args:
+        config: the recipe.
+        attempt: this start of a SLURM job, which may take the folder from an earlier one; empty outside of one.
+    """
     folder = Path(config.run.dir)
-    other = RunLock(folder).holder() if folder.is_dir() else None
+    other = RunLock(folder, attempt).holder() if folder.is_dir() else None
     if other is not None:
         raise ConfigError("run.dir", config.run.dir, f"in use by {other}", WAY_OUT)
 

@@ -7,11 +7,21 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from relora_ds import __version__, cli_plan, cli_slurm, cli_traffic, launch
+from relora_ds import __version__, cli_plan, cli_slurm, cli_traffic, faults, launch
 from relora_ds.config import Config, load
-from relora_ds.errors import EXIT_BAD_CONFIG, EXIT_DONE, EXIT_FAILED, ConfigError, RankError, RestartError, refuse_rest, with_rest
+from relora_ds.errors import (
+    EXIT_BAD_CONFIG,
+    EXIT_DONE,
+    EXIT_FAILED,
+    ConfigError,
+    RankError,
+    RestartError,
+    StartError,
+    refuse_rest,
+    with_rest,
+)
 from relora_ds.paths import path_argument, text_argument
 from relora_ds.run_folder import RunFolder
 from relora_ds.slurm_client import SlurmError
@@ -62,6 +72,11 @@ def build_parser() -> Parser:
     train.add_argument("recipe", metavar="RECIPE", type=text_argument, help="a YAML file")
     train.add_argument("overrides", metavar="key.sub=value", nargs="*", help="replace single settings of the recipe")
     train.add_argument("--nproc", type=int, help="processes on this machine (default: one per GPU, or 1)")
+    train.add_argument(
+        "--under",
+        choices=("srun", "torchrun", "mpirun"),
+        help="what starts the ranks: refused where it left no trace (used by scripts)",
+    )
     cli_slurm.add_insisting(train)
     train.set_defaults(run=run_train)
 
@@ -103,21 +118,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options, rest)
     except ConfigError as error:
-        if is_main() or isinstance(error, RankError):
+        if not _runs_in_ranks(options) or _speaks_as(error.speaker if isinstance(error, RankError) else 0):
             print(f"relora-ds: error: {error}", file=sys.stderr)
         return EXIT_BAD_CONFIG
+    except StartError as error:
+        if is_main():
+            print(f"relora-ds: error: {error}", file=sys.stderr)
+        return EXIT_FAILED
     except (RestartError, SlurmError) as error:
         print(f"relora-ds: error: {error}", file=sys.stderr)
         return EXIT_FAILED
 
 
+def _runs_in_ranks(options: argparse.Namespace) -> bool:
+    """Whether a launcher starts this command many times. Others speak wherever they are called, also in a shell that has a RANK."""
+    return options.command in ("train", "traffic") or getattr(options, "slurm_command", None) == "torchrun"
+
+
 def is_main() -> bool:
     """Whether this process speaks for the job: what every rank finds, one of them says."""
+    return _speaks_as(0)
+
+
+def _speaks_as(rank: int) -> bool:
+    """Whether this process is the one to speak; it is where nobody knows its rank."""
     try:
         place = launch.discover()
     except ConfigError:
         return True
-    return place is None or place.is_main
+    return place is None or place.rank == rank
 
 
 def run_prepare(options: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -138,20 +167,20 @@ def run_prepare(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """In the launching process: check, then start the ranks. In a rank: check, join the others, train."""
-    overrides = with_rest(options.overrides, rest, ["--nproc", "--allow-changed", "--trust"])
+    overrides = with_rest(options.overrides, rest, ["--nproc", "--under", "--allow-changed", "--trust"])
     launch.quiet_libraries()
-    place = launch.discover()
+    place = launch.launched(options.under)
     launch.check_nproc(options.nproc, place)
-    recipe = load(options.recipe, overrides)
     if place is None:
-        return _train_here(options, recipe, overrides)
-    stop = StopSignal(recipe.train.stop_signal)  # before the slow imports: until then a signal ends the process
+        return _train_here(options, load(options.recipe, overrides), overrides)
+    recipe, stop, checked, refusal = None, None, None, None
     try:
+        recipe = load(options.recipe, overrides)
+        stop = StopSignal(recipe.train.stop_signal)  # before the slow imports: until then a signal ends the process
         checked = _check(options, recipe, place.world_size)
-    except ConfigError:
-        _tell_job(recipe, EXIT_BAD_CONFIG)
-        raise
-    return _train_rank(checked, place, stop)
+    except ConfigError as error:
+        refusal = error  # for all ranks to hear: others may find nothing wrong
+    return _train_rank(recipe, checked, place, stop, refusal)
 
 
 def _train_here(options: argparse.Namespace, recipe: Config, overrides: Sequence[str]) -> int:
@@ -159,11 +188,11 @@ def _train_here(options: argparse.Namespace, recipe: Config, overrides: Sequence
     from relora_ds.checks import refuse_busy
 
     num_processes = options.nproc or launch.default_num_processes()
-    refuse_busy(recipe)
+    refuse_busy(recipe, launch.attempt())
     checked = _check(options, recipe, num_processes)
     launch.check_devices(num_processes)
     if num_processes == 1:
-        return _train_rank(checked, launch.single(), StopSignal(recipe.train.stop_signal))
+        return _train_rank(recipe, checked, launch.single(), StopSignal(recipe.train.stop_signal))
     print(f"[relora-ds] starting {num_processes} processes", file=sys.stderr, flush=True)
     words = ["train", options.recipe, *overrides, *cli_slurm.insisted(options)]
     return launch.spawn(words, num_processes, stop_signal=recipe.train.stop_signal)
@@ -180,14 +209,38 @@ def _check(options: argparse.Namespace, recipe: Config, num_processes: int) -> C
     return checked
 
 
-def _train_rank(checked: Checked, place: launch.Place, stop: StopSignal) -> int:
-    """This process is a rank: join the others, train, and leave together."""
+def _train_rank(
+    recipe: Config | None,
+    checked: Checked | None,
+    place: launch.Place,
+    stop: StopSignal | None,
+    refusal: ConfigError | None = None,
+) -> int:
+    """This process is a rank: join the others, train, and leave together. ``refusal``: why it cannot, instead of what it checked."""
+    from relora_ds.watchdog import collective_timeout_s
+
+    try:
+        place, device = launch.start_process_group(
+            place, timeout_s=collective_timeout_s(recipe.train.hang_timeout if recipe else None), refusal=refusal
+        )
+    except Exception as error:
+        _tell_end(recipe, place, error)
+        raise
+    assert checked is not None and stop is not None, "a refusal is raised by all ranks"
+    try:
+        return _train_together(checked, place, device, stop)
+    except ConfigError as error:
+        found = launch.of_all_or_one(error, place)
+        _tell_end(recipe, place, found)
+        raise found from None
+
+
+def _train_together(checked: Checked, place: launch.Place, device: Any, stop: StopSignal) -> int:
+    """Trains; what ends a run in order, on all ranks, becomes its exit code."""
     from relora_ds.elastic import ConversionError
     from relora_ds.saver import FencedError
     from relora_ds.train import TrainingError, train
-    from relora_ds.watchdog import collective_timeout_s
 
-    device = launch.start_process_group(place, timeout_s=collective_timeout_s(checked.config.train.hang_timeout))
     message, is_final = "", True
     try:
         code = train(checked, place, device, stop)
@@ -196,13 +249,31 @@ def _train_rank(checked: Checked, place: launch.Place, stop: StopSignal) -> int:
         is_final = isinstance(error, TrainingError)  # another start may convert, and a folder that was lost is another job's
         if place.is_main:
             print(f"relora-ds: error: {error}", file=sys.stderr)
-    except ConfigError:
-        _tell_job(checked.config, EXIT_BAD_CONFIG)
-        raise
     if place.is_main and is_final:
         _tell_job(checked.config, code, message)
     launch.leave_process_group()
     return code
+
+
+def _tell_end(recipe: Config | None, place: launch.Place, error: Exception) -> None:
+    """Leaves what ended the run where whoever starts it again looks: a setting that all ranks refuse is final, all else a fault."""
+    if recipe is None:
+        return
+    if isinstance(error, RankError):
+        if place.rank == error.speaker:
+            _note_fault(recipe, "refusal", error.rank, error.host, error)
+    elif isinstance(error, ConfigError):
+        if place.is_main:
+            _tell_job(recipe, EXIT_BAD_CONFIG)
+    elif not isinstance(error, StartError):
+        _note_fault(recipe, "error", place.rank, launch.node_name(), error)
+    elif place.is_main:
+        _note_fault(recipe, "error", None, error.host, error)
+
+
+def _note_fault(recipe: Config, kind: Literal["error", "refusal"], rank: int | None, host: str | None, error: Exception) -> None:
+    text = str(error) if isinstance(error, (RankError, StartError)) else faults.describe(error)
+    faults.record(Path(recipe.run.dir), kind=kind, attempt=launch.attempt(), rank=rank, host=host, update=0, detail=text)
 
 
 def _tell_job(recipe: Config, code: int, message: str = "") -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
+import subprocess
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,22 @@ from relora_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, refuse_rest, 
 from relora_ds.metrics import say
 from relora_ds.paths import path_argument, text_argument
 from relora_ds.run_folder import RunFolder
-from relora_ds.slurm_script import SITE_FILE, RequeueBy, Settings, describe, option_name, read_site, settings
+from relora_ds.slurm_script import (
+    SITE_FILE,
+    RequeueBy,
+    Settings,
+    check_signal,
+    describe,
+    doubts,
+    option_name,
+    read_site,
+    settings,
+)
 
 HELP = {
     "nodes": "a number, or a range: 2-4 goes on with fewer after a failure",
     "gpus_per_node": "8, or with a type, a100:8; 0 without GPUs",
+    "gpu_request": "how they are asked for: --gpus-per-node=8, --gres=gpu:8, or not at all",
     "tasks_per_node": "ranks on a node (default: one per GPU)",
     "cpus_per_task": "cores of a rank",
     "mem": "memory of a node: 512G, or 0 for all",
@@ -37,6 +48,7 @@ HELP = {
     "setup": "a shell line before all else: module load …; may be given several times",
     "environment_file": "NAME=VALUE lines for all processes",
     "container": "words before the training command: apptainer exec --nv image.sif",
+    "container_python": "interpreter inside the container (default: python)",
     "python": "interpreter on the nodes (default: this one)",
     "sbatch_args": "another option of sbatch, as --sbatch-args=--reservation=week; may be given several times",
     "srun_args": "another option of srun or mpirun; may be given several times",
@@ -52,6 +64,11 @@ def add_commands(parent: Any, parser_class: type[argparse.ArgumentParser]) -> No
     submit.add_argument("recipe", metavar="RECIPE", type=text_argument, help="a YAML file")
     submit.add_argument("overrides", metavar="key.sub=value", nargs="*", help="replace single settings of the recipe")
     submit.add_argument("--dry-run", action="store_true", help="print the batch script, write and submit nothing")
+    submit.add_argument(
+        "--no-check",
+        action="store_true",
+        help="leave the check of the recipe to the job: where this machine is too small for torch",
+    )
     submit.add_argument(
         "--site",
         type=path_argument,
@@ -93,6 +110,7 @@ def add_commands(parent: Any, parser_class: type[argparse.ArgumentParser]) -> No
     for command in (before, torchrun):
         command.add_argument("--tasks-per-node", type=int, required=True)
         add_insisting(command)
+    before.add_argument("--probe", metavar="COMMAND", help="what must run where the ranks are to: a container's interpreter")
     after.add_argument("--code", type=int, required=True, help="of what started the ranks")
     for command in (before, after):
         command.add_argument("--requeue-by", choices=typing.get_args(RequeueBy), default="requeue")
@@ -151,6 +169,9 @@ def run_submit(options: argparse.Namespace, rest: Sequence[str]) -> int:
         found = found.model_copy(update={"signal": config.train.stop_signal})
     elif found.signal not in ("TERM", "INT"):  # those stop every run
         config = config.model_copy(update={"train": config.train.model_copy(update={"stop_signal": found.signal})})
+    check_signal(found)
+    for doubt in doubts(found):
+        say(doubt)
     workdir = Path.cwd()
     from relora_ds import slurm
 
@@ -159,12 +180,13 @@ def run_submit(options: argparse.Namespace, rest: Sequence[str]) -> int:
         from relora_ds import slurm_client
 
         slurm_client.need("sbatch")
+    environment = launch.environment()  # before the libraries below add to it
     deepspeed = check_sizes(config, found, options)
     text = slurm.script(config, found, recipe_name=name, workdir=workdir, insisted=insisted(options))
     if options.dry_run:
         print(text, end="")
         return EXIT_DONE
-    job, output = slurm.submit(config, found, deepspeed, text, workdir=workdir)
+    job, output = slurm.submit(config, found, deepspeed, text, workdir=workdir, environment=environment)
     print(f"submitted job {job}: {describe(found)}, into {config.run.dir}")
     print(f"  relora-ds slurm status {config.run.dir}     state, update, speed, time left")
     print(f"  relora-ds slurm logs -f {config.run.dir}    its output ({output})")
@@ -173,13 +195,16 @@ def run_submit(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def check_sizes(config: Config, found: Settings, options: argparse.Namespace) -> dict[str, Any]:
-    """Judges the recipe for the most nodes of the range; returns DeepSpeed's JSON as the recipe names it. Raises ConfigError."""
-    launch.quiet_libraries()
-    from relora_ds.checks import check
-    from relora_ds.ds_config import read
+    """Judges the recipe for the most nodes of the range, unless that is left to the job; returns DeepSpeed's JSON as the recipe
+    names it. Raises ConfigError."""
+    from relora_ds.ds_json import read
 
     recipe, ranks = Path(options.recipe), found.node_range[1] * found.ranks_per_node
-    check(config, recipe, ranks, options.allow_changed, options.trust, on_cuda=found.num_gpus > 0)
+    if not options.no_check:
+        launch.quiet_libraries()
+        from relora_ds.checks import check
+
+        check(config, recipe, ranks, options.allow_changed, options.trust, on_cuda=found.num_gpus > 0)
     return dict(read(config.deepspeed, recipe.resolve().parent, recipe.resolve().parent.parent))
 
 
@@ -200,7 +225,8 @@ def run_logs(options: argparse.Namespace, rest: Sequence[str]) -> int:
     path = slurm.log_file(config)
 
     def is_over() -> bool:
-        job = slurm_client.job(slurm.known_job(RunFolder(Path(config.run.dir)))[1])
+        events, number = slurm.known_job(RunFolder(Path(config.run.dir)))
+        job = slurm_client.job(number, events.cluster(number))
         return job is None or job.is_over
 
     def write(text: str) -> None:
@@ -234,8 +260,12 @@ def run_hostfile(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def run_before(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Prints the number of nodes for the step; all else goes to the standard error."""
+    """Prints the number of nodes for the step, and how often the job was requeued; all else goes to the standard error."""
     refuse_rest(rest)
+    environment = launch.environment()
+    if "SLURM_HET_SIZE" in environment:
+        problem = "jobs of several components are not served"
+        raise ConfigError("SLURM_HET_SIZE", environment["SLURM_HET_SIZE"], problem, "ask for nodes of one kind")
     launch.quiet_libraries()
     from relora_ds import slurm_job
 
@@ -248,14 +278,32 @@ def run_before(options: argparse.Namespace, rest: Sequence[str]) -> int:
         ranks = nodes * options.tasks_per_node
         check(config, Path(options.recipe), ranks, options.allow_changed, options.trust, on_cuda=True)
 
+    def probe() -> None:
+        if options.probe is not None:
+            try_container(options.probe, environment)
+
     try:
         with redirect_stdout(sys.stderr):  # whatever a library prints must not come between
-            nodes = slurm_job.before(config, this_attempt(), fits, requeue_by=options.requeue_by, say=say)
+            attempt = slurm_job.confirmed(this_attempt())
+            nodes = slurm_job.before(
+                config, attempt, fits, requeue_by=options.requeue_by, say=say, environment=environment, probe=probe
+            )
     except slurm_job.ExcludedError as error:
         say(str(error))
         return EXIT_STOPPED
-    print(nodes)
+    print(nodes, attempt.restart)
     return EXIT_DONE
+
+
+def try_container(command: str, environment: Mapping[str, str]) -> None:
+    """Raises ConfigError where a shell command that only tells the version fails: relora_ds is not there in the container."""
+    done = subprocess.run(
+        ["bash", "-c", command], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        said = " ".join((done.stderr or done.stdout).strip().splitlines()[-1:]) or f"code {done.returncode}"
+        way_out = "install relora_ds in the image, bind the folder it is in, or name --container-python"
+        raise ConfigError("--container", command, f"relora_ds does not start in it: {said}", way_out)
 
 
 def run_after(options: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -263,10 +311,15 @@ def run_after(options: argparse.Namespace, rest: Sequence[str]) -> int:
     refuse_rest(rest)
     from relora_ds import slurm_job
 
+    attempt = slurm_job.confirmed(this_attempt(), slurm_job.OUTAGE_S)
     return slurm_job.after(
-        load(options.recipe, []), this_attempt(), options.code, requeue_by=options.requeue_by, max_stalled=options.max_stalled,
+        load(options.recipe, []),
+        attempt,
+        options.code,
+        requeue_by=options.requeue_by,
+        max_stalled=options.max_stalled,
         say=say,
-    )  # fmt: skip
+    )
 
 
 def this_attempt() -> Any:
@@ -281,19 +334,19 @@ def this_attempt() -> Any:
 
 
 def run_torchrun(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Becomes torchrun's agent of this node, of as many as srun started."""
+    """Runs torchrun's agent of this node, of as many as srun started."""
     refuse_rest(rest)
+    from relora_ds.slurm_agent import run_agent
+
     node = launch.discover()
     if node is None:
         raise ConfigError(
             "SLURM_STEP_ID", None, "this is not inside a step of srun", "it is called by the batch scripts of slurm/"
         )
     node = launch.find_master(node)
-    stop = load(options.recipe, []).train.stop_signal
-    signal.signal(getattr(signal, f"SIG{stop}"), signal.SIG_IGN)  # it is meant for the ranks, and would end the agent
     words = [
-        sys.executable, "-m", "torch.distributed.run", f"--nnodes={node.world_size}", f"--node-rank={node.rank}",
-        f"--nproc-per-node={options.tasks_per_node}", f"--master-addr={node.master_addr}", f"--master-port={node.master_port}",
+        f"--nnodes={node.world_size}", f"--node-rank={node.rank}", f"--nproc-per-node={options.tasks_per_node}",
+        f"--master-addr={node.master_addr}", f"--master-port={node.master_port}",
         "--module", "relora_ds.cli", "train", options.recipe, *insisted(options),
     ]  # fmt: skip
-    os.execv(sys.executable, words)
+    return run_agent(words, load(options.recipe, []).train.stop_signal)

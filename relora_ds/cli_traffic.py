@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from relora_ds import cli_slurm, launch
+from relora_ds import cli_slurm, launch, nic
 from relora_ds.config import Run, load
 from relora_ds.errors import EXIT_DONE, ConfigError, nearest, with_rest
 from relora_ds.metrics import say
@@ -43,7 +43,7 @@ def run_traffic(options: argparse.Namespace, rest: Sequence[str]) -> int:
     known = ["--nproc", "--updates", "--arms", "--link", "--out", "--trust"]
     overrides = options.overrides = with_rest(options.overrides, rest, known)
     launch.quiet_libraries()
-    place = launch.discover()
+    place = launch.launched()
     num_processes = _num_processes(options, place)
     links = {name.strip(): parse_bytes(name, "--link") for name in options.link.split(",")}
     arms = _arms(options)
@@ -102,22 +102,26 @@ def _measure(
     from relora_ds.comparison_table import NOTE, table, write
 
     config = checked.config
-    device = launch.start_process_group(place)
+    place, device = launch.start_process_group(place)
     tell = say if place.is_main else lambda text: None
     for remark in checked.remarks:
         tell(remark)
     results = compare(checked, place, device, arms_of(config, arms), options.updates, tell)
     if place.is_main:
+        unseen = nic.unseen(shares_memory=device.type == "cuda" and (place.local_world_size or 1) > 1)
         about = {
             "recipe": " ".join([options.recipe, *options.overrides]),
-            "ranks": f"{place.world_size} on {math.ceil(place.world_size / place.local_world_size)} node(s), {device.type}",
+            "ranks": f"{place.world_size} on {math.ceil(place.world_size / (place.local_world_size or 1))} node(s), {device.type}",
             "global batch": f"{config.train.global_batch} x {config.data.sequence_length} tokens",
             "micro batches": f"{accumulation(config, place.world_size)} of an update on a rank",
             "versions": _versions(),
+            **({"not on the wire": f"what went by {', '.join(unseen)}"} if unseen else {}),
         }
         write(out, results, links, about)
         print("\n".join(aligned(table(results, links))))
         print(f"\n{NOTE}")
+        if unseen:
+            print(f"Not on the wire is what went by {', '.join(unseen)}.")
         say(f"wrote {out}/comparison.md, .png and .json")
     launch.leave_process_group()
     return EXIT_DONE

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from relora_ds import ds_config, foretold, formulas, nic, phases
+from relora_ds import ds_config, foretold, formulas, launch, nic, phases
 from relora_ds import model as models
 from relora_ds.checks import Checked
 from relora_ds.config import Config, Traffic
@@ -240,7 +240,10 @@ def _defaults(stage: int, checked: Checked, device: torch.device) -> Steps:
     content["zero_optimization"] = {"stage": stage}
     count_everything()
     engine, *_ = deepspeed.initialize(
-        model=phases.initial_model(full, device, "full"), optimizer=adamw(full.config.optimizer), config=content
+        launch.naming_gpu(),
+        model=phases.initial_model(full, device, "full"),
+        optimizer=adamw(full.config.optimizer),
+        config=content,
     )
     label(engine)
     return _engine_steps(engine, "all-reduce")

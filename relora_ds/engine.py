@@ -93,6 +93,7 @@ def initialize(
         done = launch.guard_bf16()
         if done:
             warnings.warn(done, stacklevel=2)
+    args = launch.naming_gpu(args)
     count_everything()
     saving = parse_traffic(traffic)
     ds_config.refuse_with_traffic(content, saving)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -33,13 +34,58 @@ class ConfigError(ValueError):
         text = f"{key}={value!r}: {problem}"
         super().__init__(" ".join(f"{text}; {way_out}".split()) if way_out else " ".join(text.split()))
 
-    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, object, str, str]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         """What rank 0 finds is raised on all ranks: the error travels."""
         return type(self), self._parts
 
 
+class AllError(ConfigError):
+    """What all ranks find, in the words of rank 0, who tells it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__("", None, text)
+        self.args = (text,)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return AllError, self.args
+
+
 class RankError(ConfigError):
-    """One that this rank finds and others may not, so that it cannot leave it to rank 0 to tell."""
+    """What some ranks find and others do not: more likely a fault of their node than of the recipe.
+
+    Args:
+        rank, host: the first of them.
+        problem: what it finds, in one line.
+        more: how many ranks find something besides.
+        speaker: the rank that tells the user.
+    """
+
+    def __init__(self, rank: int, host: str, problem: str, *, more: int = 0, speaker: int = 0) -> None:
+        others = f" (and {more} more)" if more else ""
+        super().__init__("rank", rank, problem)
+        self.args = (f"rank {rank} on {host}{others}: {' '.join(problem.split())}",)
+        self.rank, self.host, self.speaker = rank, host, speaker
+        self._made_of = (rank, host, problem, more, speaker)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rank_error, self._made_of
+
+
+def _rank_error(rank: int, host: str, problem: str, more: int, speaker: int) -> RankError:
+    return RankError(rank, host, problem, more=more, speaker=speaker)
+
+
+class StartError(RuntimeError):
+    """The ranks did not come together, for no fault of a setting: another start may be luckier.
+
+    Args:
+        problem: in one line.
+        host: the node to blame, where one stands out.
+    """
+
+    def __init__(self, problem: str, host: str | None = None) -> None:
+        super().__init__(problem)
+        self.host = host
 
 
 class RestartError(RuntimeError):

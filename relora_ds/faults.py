@@ -12,13 +12,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from relora_ds.run_folder import RunFolder, append_line
+from relora_ds.run_folder import RunFolder, append_surely
+
+MAX_NCCL = 600
+"""Characters of an error of NCCL."""
 
 
 def record(
     run_dir: Path,
     *,
-    kind: Literal["hang", "error"],
+    kind: Literal["hang", "error", "refusal"],
     attempt: str,
     rank: int | None,
     host: str | None,
@@ -29,7 +32,7 @@ def record(
 
     Args:
         run_dir: the run's folder.
-        kind: hang (nothing moved) or error (an exception that nobody foresaw).
+        kind: hang (nothing moved), error (an exception that nobody foresaw), or refusal (this rank found wrong what others did not).
         attempt: of the SLURM job; empty outside of one.
         rank, host: where it happened; None when no rank stands out.
         update: the one in progress, 0 before the first.
@@ -38,12 +41,13 @@ def record(
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     line = {"time": now, "attempt": attempt, "kind": kind, "rank": rank, "host": host, "update": update}
     with suppress(OSError, ValueError, TypeError):
-        append_line(RunFolder(run_dir).faults, {**line, "detail": " ".join(detail.split())})
+        append_surely(RunFolder(run_dir).faults, {**line, "detail": " ".join(detail.split())})
 
 
 def describe(error: BaseException) -> str:
-    """An exception's type and first line."""
-    lines = str(error).strip().splitlines()
+    """An exception's type and first line; all of NCCL's, which says behind it what it lost."""
+    text = str(error).strip()
+    lines = [" ".join(text.split())[:MAX_NCCL]] if "NCCL error" in text else text.splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 

@@ -1,12 +1,11 @@
-"""Who am I: rank, world size and device, from torchrun, deepspeed, srun, mpirun or our own launcher.
+"""How the ranks come together and part, whoever started them: torchrun, deepspeed, srun, mpirun or our own launcher.
 
 The environment is read, and set, in this file only.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
+import itertools
 import logging
 import math
 import os
@@ -20,24 +19,23 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from relora_ds import network, slurm_nodes
-from relora_ds.errors import ConfigError, RankError
+from relora_ds import cores, devices, meeting, network, places, slurm_nodes
+from relora_ds.errors import AllError, ConfigError, RankError, StartError
+from relora_ds.lock import boot_id
+from relora_ds.meeting import Card
+from relora_ds.places import Place
 
-TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-MPIRUN_VARIABLES = ("OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID")
-"""Set by mpirun of Open MPI, and of MPICH and Intel MPI, but not by srun."""
-DEFAULT_PORT = 29500
-LAST_STEP_ID = 0xFFFFFFF0
-"""SLURM's job steps are numbered up to here; above are its own, such as the interactive shell of salloc."""
 GRACE_S = 20.0
 """How long the other processes of a node may take to end after one of them failed, before they are killed."""
-SHOWN_GPUS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+ASK_PAUSE_S = 0.02
+"""Between the questions of two ranks to SLURM's controller: 500 at once are a storm to it, which it may answer by limits."""
 ORDERLY = (2, 75)
 """Exit codes with which all ranks end by themselves, together: a bad setting, a signal."""
 MEETING_S = 60.0
@@ -46,58 +44,40 @@ SAFE_ISA = "AVX512_CORE_FP16"
 """The newest instruction set of oneDNN without AMX."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where this process stands in the job.
-
-    Attributes:
-        rank, world_size: in the whole job.
-        local_rank, local_world_size: on this node.
-        master_addr, master_port: of rank 0. Under mpirun over several nodes the address may be empty: not known before the start.
-        launcher: torchrun (and all that set the same variables), srun, mpirun, or single.
-    """
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    master_addr: str
-    master_port: int
-    launcher: str
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    @property
-    def is_one_node(self) -> bool:
-        return self.world_size == self.local_world_size
-
-
 def discover(environment: Mapping[str, str] | None = None) -> Place | None:
-    """This process's place as its launcher tells it; None when no launcher started it.
-
-    torchrun's variables win, because torchrun may run under srun or mpirun. Then mpirun's own: inside a SLURM job it starts its
-    daemons by srun, whose variables the ranks inherit. Those of PMI and PMIx come last: srun may set them beside its own, which
-    say more.
+    """This process's place, as :func:`relora_ds.places.of` finds it in the environment; None when no launcher started it.
 
     Raises:
-        ConfigError: a launcher was found, but not where rank 0 is.
+        ConfigError: a launcher was found, but not where rank 0 is, or its variables contradict srun's.
     """
+    return places.of(os.environ if environment is None else environment)
+
+
+def launched(under: str | None = None) -> Place | None:
+    """The place of a command that starts ranks itself where no launcher did; None where it is to.
+
+    The one task of a step of srun counts as started by nobody, unless it is said: it may be a shell, or a notebook, with all GPUs of
+    its node.
+
+    Args:
+        under: the launcher that this command was told of.
+
+    Raises:
+        ConfigError: ``under`` is given, and there is no trace of any launcher; or as in :func:`discover`.
+    """
+    place = discover()
+    if place is None and under is not None:
+        raise ConfigError(
+            "--under", under, "nothing in the environment says which rank this is",
+            "let the launcher's variables through: start the container without --cleanenv or --containall, and no env -i",
+        )  # fmt: skip
+    return None if place is not None and place.is_lone_task and under is None else place
+
+
+def node_name(environment: Mapping[str, str] | None = None) -> str:
+    """This machine by the name that the scheduler knows, which its own need not be; by its own outside of SLURM."""
     env = os.environ if environment is None else environment
-    if "RANK" in env and "WORLD_SIZE" in env:
-        local = int(env.get("LOCAL_RANK", env["RANK"]))
-        size = int(env["WORLD_SIZE"])
-        address = env.get("MASTER_ADDR", "127.0.0.1")
-        port = int(env.get("MASTER_PORT", DEFAULT_PORT))
-        return Place(int(env["RANK"]), size, local, _local_size(env, size), address, port, "torchrun")
-    if any(name in env for name in MPIRUN_VARIABLES):
-        return _from_mpi(env)
-    if _is_srun(env):
-        return _from_slurm(env)
-    if "PMI_RANK" in env or "PMIX_RANK" in env:
-        return _from_mpi(env)
-    return None
+    return env.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def attempt(environment: Mapping[str, str] | None = None) -> str:
@@ -105,6 +85,11 @@ def attempt(environment: Mapping[str, str] | None = None) -> str:
     env = os.environ if environment is None else environment
     job = env.get("SLURM_JOB_ID", "")
     return f"{job}.{env.get('SLURM_RESTART_COUNT') or 0}" if job else ""
+
+
+def environment() -> dict[str, str]:
+    """A copy of this process's environment as it is now."""
+    return dict(os.environ)
 
 
 def expand(path: str, environment: Mapping[str, str] | None = None) -> str:
@@ -128,73 +113,14 @@ def expand(path: str, environment: Mapping[str, str] | None = None) -> str:
         raise ValueError(f"{name} is nobody's home folder; write ./{name} for what has this name") from None
 
 
-def _local_size(env: Mapping[str, str], world_size: int) -> int:
-    """Processes on this node: torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE."""
-    return int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world_size)
-
-
-def _is_srun(env: Mapping[str, str]) -> bool:
-    """Whether srun started this process as a task of a job step, not as, or inside, a user's interactive shell.
-
-    An srun inside such a shell inherits SLURM_PTY_PORT, so that alone says nothing about a step of several tasks; a single task
-    is alone either way.
-    """
-    if "SLURM_STEP_ID" not in env or "SLURM_PROCID" not in env or int(env["SLURM_STEP_ID"]) > LAST_STEP_ID:
-        return False
-    return not ("SLURM_PTY_PORT" in env and env.get("SLURM_STEP_NUM_TASKS") == "1")
-
-
-def _from_slurm(env: Mapping[str, str]) -> Place:
-    """srun: one task per GPU. The master is the first node of the step, its port the same on all nodes."""
-    size = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
-    nodes = int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1")))
-    tasks = slurm_nodes.tasks_of_nodes(env.get("SLURM_STEP_TASKS_PER_NODE", f"{size // nodes}(x{nodes})"))
-    local_size = tasks[int(env.get("SLURM_NODEID", "0"))]
-    address = env.get("MASTER_ADDR") or ("127.0.0.1" if nodes == 1 else slurm_nodes.first_host(_step_nodes(env)))
-    reserved = env.get("SLURM_STEP_RESV_PORTS", "").replace(",", "-").partition("-")[0]  # of srun --resv-ports: 12345-12346
-    port = env.get("MASTER_PORT") or reserved or slurm_nodes.port_of(int(env.get("SLURM_JOB_ID", "0")), int(env["SLURM_STEP_ID"]))
-    return Place(int(env["SLURM_PROCID"]), size, int(env.get("SLURM_LOCALID", "0")), local_size, address, int(port), "srun")
-
-
-def _step_nodes(env: Mapping[str, str]) -> str:
-    return env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", ""))
-
-
 def allocation() -> str | None:
     """The nodes of the SLURM job that this process is in, as SLURM writes them; None outside of jobs."""
     return os.environ.get("SLURM_JOB_NODELIST")
 
 
-def _from_mpi(env: Mapping[str, str]) -> Place:
-    """mpirun. Over several nodes rank 0's address is left open unless the user named it: it is asked of rank 0 at the start."""
-    rank = int(env.get("OMPI_COMM_WORLD_RANK") or env.get("PMI_RANK") or env.get("PMIX_RANK") or 0)
-    size = int(env.get("OMPI_COMM_WORLD_SIZE") or env.get("PMI_SIZE") or 0)
-    local = int(env.get("OMPI_COMM_WORLD_LOCAL_RANK") or env.get("MPI_LOCALRANKID") or 0)
-    local_size = int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE") or env.get("MPI_LOCALNRANKS") or 0)
-    address = env.get("MASTER_ADDR") or ("127.0.0.1" if local_size and local_size == size else "")
-    if not (size and local_size and address) and importlib.util.find_spec("mpi4py") is None:
-        problem = "MPI over several nodes needs rank 0's address"
-        raise ConfigError("MASTER_ADDR", None, problem, "set it, or install relora_ds[mpi]")
-    if not (size and local_size):  # an MPI that tells the processes less
-        rank, size, local, local_size = _mpi_place()
-    return Place(rank, size, local, local_size, address, int(env.get("MASTER_PORT", DEFAULT_PORT)), "mpirun")
-
-
-@functools.cache
-def _mpi_place() -> tuple[int, int, int, int]:
-    """Rank and size, in the job and on this node, asked of MPI. All ranks must meet here: asked once, then remembered."""
-    from mpi4py import MPI
-
-    comm = MPI.COMM_WORLD
-    here = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    return comm.Get_rank(), comm.Get_size(), here.Get_rank(), here.Get_size()
-
-
 def _ask_rank_0(port: int | None) -> tuple[str, int]:
     """Rank 0's address and a port that is free there, or ``port``, over MPI. All ranks must call this."""
-    from mpi4py import MPI
-
-    comm = MPI.COMM_WORLD
+    comm = places.load_mpi().COMM_WORLD
     names = comm.allgather(socket.gethostname())
     found = None
     if comm.Get_rank() == 0:
@@ -233,6 +159,7 @@ def quiet_libraries() -> None:
 
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    _forget_cpu()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -247,80 +174,167 @@ def check_nproc(nproc: int | None, place: Place | None) -> None:
         raise ConfigError("--nproc", nproc, "must be at least 1")
 
 
+def _forget_cpu() -> None:
+    """Drops DS_ACCELERATOR=cpu where CUDA is, left over from a machine that had none: DeepSpeed would believe it."""
+    import torch
+
+    if os.environ.get("DS_ACCELERATOR") == "cpu" and torch.cuda.is_available():
+        del os.environ["DS_ACCELERATOR"]
+
+
 def check_devices(num_processes: int) -> None:
-    """Raises RankError when this machine has GPUs, but fewer than processes."""
+    """Raises ConfigError when this machine has GPUs, but fewer than processes."""
     import torch
 
     if torch.cuda.is_available() and num_processes > torch.cuda.device_count():
-        raise RankError(
+        raise ConfigError(
             "--nproc", num_processes, f"this machine has {torch.cuda.device_count()} GPU(s)", "one process drives one GPU"
         )
 
 
-def start_process_group(place: Place, timeout_s: float = 1800.0) -> Any:
-    """Joins the job: NCCL on CUDA, gloo on CPU, under torch.distributed and DeepSpeed alike. Returns this process's torch device.
+def start_process_group(place: Place, timeout_s: float = 1800.0, refusal: ConfigError | None = None) -> tuple[Place, Any]:
+    """Joins the job: NCCL on CUDA, gloo on CPU, under torch.distributed and DeepSpeed alike.
+
+    Args:
+        place: of this process.
+        timeout_s: how long a collective may take.
+        refusal: why this rank cannot train, to be told to the others.
+
+    Returns:
+        The place, complete, and this process's torch device.
 
     Raises:
-        ConfigError: rank 0's node has no address that is known here, or this machine has too few GPUs, or one for several ranks.
+        AllError: all ranks find the same obstacle: their refusals, or GPUs that were asked for and are not seen.
+        RankError: some of them do, or two ranks drive the same GPU, or this one cannot reach rank 0.
+        StartError: the ranks did not come together.
     """
     import torch
+    import torch.distributed as dist
 
-    place = find_master(place)
+    _forget_cpu()
+    host = node_name()
+    gpus = devices.visible()
+    problem = refusal or devices.missing(os.environ, host, len(gpus))
+    card = Card(place.rank, host, place.local_rank, tuple(gpus), str(problem or ""), boot_id())
+    place, store = _meet(place, card, min(timeout_s, meeting.REMIND_S if problem else meeting.ARRIVAL_S))
+    number = devices.own(place.local_rank or 0, len(gpus)) if gpus else None
     _choose_interface(place)
-    on_cuda = torch.cuda.is_available()
-    if on_cuda and sees_its_own_gpu(torch.cuda.device_count(), os.environ):
-        place = replace(place, local_rank=0)
     _export(place)
-    if on_cuda:
-        check_devices(place.local_rank + 1)
-        torch.cuda.set_device(place.local_rank)
+    if number is not None:
+        torch.cuda.set_device(number)
     import deepspeed
 
     from relora_ds import ledger
 
     skip_shared_memory_build()
-    backend, timeout = "nccl" if on_cuda else "gloo", timedelta(seconds=timeout_s)
-    with _one_gpu_each():
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    store.set_timeout(timedelta(seconds=timeout_s))  # as torch does with a store of its own
+    device = torch.device("cpu") if number is None else torch.device("cuda", number)
+    with _one_gpu_each(place.rank, host):
+        # Not by deepspeed.init_distributed, which binds NCCL to the GPU numbered LOCAL_RANK: a rank may be shown its own alone.
+        dist.init_process_group(
+            "gloo" if number is None else "nccl", store=dist.PrefixStore("default_pg", store), rank=place.rank,
+            world_size=place.world_size, timeout=timedelta(seconds=timeout_s), **devices.bound(device, place.world_size),
+        )  # fmt: skip
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s))
     ledger.count_everything()
-    return torch.device("cuda", place.local_rank) if on_cuda else torch.device("cpu")
+    return place, device
 
 
-def sees_its_own_gpu(num_gpus: int, env: Mapping[str, str]) -> bool:
-    """Whether this process is shown one GPU alone, of its own, which is then number 0 to it, whatever its local rank.
+def _meet(place: Place, card: Card, limit_s: float) -> tuple[Place, Any]:
+    """The place as the ranks know it once they have met, and their store; raises as :func:`start_process_group`."""
+    import torch.distributed as dist
 
-    SLURM does so (``--gpus-per-task``, ``--tres-per-task``, ``--gpu-bind``), and so do scripts around the command that set
-    CUDA_VISIBLE_DEVICES to the local rank. That others are not shown the same one is seen by NCCL when they meet.
-    """
-    by_slurm = (
-        "SLURM_GPUS_PER_TASK" in env
-        or "gpu" in env.get("SLURM_TRES_PER_TASK", "")  # gres/gpu:1, or cpu=4 alone
-        or env.get("SLURM_GPU_BIND", "none") != "none"
-    )
-    by_script = any(name in env and "," not in env[name] for name in SHOWN_GPUS)
-    return num_gpus == 1 and (by_slurm or by_script)
+    global _common
+    try:
+        place = find_master(place)
+        _export(place)
+        store = _open_store(limit_s)
+        _common = dist.PrefixStore(f"relora_ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_meetings)}", store)
+        nodes = list(slurm_nodes.hosts(places.step_nodes(os.environ))) if place.launcher == "srun" else []
+        cards = meeting.meet(_common, card, place.world_size, limit_s, _say, nodes)
+    except (RankError, StartError):
+        raise
+    except ConfigError as error:
+        raise RankError(card.rank, card.host, card.problem or str(error), speaker=card.rank) from None
+    except RuntimeError as error:
+        if card.problem:
+            raise RankError(card.rank, card.host, card.problem, speaker=card.rank) from None
+        if "EADDRINUSE" in str(error):
+            problem = f"port {place.master_port} of {card.host} is in use by another program"
+            raise StartError(f"{problem}: another start of a SLURM job takes another one; MASTER_PORT names one") from None
+        raise
+    try:
+        meeting.judge(cards)
+    except ConfigError:
+        meeting.part(_common, place.rank, place.world_size)
+        raise
+    return meeting.complete(place, cards), store
+
+
+_meetings = itertools.count()
+_common: Any = None
+"""Where the ranks met, for as long as rank 0 lives."""
+
+
+def _open_store(limit_s: float) -> Any:
+    """The store at rank 0, or at torchrun's agent."""
+    from torch.distributed.rendezvous import rendezvous
+
+    store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=limit_s)))
+    store.set_timeout(timedelta(seconds=limit_s))
+    return store
+
+
+def of_all_or_one(error: ConfigError, place: Place) -> ConfigError:
+    """An error that this rank found after the start as what it is: all ranks found it, or this one did."""
+    if isinstance(error, (AllError, RankError)) or place.world_size == 1:
+        return error
+    if _common is not None and meeting.is_found_by_all(_common, place.rank, place.world_size):
+        return error
+    return RankError(place.rank, node_name(), str(error), speaker=place.rank)
+
+
+def naming_gpu(args: Any = None) -> Any:
+    """DeepSpeed's ``args``, made to name this rank's GPU where its number is not its local rank, which DeepSpeed would take."""
+    import torch
+
+    local, num_visible = os.environ.get("LOCAL_RANK"), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not num_visible or not local or int(local) < num_visible or hasattr(args, "device_rank"):
+        return args
+    args = SimpleNamespace() if args is None else args
+    args.device_rank = devices.own(int(local), num_visible)
+    return args
+
+
+def _say(text: str) -> None:
+    print(f"[relora-ds] {text}", file=sys.stderr, flush=True)
 
 
 @contextmanager
-def _one_gpu_each() -> Iterator[None]:
-    """Says in one line what NCCL finds of several processes that were shown the same GPU."""
+def _one_gpu_each(rank: int, host: str) -> Iterator[None]:
+    """Says in one line what NCCL finds of several processes that were shown the same GPU, where PyTorch could not tell."""
     try:
         yield
     except RuntimeError as error:
         if "Duplicate GPU" not in str(error):
             raise
-        shown = {name: os.environ[name] for name in SHOWN_GPUS if name in os.environ}
-        name, value = next(iter(shown.items()), (SHOWN_GPUS[0], None))
-        problem = "several processes of this machine were shown the same GPU"
-        raise RankError(name, value, problem, "start one process for each GPU, and show each its own or all of them") from None
+        shown = {name: os.environ[name] for name in devices.SHOWN_GPUS if name in os.environ}
+        name, value = next(iter(shown.items()), (devices.SHOWN_GPUS[0], None))
+        problem = f"{name}={value!r}: several processes of this machine were shown the same GPU"
+        way_out = "start one process for each GPU, and show each its own or all of them"
+        raise RankError(rank, host, f"{problem}; {way_out}", speaker=rank) from None
 
 
 def _export(place: Place) -> None:
-    """torch.distributed and DeepSpeed read the place from the environment, whichever launcher it came from."""
-    values = (place.rank, place.world_size, place.local_rank, place.master_addr, place.master_port)
-    for name, value in zip(TORCH_VARIABLES, values, strict=True):
-        os.environ[name] = str(value)
-    os.environ.setdefault("LOCAL_WORLD_SIZE", str(place.local_world_size))
+    """torch.distributed and DeepSpeed read the place from the environment, whichever launcher it came from.
+
+    LOCAL_RANK is the true one, whatever the number of the GPU: under mpirun DeepSpeed compares it with Open MPI's.
+    """
+    values = {
+        "RANK": place.rank, "WORLD_SIZE": place.world_size, "LOCAL_RANK": place.local_rank,
+        "LOCAL_WORLD_SIZE": place.local_world_size, "MASTER_ADDR": place.master_addr, "MASTER_PORT": place.master_port,
+    }  # fmt: skip
+    os.environ.update({name: str(value) for name, value in values.items() if value is not None})
 
 
 def find_master(place: Place) -> Place:
@@ -331,7 +345,7 @@ def find_master(place: Place) -> Place:
         chosen = os.environ.get("MASTER_PORT")
         address, port = _ask_rank_0(int(chosen) if chosen else None)
         place = replace(place, master_addr=address, master_port=port)
-    return replace(place, master_addr=slurm_nodes.reachable(place.master_addr))
+    return replace(place, master_addr=slurm_nodes.reachable(place.master_addr, pause_s=ASK_PAUSE_S * place.rank))
 
 
 def _choose_interface(place: Place) -> None:
@@ -355,7 +369,7 @@ def _neighbours(place: Place, env: Mapping[str, str]) -> list[str]:
     """Another node of a step of srun: rank 0's own name may mean anything on its own node. None where the user named a master."""
     if place.launcher != "srun" or "MASTER_ADDR" in env:
         return []
-    return list(islice((node for node in slurm_nodes.hosts(_step_nodes(env)) if node != env.get("SLURMD_NODENAME")), 1))
+    return list(islice((node for node in slurm_nodes.hosts(places.step_nodes(env)) if node != env.get("SLURMD_NODENAME")), 1))
 
 
 def skip_shared_memory_build() -> None:
@@ -436,7 +450,7 @@ def spawn(arguments: Sequence[str], num_processes: int, stop_signal: str = "USR2
     SIGTERM, SIGINT and the stop signal are passed on (from the main thread: no other hears them), so that the run can write its
     checkpoint. When one process fails, the others are stopped. When this one dies, however it does, all die at once.
     """
-    port, cores, more = network.free_port(), os.cpu_count() or 1, getattr(signal, f"SIG{stop_signal}")
+    port, num_cores, more = network.free_port(), cores.usable(), getattr(signal, f"SIG{stop_signal}")
     processes: list[subprocess.Popen[Any]] = []
 
     def pass_on(number: int, _frame: Any) -> None:
@@ -453,7 +467,7 @@ def spawn(arguments: Sequence[str], num_processes: int, stop_signal: str = "USR2
             environment.update(
                 {name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
             )
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores // num_processes)))
             command = tied([sys.executable, "-m", "relora_ds.cli", *arguments])
             # Own session: a Ctrl-C of the terminal reaches this launcher alone, which passes it on once.
             processes.append(subprocess.Popen(command, env=environment, start_new_session=True))

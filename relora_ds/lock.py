@@ -25,6 +25,8 @@ BEAT_S = 10.0
 """How often the holder of a lock refreshes the file's mtime."""
 STALE_AFTER_S = 60.0
 """Age of the last heartbeat after which a lock is stale, where the holder's process cannot be looked at from here."""
+WATCH_S = 2.5 * BEAT_S
+"""How long a lock that looks stale by its age is watched for a heartbeat all the same: clocks of two machines may differ."""
 SETTLE_S = 1.0
 """How long a job that took a lock over waits before it reads back whose it is."""
 RETRY_S = 0.1
@@ -79,10 +81,11 @@ class RunLock:
     """A lock on a run's folder, ``lock.json`` in it, held by one process: a child that it starts does not hold it.
 
     The holder refreshes the file's mtime every ``BEAT_S`` seconds from a thread. A lock is stale when its holder ran on this machine
-    and is gone; from elsewhere, when the last heartbeat is older than ``STALE_AFTER_S`` by the clock of the file system; at once
-    when its holder is an earlier start of the same SLURM job, which SLURM holds for dead, though a node that was cut off may live
-    on. A holder
-    that was cut off from the folder for longer may find it taken over: ask :meth:`is_mine` before anything is published there.
+    and is gone; from elsewhere, when no heartbeat came for ``STALE_AFTER_S``: by this machine's own clock, or by the age of the last
+    one and ``WATCH_S`` more in which none comes, since its mtime may be stamped by the holder's clock (Lustre, GPFS) or by a server's
+    (NFS); at once when its holder is an earlier start of the same SLURM job, which SLURM holds for dead, though a node that was cut
+    off may live on. A holder that was cut off from the folder for longer may find it taken over: ask :meth:`is_mine` before anything
+    is published there.
 
     Args:
         folder: the run's folder, which exists before :meth:`acquire`.
@@ -98,6 +101,9 @@ class RunLock:
         self._token: str | None = None
         self._pid = 0
         self._stop = threading.Event()
+        self._seen: tuple[tuple[str, float], float] | None = None
+        """The heartbeat that was seen last, and since when."""
+        self._is_in_doubt = False
         self.is_lost = False
 
     def __enter__(self) -> RunLock:
@@ -110,9 +116,21 @@ class RunLock:
     def holder(self) -> Holder | None:
         """Who else holds the lock and lives; None when nobody does: there is no lock, a stale one, or it is ours.
 
+        Takes up to ``WATCH_S`` where a lock from elsewhere looks stale by its age.
+
         Raises:
             OSError: the folder cannot be read, or (to learn the file system's time) not be written.
         """
+        other = self._look()
+        first = self._seen
+        while other is not None and self._is_in_doubt and self._seen == first:  # until a heartbeat comes
+            time.sleep(WATCH_S / 25)
+            other = self._look()
+        return other
+
+    def _look(self) -> Holder | None:
+        """As :meth:`holder`, at once: a holder of whom no heartbeat came for long may live still, and is in doubt."""
+        self._is_in_doubt = False
         try:
             with open(self.path, "rb") as file:
                 record, modified_s = _read(file)
@@ -254,11 +272,21 @@ class RunLock:
         running = _is_running(record) if record is not None else None
         if running is not None:
             return None if running else "its process is gone"
-        age_s = self._now_s() - modified_s
-        return f"no heartbeat for {age_s:.0f} s" if age_s > STALE_AFTER_S else None
+        age_s, watched_s = self._now_s() - modified_s, self._watched_s(record, modified_s)
+        if watched_s > STALE_AFTER_S or (age_s > STALE_AFTER_S and watched_s >= WATCH_S):
+            return f"no heartbeat for {max(age_s, watched_s):.0f} s"
+        self._is_in_doubt = age_s > STALE_AFTER_S
+        return None
+
+    def _watched_s(self, record: _Record | None, modified_s: float) -> float:
+        """For how long, by this machine's clock, the lock has been seen with the heartbeat that it has now."""
+        beat = (record.token if record is not None else "", modified_s)
+        if self._seen is None or self._seen[0] != beat:
+            self._seen = (beat, time.monotonic())
+        return time.monotonic() - self._seen[1]
 
     def _now_s(self) -> float:
-        """The time by the clock that stamps the folder's files, which on a network mount is not this machine's."""
+        """The time by the clock that stamps files made from here: this machine's, or on NFS the server's."""
         temporary = self._temporary(secrets.token_hex(8))
         try:
             with open(temporary, "xb") as file:
@@ -338,7 +366,7 @@ def _this_process(job: str) -> _Record:
         host=socket.gethostname(),
         pid=pid,
         start_time=found[1] if found else None,
-        boot_id=_boot_id(),
+        boot_id=boot_id(),
         pid_namespace=_pid_namespace(),
         token=secrets.token_hex(16),
         job=job,
@@ -351,7 +379,7 @@ def _is_running(record: _Record) -> bool | None:
 
     Containers may share a host name and a boot id, and number their processes each for itself: hence the namespace.
     """
-    here = (socket.gethostname(), _boot_id(), _pid_namespace())
+    here = (socket.gethostname(), boot_id(), _pid_namespace())
     if "" in here or here != (record.host, record.boot_id, record.pid_namespace):
         return None
     try:
@@ -380,7 +408,8 @@ def _state_and_start_time(pid: int) -> tuple[str, int] | None:
     return "X" if int(fields[6]) & PF_EXITING else fields[0], int(fields[19])
 
 
-def _boot_id() -> str:
+def boot_id() -> str:
+    """What tells this machine, since it was started, from others; empty where the kernel does not say."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:

@@ -3,6 +3,7 @@ every file that the manifest lists has the size and the SHA-256 that it gives.""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -17,6 +18,8 @@ from relora_ds.run_folder import write_atomically
 NAME = "manifest.json"
 FORMAT = 1
 CHUNK = 1 << 22
+UNKNOWN_TO_IT = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
+"""What a file system says of a call that it does not have."""
 Files = dict[str, dict[str, Any]]
 """{name: {"bytes": size, "sha256": hex digest}}"""
 
@@ -102,10 +105,13 @@ def write(folder: Path, content: Manifest | Mapping[str, Any]) -> str:
 
 
 def flush_folder(folder: Path) -> None:
-    """Makes the names in a folder durable."""
+    """Makes the names in a folder durable, where the file system knows how: some (FUSE, CIFS, object stores) flush files alone."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in UNKNOWN_TO_IT:
+            raise
     finally:
         os.close(handle)
 

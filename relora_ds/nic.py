@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LOOPBACK = "lo"
-NET, INFINIBAND = "class/net", "class/infiniband"
+NET, INFINIBAND, SLINGSHOT = "class/net", "class/infiniband", "class/cxi"
 INFINIBAND_HARDWARE = 32
 """ARPHRD_INFINIBAND of linux/if_arp.h."""
 LANE_BYTES = 4
@@ -45,6 +45,23 @@ def read(sys: Path = Path("/sys")) -> Counters:
         folder = port / "counters"
         _add(counters, f"{port.parents[1].name}/{port.name}", folder / "port_xmit_data", folder / "port_rcv_data", LANE_BYTES)
     return counters
+
+
+def unseen(*, shares_memory: bool, sys: Path = Path("/sys")) -> list[str]:
+    """Which ways past these counters there are: where there is one, what they saw is only a part.
+
+    Args:
+        shares_memory: whether ranks of one node exchange by NVLink or shared memory, as NCCL lets them.
+        sys: where the kernel's files are.
+    """
+    found = ["NVLink and memory inside a node"] if shares_memory else []
+    for device in sorted((sys / INFINIBAND).glob("*")):
+        ports = list(device.glob("ports/*"))
+        if ports and not any(_number(port / "counters/port_xmit_data") is not None for port in ports):
+            found.append(
+                f"{device.name}, which keeps no counters of bytes here" + (" but its own" * any(device.rglob("hw_counters")))
+            )
+    return found + [f"{device.name} (libfabric)" for device in sorted((sys / SLINGSHOT).glob("*"))]
 
 
 def _passes_on(folder: Path) -> bool:

@@ -48,7 +48,8 @@ RESTART_COLUMNS |= {"pruned_fraction": ".4f", "merge_error": ".1e", "seconds": "
 TRAFFIC_COLUMNS = {"updates": "", "ranks": "d", "nodes": "d", "per update": "", "gradients": "", "parameters": "", "restarts": ""}
 TRAFFIC_COLUMNS |= {"evaluation, checkpoints": "", "counted": "", "on the wire": ""}
 TRAFFIC_NOTE = """One line for each start of the run. Bytes that rank 0 sent, as rings send them; counted and on the wire: those of
-all ranks, and of all nodes' interfaces (headers and other programs' included, without what stays inside a node)."""
+all ranks, and of all nodes' interfaces (headers and other programs' included, without what stays inside a node). ≥: there were other
+ways than the interfaces that could be read (`unseen` in traffic.json)."""
 NOTE = f"""Losses are nats per token; the final loss is the mean of the last {WINDOW} updates. PPL is the perplexity on held-out
 text, the warm-start one that of the last evaluation before LoRA. The loss axis fits all but the first 5 % of the updates."""
 
@@ -185,7 +186,8 @@ def traffic_row(start: Record) -> list[object]:
     restarts = by_purpose.get("restart", 0) + by_purpose.get("verify", 0)
     parts = [by_purpose.get("gradient", 0), by_purpose.get("parameters", 0), restarts, rest, *sums]
     span = f"{start['first_update']:,} to {start['last_update']:,}"
-    return [span, start["world_size"], len(nodes), *map(human_bytes, (start["wire_bytes_per_update"], *parts))]
+    *cells, wire = map(human_bytes, (start["wire_bytes_per_update"], *parts))
+    return [span, start["world_size"], len(nodes), *cells, f"≥ {wire}" if start.get("unseen") else wire]
 
 
 def read_jsonl(path: Path) -> list[Record]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import stat
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,6 +16,8 @@ from typing import Any
 
 from relora_ds.config import Config, parse, read_yaml
 from relora_ds.errors import ConfigError
+
+APPEND_TRIES, APPEND_PAUSE_S = 5, 0.2
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,19 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
     """Appends one JSON object as a line, in one write; numbers that JSON cannot hold (NaN, infinities) become null."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(finite(record), allow_nan=False) + "\n")
+
+
+def append_surely(path: Path, record: dict[str, Any]) -> None:
+    """As :func:`append_line`, for a file that several machines append to: NFS lets one write over another's line.
+
+    The file is read back, and the line written again where it is not whole in it.
+    """
+    line = json.dumps(finite(record), allow_nan=False)
+    for _ in range(APPEND_TRIES):
+        append_line(path, record)  # closed, so that NFS has it, and opened anew, so that it is asked again
+        if line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            return
+        time.sleep(random.uniform(0, APPEND_PAUSE_S))  # apart from the others
 
 
 def finite(value: Any) -> Any:

@@ -12,8 +12,7 @@ import json
 import secrets
 import shutil
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,7 +31,8 @@ from relora_ds.ledger import CHECKPOINT, LEDGER
 from relora_ds.manifest import Manifest
 from relora_ds.run_folder import RunFolder, give_usual_mode, write_atomically
 
-POLL_S = 0.02
+POLL_S, MOST_POLL_S = 0.02, 0.5
+"""How often rank 0 looks for what the others wrote, at first and after a while."""
 GRACE_S = 60.0
 """How long a run that ends by an error waits for a checkpoint that is being written."""
 
@@ -236,10 +236,8 @@ class Saver:
     def _complete(self, job: _Job) -> None:
         """Rank 0: when all ranks have written, the manifests, base first; then what is no longer needed goes."""
         parts = [self._part(job, rank) for rank in range(self.world_size)]
-        while not all(part.is_file() for part in parts):
-            if job.abandoned.is_set():
-                return
-            time.sleep(POLL_S)
+        if not _await(parts, job.abandoned):
+            return
         written = [json.loads(part.read_text(encoding="utf-8")) for part in parts]
         if not self.is_mine():
             raise FencedError(f"another job has taken over {self.run.path}")
@@ -262,6 +260,20 @@ class Saver:
                 script = Path(deepspeed.__file__).parent / "utils" / "zero_to_fp32.py"
                 shutil.copyfile(script, self.run.checkpoints / script.name)
             self.rotate()
+
+
+def _await(parts: Sequence[Path], abandoned: threading.Event) -> bool:
+    """Whether all of some files of one folder came, rather than that they are not wanted any more.
+
+    They are looked for in the folder's list: asked for by name, NFS may remember for a minute that one was not there.
+    """
+    missing, pause_s = {part.name for part in parts}, POLL_S
+    while True:
+        with suppress(OSError):
+            missing -= {path.name for path in parts[0].parent.iterdir()}
+        if not missing or abandoned.wait(pause_s):
+            return not missing
+        pause_s = min(1.5 * pause_s, MOST_POLL_S)
 
 
 def _clear(folder: Path | None) -> None:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from relora_ds import __version__, slurm_script
+from relora_ds import __version__, launch, slurm_script
 from relora_ds import slurm_client as client
 from relora_ds.config import Config, dump
 from relora_ds.errors import ConfigError
 from relora_ds.lock import WAY_OUT, RunLock
+from relora_ds.metrics import say
 from relora_ds.run_folder import RunFolder, write_atomically
 from relora_ds.slurm_client import Job, SlurmError
+from relora_ds.slurm_environment import Call, for_sbatch, option_of
 from relora_ds.slurm_events import Events, newest_update
 from relora_ds.slurm_script import Settings
 
@@ -33,28 +36,54 @@ KEYS = (
     ("generic resource", "--gpus-per-node"), ("feature", "--constraint"), ("node name", "--exclude"), ("node", "--nodes"),
 )  # fmt: skip
 """Words of sbatch's complaints, and the option that each is most likely about."""
+NOT_NOW = re.compile(r"not (currently |yet )?(available|usable)|busy|in use", re.IGNORECASE)
+"""sbatch --test-only on a request that cannot start on the nodes as they are at this moment, which sbatch itself queues."""
 POLL_S = 0.5
 
 
 # Submit
 
 
-def submit(config: Config, found: Settings, deepspeed: dict[str, Any], text: str, *, workdir: Path) -> tuple[int, Path]:
+def submit(
+    config: Config,
+    found: Settings,
+    deepspeed: dict[str, Any],
+    text: str,
+    *,
+    workdir: Path,
+    environment: Mapping[str, str] | None = None,
+    say: Callable[[str], None] = say,
+) -> tuple[int, Path]:
     """Submits a recipe that was checked, by the script ``text``; returns the job's id and the file that its output goes to.
 
     Everything that the job needs of this moment is written into run.dir/slurm first: the resolved recipe, DeepSpeed's JSON, the
     commit and the script.
 
+    Args:
+        config, found, deepspeed, text: the recipe, the job's settings, DeepSpeed's JSON, the batch script.
+        workdir: where the job runs.
+        environment: the user's, before any library added to it; None: what this process has now.
+        say: tells the user.
+
     Raises:
         ConfigError: SLURM is not here or refuses the job, the folder cannot be written, or another job works in it.
     """
     run = RunFolder(Path(config.run.dir))
+    how = for_sbatch(launch.environment() if environment is None else environment, text)
     refuse_second(run)
-    check_script(text, found)
+    doubts = check_script(text, found, how)
+    is_new = not run.path.exists()
     snapshot(run, config, deepspeed, text, workdir)
-    with refused_by_sbatch(found):
-        job = client.submit(absolute(run, workdir) / SCRIPT)
-    Events(run).add("submitted", job=job, settings=found.model_dump(exclude_unset=True))
+    try:
+        with refused_by_sbatch(found):
+            job, cluster = client.submit(absolute(run, workdir) / SCRIPT, *how.options, environment=how.environment)
+    except ConfigError:
+        if is_new:
+            discard(run)
+        raise
+    for line in (*how.told, *doubts):
+        say(line)
+    Events(run).add("submitted", job=job, cluster=cluster, settings=found.model_dump(exclude_unset=True))
     return job, absolute(run, workdir) / OUTPUT
 
 
@@ -75,8 +104,9 @@ def absolute(run: RunFolder, workdir: Path) -> Path:
 
 def refuse_second(run: RunFolder) -> None:
     """Raises ConfigError when a job works, or waits to work, in the run's folder."""
-    newest = Events(run).newest_job()
-    job = client.job(newest) if newest is not None else None
+    events = Events(run)
+    newest = events.newest_job()
+    job = client.job(newest, events.cluster(newest)) if newest is not None else None
     if job is not None and not job.is_over:
         problem = f"job {job.id} ({job.state}) is there for it"
         raise ConfigError("run.dir", str(run.path), problem, f"relora-ds slurm cancel {run.path}, or name another run.dir")
@@ -85,13 +115,31 @@ def refuse_second(run: RunFolder) -> None:
         raise ConfigError("run.dir", str(run.path), f"in use by {other}", WAY_OUT)
 
 
-def check_script(text: str, found: Settings) -> None:
-    """Raises ConfigError with the complaint of bash, about the set-up lines, or of sbatch."""
+def check_script(text: str, found: Settings, how: Call) -> list[str]:
+    """What sbatch says against a start of the script on the nodes as they are just now, in lines for the user.
+
+    Raises:
+        ConfigError: with the complaint of bash, about the set-up lines, or of sbatch about what no waiting can mend.
+    """
     syntax = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
     if syntax.returncode:
         raise ConfigError("--setup", found.setup, client.in_one_line(syntax.stderr), "these lines are shell: see --dry-run")
     with refused_by_sbatch(found):
-        client.test(text)
+        try:
+            client.test(text, *how.options, environment=how.environment)
+        except SlurmError as error:
+            if not NOT_NOW.search(str(error)) or needs_more_nodes(found, how):
+                raise
+            return [f"submitted, but it has to wait: {error} (nodes may be down, drained or reserved just now)"]
+    return []
+
+
+def needs_more_nodes(found: Settings, how: Call) -> bool:
+    """Whether a job asks for more nodes than there are at all: many a SLURM queues it for ever."""
+    if how.options or {"partition", "clusters"} & set(map(option_of, found.sbatch_args)):
+        return False  # sbatch knows
+    there = client.most_nodes(found.partition or how.environment.get("SBATCH_PARTITION"))
+    return there is not None and found.node_range[0] > there
 
 
 @contextmanager
@@ -120,6 +168,15 @@ def snapshot(run: RunFolder, config: Config, deepspeed: dict[str, Any], text: st
         ) from None
 
 
+def discard(run: RunFolder) -> None:
+    """Takes back what :func:`snapshot` made for a job that there will not be."""
+    for name in (RECIPE, DEEPSPEED, COMMIT, SCRIPT):
+        (run.slurm / name).unlink(missing_ok=True)
+    with suppress(OSError):  # something else is in it
+        run.slurm.rmdir()
+        run.path.rmdir()
+
+
 def commit(workdir: Path) -> dict[str, Any]:
     """Which code a job was submitted with: this package's version and commit, and the commit of the working directory."""
     described = {"package": Path(__file__).resolve().parent, "workdir": workdir}
@@ -143,16 +200,22 @@ def status(config: Config) -> Iterator[str]:
     """The lines of ``relora-ds slurm status``. Raises ConfigError where no job of this run is known."""
     run = RunFolder(Path(config.run.dir))
     events, job = known_job(run)
-    yield from job_lines(job, client.job(job), events)
+    yield from job_lines(job, client.job(job, events.cluster(job)), events)
+    if (following := events.successor(job)) is not None:
+        yield f"job {following} is to go on when it has ended"
     yield from run_lines(run, config)
 
 
 def known_job(run: RunFolder) -> tuple[Events, int]:
-    """The newest job of a run. Raises ConfigError where there was none."""
+    """The newest job of a run, or the one that it is to follow while that is there. Raises ConfigError where there was none."""
     events = Events(run)
     job = events.newest_job()
     if job is None:
         raise ConfigError("run.dir", str(run.path), "no SLURM job is known of it", "relora-ds slurm submit RECIPE starts one")
+    forerunner = events.chain(job)[-2:][0]
+    if forerunner != job and not events.of("started", [job]):
+        there = client.job(forerunner, events.cluster(forerunner))
+        job = job if there is None or there.is_over else forerunner
     return events, job
 
 
@@ -251,17 +314,29 @@ def cancel(config: Config, *, wait_s: float, stop_signal: str, say: Callable[[st
     """
     run = RunFolder(Path(config.run.dir))
     events, number = known_job(run)
-    job = client.job(number)
+    cluster = events.cluster(number)
+    job, where = client.job(number, cluster), client.on(cluster)
     if job is None or job.is_over:
         say(f"job {number} is over already{f' ({job.state})' if job else ''}")
         return
     events.add("cancelled", job=number)
-    if wait_s and job.state == "RUNNING":
-        client.call("scancel", f"--signal={stop_signal}", number)
+    if (following := events.successor(number)) is not None:
+        client.call("scancel", *where, following)
+        events.add("withdrawn", job=following)
+    if wait_s and job.is_under_way:
+        whom = ["--batch"] if hears_by_script(client.shown(number, cluster=cluster)) else []
+        client.call("scancel", *where, *whom, f"--signal={stop_signal}", number)
         say(f"asked the ranks of job {number} to write a checkpoint and end; waiting up to {wait_s:.0f} s")
         deadline = time.monotonic() + wait_s
-        while time.monotonic() < deadline and (job := client.shown(number)) is not None and job.state == "RUNNING":
+        while time.monotonic() < deadline and (job := client.shown(number, cluster=cluster)) is not None and job.is_under_way:
             time.sleep(POLL_S)
     if job is not None and not job.is_over:
-        client.call("scancel", number)
+        client.call("scancel", *where, number)
     say(f"cancelled job {number}; the newest checkpoint is of update {newest_update(run):,}")
+
+
+def hears_by_script(job: Job | None) -> bool:
+    """Whether the ranks hear of signals through the batch script, as under mpirun: SLURM then reaches no rank itself."""
+    if job is None or not job.command:
+        return False
+    return "\n#SBATCH --signal=B:" in client.text_of(Path(job.command))

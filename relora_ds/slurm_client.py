@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,13 @@ ENDED = (
     "REVOKED",
     "TIMEOUT",
 )
+UNDER_WAY = ("RUNNING", "SIGNALING", "CONFIGURING", "RESIZING")
+"""States of a job that has its nodes; the last three are shown in the place of RUNNING while SLURM is at it."""
 UNUSABLE = ("down", "drain", "drng", "fail", "unk", "boot", "error", "no_respond", "perfctrs")
 """Beginnings of the states of a node that runs nothing; one that does not answer has a ``*`` behind its state."""
 TIMEOUT_S = 60.0
-TRIES, PAUSE_S = 6, 10.0
-"""How often, and how far apart, a controller that does not answer is asked again."""
+PATIENCE_S, PAUSE_S = 60.0, 10.0
+"""How long, and how far apart, a controller that does not answer is asked again."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Job:
         log, command: where its output goes, and its script; empty where SLURM does not say.
         excluded: nodes that it is kept off, as SLURM lists them.
         reason: why it waits, or ended.
+        is_preempted: whether another job took its nodes, or is about to.
     """
 
     id: int
@@ -58,6 +61,11 @@ class Job:
     reason: str
     command: str = ""
     excluded: tuple[str, ...] = ()
+    is_preempted: bool = False
+
+    @property
+    def is_under_way(self) -> bool:
+        return self.state in UNDER_WAY
 
     @property
     def is_over(self) -> bool:
@@ -68,8 +76,8 @@ class SlurmError(RuntimeError):
     """A command of SLURM failed; the text is its own."""
 
 
-def call(program: str, *arguments: object, stdin: str | None = None) -> str:
-    """The standard output of one of SLURM's commands.
+def call(program: str, *arguments: object, stdin: str | None = None, environment: Mapping[str, str] | None = None) -> str:
+    """The standard output of one of SLURM's commands, in this process's environment or in the one given.
 
     Raises:
         ConfigError: the program is not here.
@@ -78,7 +86,9 @@ def call(program: str, *arguments: object, stdin: str | None = None) -> str:
     need(program)
     words = [program, *map(str, arguments)]
     try:
-        result = subprocess.run(words, input=stdin, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        result = subprocess.run(
+            words, input=stdin, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env=environment
+        )
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{program} did not answer within {TIMEOUT_S:.0f} s") from None
     if result.returncode:
@@ -92,16 +102,26 @@ def need(program: str) -> None:
         raise ConfigError(program, None, "is not on the PATH", "run this where SLURM's commands are: a login node of the cluster")
 
 
-def insist(program: str, *arguments: object) -> str:
-    """:func:`call`, again while the controller does not answer: it may be restarting just now. Raises the last SlurmError."""
-    for _ in range(TRIES - 1):
+def insist(program: str, *arguments: object, patience_s: float | None = None) -> str:
+    """:func:`call`, again while the controller does not answer: it may be restarting just now.
+
+    Args:
+        program, arguments: as in :func:`call`.
+        patience_s: for how long; None: ``PATIENCE_S``.
+
+    Raises:
+        ConfigError: the program is not here.
+        SlurmError: the last one.
+    """
+    deadline = time.monotonic() + (PATIENCE_S if patience_s is None else patience_s)
+    while True:
         try:
             return call(program, *arguments)
         except SlurmError as error:
-            if not re.search(r"unable to contact|timed? ?out|did not answer|connection refused|zero bytes", str(error), re.I):
+            silent = re.search(r"unable to contact|timed? ?out|did not answer|connection refused|zero bytes", str(error), re.I)
+            if not silent or time.monotonic() > deadline:
                 raise
             time.sleep(PAUSE_S)
-    return call(program, *arguments)
 
 
 def in_one_line(text: str) -> str:
@@ -113,40 +133,51 @@ def in_one_line(text: str) -> str:
 # Jobs
 
 
-def job(job_id: int) -> Job | None:
+def on(cluster: str) -> list[str]:
+    """The word by which a program of SLURM asks another cluster; none for an empty name."""
+    return [f"--clusters={cluster}"] if cluster else []
+
+
+def job(job_id: int, cluster: str = "") -> Job | None:
     """The job as SLURM knows it; None when it has forgotten it, minutes after its end.
 
-    Asks ``squeue --json``, then ``scontrol`` where this SLURM has no JSON or no longer lists the job, then the accounting, if any.
+    Asks ``squeue --json``, then ``scontrol`` where this SLURM has no JSON or no longer lists the job, then the accounting, if any:
+    those of the cluster that is named, or the one here.
 
     Raises:
         ConfigError: SLURM's commands are not here.
         SlurmError: the controller does not answer.
     """
-    return _from_squeue(job_id) or shown(job_id) or _from_accounting(job_id)
+    return _from_squeue(job_id, cluster) or shown(job_id, cluster=cluster) or _from_accounting(job_id, cluster)
 
 
-def _from_squeue(job_id: int) -> Job | None:
+def _from_squeue(job_id: int, cluster: str) -> Job | None:
     try:
-        records = json.loads(call("squeue", "--json", "--jobs", job_id))["jobs"]
+        records = json.loads(call("squeue", *on(cluster), "--json", "--jobs", job_id))["jobs"]
     except (SlurmError, ValueError, KeyError):  # too old, or built without JSON, or the job is forgotten
         return None
     record = next((record for record in records if number(record.get("job_id")) == job_id), None)
     return parse_json(record, time.time()) if record else None
 
 
-def shown(job_id: int) -> Job | None:
-    """The job by ``scontrol show job`` alone, which is cheap on any cluster: what runs inside jobs asks this."""
+def shown(job_id: int, patience_s: float | None = None, *, cluster: str = "") -> Job | None:
+    """The job by ``scontrol show job`` alone, which is cheap on any cluster: what runs inside jobs asks this.
+
+    ``patience_s``, ``cluster``: as in :func:`insist` and :func:`job`. Raises SlurmError when the controller stays silent.
+    """
     try:
-        return parse_scontrol(insist("scontrol", "--oneliner", "show", "job", job_id))
+        return parse_scontrol(insist("scontrol", *on(cluster), "--oneliner", "show", "job", job_id, patience_s=patience_s))
     except SlurmError as error:
         if "invalid job id" in str(error).lower():
             return None
         raise
 
 
-def _from_accounting(job_id: int) -> Job | None:
+def _from_accounting(job_id: int, cluster: str) -> Job | None:
     try:
-        lines = call("sacct", "-X", "-n", "-P", "-j", job_id, "-o", "JobID,JobName,State,NodeList,ElapsedRaw").splitlines()
+        lines = call(
+            "sacct", *on(cluster), "-X", "-n", "-P", "-j", job_id, "-o", "JobID,JobName,State,NodeList,ElapsedRaw"
+        ).splitlines()
     except (SlurmError, ConfigError):
         return None
     if not lines:
@@ -199,6 +230,7 @@ def parse_scontrol(text: str) -> Job:
         reason=_said(fields.get("Reason")),
         command=_said(fields.get("Command")),
         excluded=tuple(filter(None, [_said(fields.get("ExcNodeList"))])),
+        is_preempted=state == "PREEMPTED" or fields.get("PreemptTime", "")[:1].isdigit(),
     )
 
 
@@ -218,14 +250,24 @@ def duration(text: str) -> float | None:
 # Submitting
 
 
-def submit(script: Path, *options: object) -> int:
-    """The id of the job that ``sbatch`` made. Raises SlurmError."""
-    return int(call("sbatch", "--parsable", *options, script).strip().splitlines()[-1].split(";")[0])
+def submit(script: Path, *options: object, environment: Mapping[str, str] | None = None) -> tuple[int, str]:
+    """The id of the job that ``sbatch`` made, and the cluster whose it is where it names one. Raises SlurmError."""
+    lines = call("sbatch", "--parsable", *options, script, environment=environment).strip().splitlines()
+    number, _, cluster = lines[-1].partition(";")
+    return int(number), cluster
 
 
-def test(script: str) -> None:
+def text_of(script: Path) -> str:
+    """A batch script's text; empty where it cannot be read."""
+    try:
+        return script.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def test(script: str, *options: object, environment: Mapping[str, str] | None = None) -> None:
     """Raises SlurmError with the complaint of ``sbatch --test-only``, if it has one."""
-    call("sbatch", "--test-only", stdin=script)
+    call("sbatch", "--test-only", *options, stdin=script, environment=environment)
 
 
 # Nodes
@@ -241,6 +283,27 @@ def unusable(nodes: Iterable[str]) -> list[str]:
     except SlurmError:
         return []
     return bad_nodes(text)
+
+
+def most_nodes(partitions: str | None) -> int | None:
+    """How many nodes the largest of the partitions has, whatever state they are in; None when SLURM does not say.
+
+    ``partitions``: names, as sbatch takes them; None: the default partition.
+    """
+    try:
+        text = call("sinfo", "--noheader", "--all", "--format=%P %D")
+    except SlurmError:
+        return None
+    return largest(text, partitions)
+
+
+def largest(text: str, partitions: str | None) -> int | None:
+    """:func:`most_nodes` from lines of ``sinfo --format='%P %D'``, which has one for each state of a partition's nodes."""
+    wanted, sizes = set((partitions or "").split(",")), dict[str, int]()
+    for name, size in re.findall(r"^(\S+) +(\d+)$", text, re.MULTILINE):
+        if name.removesuffix("*") in wanted or (name.endswith("*") and partitions is None):
+            sizes[name] = sizes.get(name, 0) + int(size)
+    return max(sizes.values(), default=None)
 
 
 def bad_nodes(text: str) -> list[str]:

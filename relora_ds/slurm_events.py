@@ -2,11 +2,12 @@
 
 An *attempt* is one start of a job, named ``<job id>.<restart count>``. ``run.dir/slurm/events.jsonl`` tells what became of each:
 
-    {"event": "submitted", "job": 17, …}                      by relora-ds slurm submit
+    {"event": "submitted", "job": 17, "cluster": "", …}       by relora-ds slurm submit; on which of several clusters
     {"event": "started", "job": 17, "attempt": "17.0", "update": 0, "nodes": […], "log": path, "offset": bytes, …}
     {"event": "ready", "job": 17, "attempt": "17.0", "available": 4, "use": 4}         nodes; the recipe was checked
     {"event": "ended", "attempt": "17.0", "code": 75, "update": 140, "suspects": [nodes], "decision": "requeue", …}
-    {"event": "successor", "job": 18, "of": 17}               by requeue_by: dependency
+    {"event": "successor", "job": 18, "of": 17}               by requeue_by: dependency, at the start of 17
+    {"event": "withdrawn", "job": 18}                         its forerunner ended for good
     {"event": "cancelled", "job": 17}                         by relora-ds slurm cancel
 """
 
@@ -18,7 +19,7 @@ from datetime import datetime
 from typing import Any
 
 from relora_ds import manifest as manifests
-from relora_ds.run_folder import RunFolder, append_line, write_atomically
+from relora_ds.run_folder import RunFolder, append_surely, write_atomically
 
 Event = dict[str, Any]
 OUTCOME = "outcome.json"
@@ -42,7 +43,7 @@ class Events:
     def add(self, kind: str, **content: Any) -> None:
         event = {"event": kind, "time": datetime.now().astimezone().isoformat(timespec="seconds"), **content}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        append_line(self.path, event)
+        append_surely(self.path, event)
         self.all.append(event)
 
     def of(self, kind: str, jobs: Iterable[int] | None = None) -> list[Event]:
@@ -51,9 +52,23 @@ class Events:
         return [event for event in self.all if event["event"] == kind and (wanted is None or event.get("job") in wanted)]
 
     def newest_job(self) -> int | None:
-        """The job that was submitted or started last."""
+        """The job that was submitted or started last, of those that are not withdrawn."""
+        withdrawn = {event["job"] for event in self.of("withdrawn")}
         jobs = [event["job"] for event in self.all if event["event"] in ("submitted", "started", "successor")]
-        return jobs[-1] if jobs else None
+        return next((job for job in reversed(jobs) if job not in withdrawn), None)
+
+    def successor(self, job: int) -> int | None:
+        """The job that was submitted to go on after ``job``, unless it is withdrawn."""
+        withdrawn = {event["job"] for event in self.of("withdrawn")}
+        following = [event["job"] for event in self.of("successor") if event["of"] == job and event["job"] not in withdrawn]
+        return following[-1] if following else None
+
+    def cluster(self, job: int) -> str:
+        """The cluster that a job or its forerunner was submitted to, where sbatch named one; empty: the one that is asked anyway."""
+        named = [
+            str(event.get("cluster") or "") for kind in ("submitted", "successor") for event in self.of(kind, self.chain(job))
+        ]
+        return next(filter(None, reversed(named)), "")
 
     def chain(self, job: int) -> list[int]:
         """A job and those that it is the successor of, oldest first."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import time
 from collections.abc import Iterator, Sequence
 
 from relora_ds.errors import ConfigError
@@ -48,10 +49,11 @@ def tasks_of_nodes(counts: str) -> list[int]:
     return [int(tasks) for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts) for _ in range(int(times or 1))]
 
 
-def port_of(job_id: int, step_id: int) -> int:
-    """The port on which a step's rank 0 listens: all ranks find the same, and neighbouring jobs and steps find others."""
-    # 6181 is prime and about NUM_PORTS / 1.618: the first steps of a job lie far apart, with room for those of the next jobs.
-    return FIRST_PORT + (job_id + 6181 * step_id) % NUM_PORTS
+def port_of(job_id: int, step_id: int, restart: int = 0) -> int:
+    """The port on which a step's rank 0 listens: all ranks find the same, and neighbouring jobs, steps and restarts find others."""
+    # 6181 and 2389 are primes, about NUM_PORTS / 1.618 and that / 2.588: the first steps and restarts of a job lie far apart, with
+    # room for those of the next jobs. A port that another program of the node has taken must not be met again by each restart.
+    return FIRST_PORT + (job_id + 6181 * step_id + 2389 * restart) % NUM_PORTS
 
 
 def hostfile(nodelist: Sequence[str], slots: int) -> str:
@@ -71,10 +73,14 @@ def nodes_of_job(job_id: int | str) -> list[str]:
     return nodes
 
 
-def reachable(node: str) -> str:
+def reachable(node: str, pause_s: float = 0.0) -> str:
     """A name or address of ``node`` that this machine can connect to, asked of SLURM where the name alone is of no use.
 
     A name may be unknown here, or stand for 127.0.1.1 in the node's own hosts file.
+
+    Args:
+        node: its name.
+        pause_s: to wait before SLURM is asked, so that many ranks do not ask at once.
 
     Raises:
         ConfigError: neither the name nor SLURM's address of the node can be resolved.
@@ -82,6 +88,7 @@ def reachable(node: str) -> str:
     own = resolve(node)
     if own and not is_loopback(own):
         return node
+    time.sleep(pause_s)
     found = re.search(r"\bNodeAddr=(\S+)", _ask("scontrol", "--oneliner", "show", "node", node))
     if found and (address := resolve(found[1])) and not (own and is_loopback(address)):
         return found[1]

@@ -17,12 +17,14 @@ from pydantic import Field, ValidationError
 from relora_ds.config import Positive, Section, explain, read_yaml
 from relora_ds.errors import ConfigError
 from relora_ds.paths import LocalPath
+from relora_ds.slurm_environment import option_of
 
 SITE_FILE = Path(".config/relora-ds/slurm.yaml")
 """Under the home directory: the settings that are the same for all jobs of a user on a cluster."""
 
 Launcher = Literal["srun", "torchrun", "mpi"]
 RequeueBy = Literal["requeue", "dependency", "none"]
+GpuRequest = Literal["gpus-per-node", "gres", "none"]
 Lines = Annotated[list[str], Field(default_factory=list)]
 
 
@@ -33,6 +35,8 @@ class Settings(Section):
     """A number, or a range such as 2-4: after a node failure the job goes on with fewer nodes rather than wait."""
     gpus_per_node: Annotated[str, Field(pattern=r"^([\w.-]+:)?\d+$")] | None = None
     """8, or with a type, a100:8; 0 on a cluster without GPUs."""
+    gpu_request: GpuRequest = "gpus-per-node"
+    """How sbatch is asked for them: --gpus-per-node=8, --gres=gpu:8, or not at all where a node is given with all that is in it."""
     tasks_per_node: Positive | None = None
     """Ranks on a node; left out: one per GPU."""
     cpus_per_task: Positive | None = None
@@ -59,13 +63,16 @@ class Settings(Section):
     max_stalled: Positive = 3
     """So many attempts in a row without a newer checkpoint end the job."""
     setup: Lines
-    """Shell lines before anything else runs: module load …, source …/activate."""
+    """Shell lines before anything else runs: module load …, source …/activate. The first that fails ends the job."""
     environment_file: LocalPath | None = None
     """A file of NAME=VALUE lines that all processes get."""
     container: str | None = None
     """Words before the training command, e.g. apptainer exec --nv image.sif. What runs before and after training runs outside."""
+    container_python: str | None = None
+    """The interpreter inside the container; left out: python. Given without ``container``, it is used for training alike: srun's
+    own options may name an image."""
     python: LocalPath | None = None
-    """The interpreter on the nodes; left out: the one that submits."""
+    """The interpreter on the nodes; left out: the one that submits. With a container, for what runs outside of it."""
     sbatch_args: Lines
     """More options of sbatch, one each: --reservation=week."""
     srun_args: Lines
@@ -136,9 +143,35 @@ def _check(found: Settings) -> None:
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and ("\n" in text or "\0" in text):
                 raise ConfigError(option_name(key), text, "must be one line")
+    for key, texts in (("--sbatch-args", found.sbatch_args), ("--srun-args", found.srun_args)):
+        for text in texts:
+            _check_shape(key, text)
     for text in found.sbatch_args:
         if not text.startswith("-"):
             raise ConfigError("--sbatch-args", text, "is no option of sbatch", "write it with its dashes: --reservation=week")
+
+
+def _check_shape(key: str, text: str) -> None:
+    """Raises ConfigError for an option that makes several jobs of one."""
+    if option_of(text) == "array":
+        raise ConfigError(key, text, "a run is one job, not an array", "submit each recipe by itself")
+    if text in (":", "hetjob", "packjob") or option_of(text) in ("het-group", "pack-group"):
+        raise ConfigError(key, text, "jobs of several components are not served", "ask for nodes of one kind")
+
+
+def check_signal(found: Settings) -> None:
+    """Raises ConfigError for a signal that the launcher does not hand on to the ranks."""
+    if found.launcher == "mpi" and found.signal not in ("USR1", "USR2"):
+        problem = "mpirun ends the ranks upon it, or keeps it to itself"
+        raise ConfigError("--signal", found.signal, problem, "USR1 or USR2, and train.stop_signal alike")
+
+
+def doubts(found: Settings) -> list[str]:
+    """What is likely not meant, in a line each."""
+    options = {option_of(word) for word in found.sbatch_args}
+    if found.num_gpus and found.cpus_per_task is None and not options & {"cpus-per-task", "cpus-per-gpu", "c"}:
+        return ["without --cpus-per-task SLURM gives each rank one core, which is too little to feed a GPU"]
+    return []
 
 
 def render(
@@ -160,18 +193,37 @@ def render(
     parts = [
         "\n".join(["#!/bin/bash", *directives]),
         _ABOUT.format(signal=found.signal, before=found.signal_before, how=_HOW[found.requeue_by]),
-        "\n".join([f"recipe={shlex.quote(recipe)}", f"python={shlex.quote(python)}", f"tasks_per_node={found.ranks_per_node}"]),
+        "\n".join(f"{name}={value}" for name, value in _variables(found, recipe, python).items()),
         "\n".join(_surroundings(found)),
         _BEFORE.format(
-            before=f'{_relora("slurm before")} --tasks-per-node "$tasks_per_node" {requeue}{more}', step=_step(found, more)
+            before=f'{_relora("slurm before")} --tasks-per-node "$tasks_per_node" {requeue}{_probe(found)}{more}',
+            step=_step(found, more),
         ),
         _AFTER.format(after=f'{_relora("slurm after")} --code "$code" {requeue} --max-stalled {found.max_stalled}'),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _relora(command: str) -> str:
-    return f'"$python" -m relora_ds.cli {command} "$recipe"'
+def _variables(found: Settings, recipe: str, python: str) -> dict[str, object]:
+    inner = {"container_python": shlex.quote(found.container_python or "python")} if _has_container(found) else {}
+    return {"recipe": shlex.quote(recipe), "python": shlex.quote(python), **inner, "tasks_per_node": found.ranks_per_node}
+
+
+def _has_container(found: Settings) -> bool:
+    """Whether the ranks have another file system than what runs around them, and so another interpreter."""
+    return bool(found.container or found.container_python)
+
+
+def _probe(found: Settings) -> str:
+    """Has ``slurm before`` try whether relora_ds is there in the container."""
+    if not found.container:
+        return ""
+    inner = shlex.quote(found.container_python or "python")
+    return " --probe " + shlex.quote(f"{found.container} {inner} -m relora_ds.cli --version")
+
+
+def _relora(command: str, python: str = "python") -> str:
+    return f'"${python}" -m relora_ds.cli {command} "$recipe"'
 
 
 def _options(found: Settings, output: str, workdir: str | None, name: str) -> list[str]:
@@ -182,7 +234,8 @@ def _options(found: Settings, output: str, workdir: str | None, name: str) -> li
         "nodes": found.nodes,
         # left out for one: SLURM then gives as many nodes of a range as are free, and else (22.05) as few as it may
         "ntasks-per-node": ranks if ranks > 1 and not is_torchrun else None,
-        "gpus-per-node": found.gpus_per_node if found.num_gpus else None,
+        "gpus-per-node": found.gpus_per_node if found.num_gpus and found.gpu_request == "gpus-per-node" else None,
+        "gres": f"gpu:{found.gpus_per_node}" if found.num_gpus and found.gpu_request == "gres" else None,
         "cpus-per-task": (found.cpus_per_task or 1) * ranks if is_torchrun else found.cpus_per_task,
         "mem": found.mem,
         "time": found.time,
@@ -219,8 +272,10 @@ _BEFORE = """\
 # SLURM's TERM (preemption, an operator's requeue) reaches the ranks, too: this shell waits for them and then decides.
 trap : TERM
 
-# Checks the recipe for these nodes, and says over how many of them the global batch divides.
-if nodes=$({before}); then
+# Checks the recipe for these nodes; says over how many of them the global batch divides, and how often the job was requeued.
+if found=$({before}); then
+    read -r nodes SLURM_RESTART_COUNT <<<"$found"
+    export SLURM_RESTART_COUNT
 {step}
 else
     code=$?
@@ -231,20 +286,42 @@ trap '' TERM
 {after}"""
 
 
+_SET_UP = """\
+succeeded() {
+    local code=$?
+    [ "$code" = 0 ] || { echo "[relora-ds] error: this set-up line ended with code $code: $1" >&2; exit "$code"; }
+}"""
+_MODULE = "type module >/dev/null 2>&1 || source /etc/profile  # a function of login shells, which this one need not be"
+
+
 def _surroundings(found: Settings) -> list[str]:
-    lines = list(found.setup)
+    set_up: list[str] = []
+    for line in found.setup:
+        is_command = not line.lstrip().startswith("#") and not line.endswith("\\")
+        set_up += [line, f"succeeded {shlex.quote(line)}"] if is_command else [line]
     if found.environment_file:
         path = Path(found.environment_file)
         name = str(path) if path.is_absolute() else f"./{path}"  # without a slash, source would look on the PATH first
-        lines += ["set -a", f"source {shlex.quote(name)}", "set +a"]
-    cores = "$((SLURM_CPUS_PER_TASK / tasks_per_node))" if found.launcher == "torchrun" else "${SLURM_CPUS_PER_TASK:-1}"
-    return [*lines, f'export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-{cores}}}"']
+        line = f"source {shlex.quote(name)}"
+        set_up += ["set -a", line, f"succeeded {shlex.quote(line)}", "set +a"]
+    checks = [_SET_UP] if any(line.startswith("succeeded ") for line in set_up) else []
+    module = [_MODULE] if any(re.match(r"\s*(module|ml)\s", line) for line in found.setup) else []
+    cores = "${SLURM_CPUS_PER_TASK:-1}"
+    if found.launcher == "torchrun":
+        cores = "$((${SLURM_CPUS_PER_TASK:-$tasks_per_node} / tasks_per_node))"
+    exports = [
+        "export SLURM_EXPORT_ENV=ALL  # srun hands all of this on, also after sbatch --export=NONE",
+        f'export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-{cores}}}"',
+    ]
+    return [*checks, *module, *set_up, *exports]
 
 
 def _step(found: Settings, insisted: str) -> str:
     """The lines that start the ranks and wait for their end; bash's ``wait`` ends early when a signal comes, hence the loop."""
-    train = " ".join(filter(None, [found.container, _relora("train")])) + insisted
-    agent = " ".join(filter(None, [found.container, _relora("slurm torchrun"), '--tasks-per-node "$tasks_per_node"'])) + insisted
+    inside = "container_python" if _has_container(found) else "python"
+    train = " ".join(filter(None, [found.container, _relora("train", inside)])) + insisted
+    agent = " ".join(filter(None, [found.container, _relora("slurm torchrun", inside), '--tasks-per-node "$tasks_per_node"']))
+    agent += insisted
     more, forward = "".join(f" {shlex.quote(word)}" for word in found.srun_args), ""
     cpus = '${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"}'  # srun does not take it over from sbatch
     if found.launcher == "srun":
@@ -255,7 +332,8 @@ def _step(found: Settings, insisted: str) -> str:
     if found.launcher == "mpi":
         place = '-np "$((nodes * tasks_per_node))" --map-by "ppr:$tasks_per_node:node" --bind-to none'
         start = f"mpirun {place}{more} \\\n        {train} &"
-        forward = f"\n    trap 'kill -s {found.signal} \"$step\"' {found.signal}"
+        # mpirun hands this signal on to the ranks; upon TERM it would end them, and SLURM's TERM need not reach it at all
+        forward = f"\n    trap 'kill -s {found.signal} \"$step\"' {found.signal} TERM"
     return f"""\
     {start}
     step=$!{forward}

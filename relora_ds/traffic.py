@@ -78,12 +78,17 @@ class TrafficLog:
             "wire_bytes_per_update": float(by_rank[:, 1].mean()) / updates,
             "wire_bytes": {purpose: round(value) for purpose, value in by_purpose(counted).items()},
             "nodes": self._nodes(by_rank),
+            "unseen": self._unseen(),
             "interfaces": {name: vars(count) for name, count in nic.since(self._seen).items()},
             "collectives": rows(LEDGER.tallies),
         }
         key = (self.attempt, self.first_update)
         starts = [start for start in read_traffic(self.path) if (start["attempt"], start["first_update"]) != key]
         write_atomically(self.path, json.dumps({"starts": [*starts, entry]}, indent=1))
+
+    def _unseen(self) -> list[str]:
+        """What of rank 0's node went past its interfaces."""
+        return nic.unseen(shares_memory=dist.get_backend() == "nccl" and len(set(self.hosts)) < len(self.hosts))
 
     def _nodes(self, by_rank: Tensor) -> list[dict[str, Any]]:
         """By host: its ranks, what they counted, what its interfaces saw."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import socket
 import time
 from dataclasses import asdict
 from functools import partial
@@ -89,7 +88,7 @@ def record_fault(error: BaseException, checked: Checked, place: Place, update: i
     """Notes an error that nobody foresaw in faults.jsonl."""
     if isinstance(error, Exception) and not isinstance(error, EXPECTED):
         faults.record(
-            Path(checked.config.run.dir), kind="error", attempt=launch.attempt(), rank=place.rank, host=socket.gethostname(),
+            Path(checked.config.run.dir), kind="error", attempt=launch.attempt(), rank=place.rank, host=launch.node_name(),
             update=update, detail=faults.describe(error),
         )  # fmt: skip
 
@@ -346,7 +345,7 @@ class Trainer:
         attempt = launch.attempt()
         stacks = stacks_folder(self.folder.stacks, attempt) if self.place.is_main else None
         known: list[Any] = [None] * self.place.world_size
-        dist.all_gather_object(known, (socket.gethostname(), stacks))
+        dist.all_gather_object(known, (launch.node_name(), stacks))
         return Watchdog(
             self.folder.path, known[0][1], timeout_s=self.config.train.hang_timeout, rank=self.place.rank,
             hosts=[host for host, _ in known], attempt=attempt,

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from relora_ds import faults
+from relora_ds import faults, mounts
 from relora_ds.errors import EXIT_FAILED
 
 POLL_S = 1.0
@@ -76,7 +76,7 @@ class Watchdog:
         self.run_dir, self.stacks, self.rank, self.hosts, self.attempt = run_dir, stacks, rank, hosts, attempt
         self.update = 0
         self._timeout_s = math.inf if timeout_s is None else timeout_s
-        self._grace_s = 0.0 if timeout_s is None else grace_s(timeout_s)
+        self._grace_s = 0.0 if timeout_s is None else max(grace_s(timeout_s), mounts.remembered_s(run_dir))
         self._beats, self._where = 0, "start"
         self._moved_s = self._deadline_s = math.inf  # by the monotonic clock
         self._stopping = threading.Event()
@@ -112,20 +112,34 @@ class Watchdog:
     # In the thread
 
     def _watch(self) -> None:
-        armed_for = None
-        while not self._stopping.wait(min(POLL_S, self._timeout_s / 10)):
-            now, deadline = time.monotonic(), self._deadline_s
+        pause_s, armed_for, looked = min(POLL_S, self._timeout_s / 10), None, time.monotonic()
+        while not self._stopping.wait(pause_s):
+            now, late_s = time.monotonic(), time.monotonic() - looked - pause_s
+            looked = now
+            if (
+                late_s > POLL_S
+            ):  # this process was stopped (scontrol suspend, a machine that was paused): no time of its own went by
+                self._moved_s, self._deadline_s = self._moved_s + late_s, self._deadline_s + late_s
+            deadline = self._deadline_s
             if deadline != armed_for:
-                # after the rank that speaks, which an earlier end would take along, and before a launcher kills this one for it
+                # After the rank that speaks, which an earlier end would take along, and before a launcher kills this one for it.
+                # Twice that, since time in which the process is stopped goes by for the timer.
                 later_s = max(deadline - now, 0.0) + self._grace_s + GRACE_S
-                faulthandler.dump_traceback_later(later_s, exit=True, file=STDERR)
+                faulthandler.dump_traceback_later(2 * later_s, exit=True, file=STDERR)
                 armed_for = deadline
             if now > deadline or self._others_hang(now):
                 self._end()
 
     def _others_hang(self, now: float) -> bool:
-        """Whether another rank found the hang: those that wait for the same thing began to wait up to an update apart."""
-        return now - self._moved_s > self._timeout_s / 2 and os.path.isdir(self.stacks)  # noqa: PTH112 — Path's may raise
+        """Whether another rank found the hang: those that wait for the same thing began to wait up to an update apart.
+
+        The folder is looked for in its parent's list: asked for by its name, NFS may remember that it was not there.
+        """
+        if now - self._moved_s <= self._timeout_s / 2:
+            return False
+        with suppress(OSError):
+            return any(path.name == self.stacks.name for path in self.stacks.parent.iterdir())
+        return False
 
     def _end(self) -> None:
         faulthandler.dump_traceback_later(4 * self._grace_s, exit=True, file=STDERR)
@@ -160,8 +174,10 @@ class Watchdog:
         return self.stacks / f"rank_{rank:05d}.txt"
 
     def _read_headings(self) -> dict[int, Heading]:
-        """Of the ranks that wrote their stacks. Asked for by name, and once: what is not there yet may be remembered by NFS."""
+        """Of the ranks that wrote their stacks. Listed first, and asked for once: NFS may remember what was not there."""
         found = {}
+        with suppress(OSError):
+            list(self.stacks.iterdir())
         for rank in range(len(self.hosts)):
             with suppress(OSError, ValueError, TypeError), open(self._path(rank), encoding="utf-8") as file:
                 found[rank] = Heading(**json.loads(file.readline()))
@@ -176,13 +192,13 @@ class Watchdog:
 
 
 def grace_s(timeout_s: float) -> float:
-    """The ranks find a hang up to an update apart, and a network file system shows a file late: a share of what the run allows."""
+    """The ranks find a hang up to an update apart: a share of what the run allows. (Some file systems show files later still.)"""
     return max(GRACE_S, timeout_s / 30)
 
 
 def collective_timeout_s(timeout_s: float | None) -> float:
     """How long a collective may take in a run with this limit: the watch must have ended the job before it fails by itself."""
-    return SAVE_S if timeout_s is None else max(timeout_s, SAVE_S) + 5 * grace_s(timeout_s)
+    return SAVE_S if timeout_s is None else max(timeout_s, SAVE_S) + 5 * max(grace_s(timeout_s), mounts.REMEMBERED_S)
 
 
 def judge(found: Mapping[int, Heading], hosts: Sequence[str]) -> tuple[int | None, str]:

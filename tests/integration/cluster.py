@@ -6,7 +6,13 @@ each lives as long as its first process, which dies with this process however th
 clusters never meet, and a killed run leaves nothing behind.
 
     ctl     10.77.0.254   munged, slurmctld, br0 with one port pK a node
-    nodeK   10.77.0.K     slurmd, eth0
+    nK      10.77.0.K     slurmd, eth0; its host calls itself nodeK
+
+It is made to be as unkind as sites are. SLURM's name of a node is not its host name. A signal reaches what slurmstepd started, and
+nothing that went into a session of its own. Every node has two GPUs that are files: SLURM deals them out, and no CUDA sees them.
+
+TEST_SLURM=FOLDER in the environment takes SLURM from a folder that ``tests/integration/other_slurm.sh`` has made, laid over the
+nodes' /usr, instead of the one that is installed.
 """
 
 from __future__ import annotations
@@ -19,6 +25,7 @@ import re
 import select
 import shutil
 import signal
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -29,19 +36,25 @@ from typing import Any
 INSTALL = "apt-get install slurmctld slurmd slurm-client munge iproute2"
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "ip", "unshare", "nsenter", "setpriv", "bash", "mount")
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+OTHER = Path(os.environ["TEST_SLURM"]) if os.environ.get("TEST_SLURM") else None
 MAX_NODES = 200
 MAX_SOCKET_PATH = 107  # bytes of sun_path, less the closing zero
 
 UNSHARE = ("setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child=SIGKILL")
 
 # The first process of a node. It prints its process id as the host counts it once all is mounted, and then reaps what others
-# leave behind: $1 name, $2 folder, $3 where the system keeps PMIx, empty if nowhere.
+# leave behind: $1 host name, $2 folder, $3 where the system keeps PMIx, $4 what is laid over /usr; either
+# may be empty.
 INIT = """
 set -e
 read -r pid _ </proc/self/stat
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t tmpfs tmpfs /dev/shm
+if [ -n "$4" ]; then
+    mount -t overlay overlay -o "lowerdir=$4/usr:/usr" /usr
+    for plugins in "$4"/usr/lib/*/slurm-wlm; do mount --bind "$plugins" "${plugins#"$4"}"; done
+fi
 mount --bind "$2/hosts" /etc/hosts
 [ -z "$3" ] || mount --bind "$2/pmix" "$3"
 echo "$1" >/proc/sys/kernel/hostname
@@ -50,9 +63,13 @@ echo "$pid"
 sleep infinity & wait
 """
 
-PROBE = "mount -t proc proc /proc; mount -t sysfs sysfs /sys; ip link add br0 type bridge; ip link add x0 type veth peer name x1"
+PROBE = (
+    "mount -t proc proc /proc; mount -t sysfs sysfs /sys; ip link add br0 type bridge; ip link add x0 type veth peer name x1; "
+)
+PROBE += "mount -t tmpfs tmpfs /dev/shm; mknod /dev/shm/gpu0 c 1 3"
 
-# cgroup/v1: inside a network namespace SLURM cannot find out the version. config_overrides: take `CPUs` on trust.
+# cgroup/v1: inside a network namespace SLURM cannot find out the version; 20.11 knows only one and has no such key.
+# config_overrides: take `CPUs` on trust.
 # cred_expire: a requeued job waits for its old credential to expire, two minutes by default. TmpFS by node: PMIx keeps its
 # sockets there, and the nodes share a file system. NodeAddr: SLURM itself needs no names, so a test may take them away.
 CGROUP_CONF = "CgroupPlugin=cgroup/v1\n"
@@ -71,7 +88,7 @@ StateSaveLocation={folder}/state
 TmpFS={folder}/tmp/%n
 SlurmctldLogFile={folder}/log/slurmctld.log
 SlurmdLogFile={folder}/log/slurmd.%n.log
-ProctrackType=proctrack/linuxproc
+ProctrackType=proctrack/pgid
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
@@ -86,8 +103,13 @@ MessageTimeout=10
 SlurmdTimeout=10
 ReturnToService=2
 JobRequeue=1
-NodeName=node[1-{num_nodes}] NodeAddr=10.77.0.[1-{num_nodes}] CPUs={cpus} RealMemory=4000 State=UNKNOWN
+GresTypes=gpu
+NodeName=n[1-{num_nodes}] NodeHostName=node[1-{num_nodes}] NodeAddr=10.77.0.[1-{num_nodes}] CPUs={cpus} RealMemory=4000 \
+Gres=gpu:{gpus} State=UNKNOWN
 """
+GRES_CONF = "AutoDetect=off\nName=gpu File={folder}/gpu[0-{last}]\n"
+GPUS = 2
+"""Of a node. SLURM wants no more of them than files, whose names end with their numbers."""
 PARTITIONS = "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP"
 
 
@@ -114,15 +136,15 @@ def missing() -> str | None:
 class _Node:
     """The namespaces of one node and the daemons started in them."""
 
-    def __init__(self, name: str, folder: Path, pmix: Path | None) -> None:
-        words = [*UNSHARE, "bash", "-c", INIT, name, name, str(folder), str(pmix or "")]
+    def __init__(self, host: str, log: Path, folder: Path, pmix: Path | None) -> None:
+        words = [*UNSHARE, "bash", "-c", INIT, host, host, str(folder), str(pmix or ""), str(OTHER or "")]
         self.daemons: list[subprocess.Popen[bytes]] = []
         self.pid = 0
-        with (folder / "log" / f"{name}.log").open("ab") as log:
+        with log.open("ab") as output:
             # A session of its own: ctrl-C must reach the test, which then closes the cluster. --pdeathsig looks at the thread
             # that starts this, so a cluster lives no longer than the thread that made it.
             self.holder = subprocess.Popen(
-                words, env={"PATH": PATH}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, start_new_session=True
+                words, env={"PATH": PATH}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=output, start_new_session=True
             )
         try:
             assert self.holder.stdout is not None
@@ -130,7 +152,7 @@ class _Node:
                 ready, _, _ = select.select([pipe], [], [], 30)
                 line = pipe.readline() if ready else b""
             if not line.strip():
-                raise RuntimeError(f"the namespaces of {name} could not be made; see {log.name}")
+                raise RuntimeError(f"the namespaces of {host} could not be made; see {log}")
             self.pid = int(line)
         except BaseException:
             self.kill()
@@ -182,7 +204,7 @@ class _Node:
 
 
 class Cluster:
-    """Nodes ``node1`` … ``nodeN`` and the controller ``ctl``, up and idle inside ``with``, gone after it.
+    """Nodes ``n1`` … ``nN`` and the controller ``ctl``, up and idle inside ``with``, gone after it.
 
     ``partitions`` are lines of slurm.conf that replace the one partition ``main`` of all nodes. ``rate`` limits each link both
     ways, as tc writes it: ``100mbit``. All files lie in ``folder``, which may stay or go.
@@ -196,7 +218,7 @@ class Cluster:
         self.folder = folder.resolve()
         if len(os.fsencode(self.folder / "munge.sock")) > MAX_SOCKET_PATH:
             raise ValueError(f"the path {self.folder} is too long for a socket in it")
-        self.names = [f"node{k}" for k in range(1, num_nodes + 1)]
+        self.names = [f"n{k}" for k in range(1, num_nodes + 1)]
         self.cpus = cpus
         self.partitions = partitions or PARTITIONS
         self.rate = rate
@@ -318,11 +340,11 @@ class Cluster:
         The controller misses a killed node after 10 to 20 s and requeues its jobs then. If the node is back sooner, it can take a
         minute until the controller finds that the jobs are gone.
         """
-        k = int(self._node_name(name).removeprefix("node"))
+        k = int(self._node_name(name).removeprefix("n"))
         if name in self._nodes:
             raise ValueError(f"{name} is up already")
         control = self._up("ctl")
-        node = self._nodes[name] = _Node(name, self.folder, self._pmix)
+        node = self._nodes[name] = self._unshare(name)
         # The port of a killed node leaves some time after it: the kernel takes networks down in the background.
         port = f"p{k}"
         _until(lambda: port not in _interfaces(control.pid), 30, lambda: f"{name}'s old link does not go away")
@@ -341,12 +363,12 @@ class Cluster:
     def cut(self, name: str) -> None:
         """Takes the node's link down; what runs there lives on."""
         self._up(name)
-        self._up("ctl").network("ip", "link", "set", self._node_name(name).replace("node", "p"), "down")
+        self._up("ctl").network("ip", "link", "set", self._node_name(name).replace("n", "p"), "down")
 
     def join(self, name: str) -> None:
         """Takes the node's link up again."""
         self._up(name)
-        self._up("ctl").network("ip", "link", "set", self._node_name(name).replace("node", "p"), "up")
+        self._up("ctl").network("ip", "link", "set", self._node_name(name).replace("n", "p"), "up")
 
     def tx_bytes(self, name: str) -> int:
         """Bytes that the node has sent over its link since it was started."""
@@ -354,7 +376,11 @@ class Cluster:
 
     def address(self, name: str) -> str:
         """The node's IPv4 address."""
-        return "10.77.0.254" if name == "ctl" else f"10.77.0.{self._node_name(name).removeprefix('node')}"
+        return "10.77.0.254" if name == "ctl" else f"10.77.0.{self._node_name(name).removeprefix('n')}"
+
+    def host(self, name: str) -> str:
+        """What the node calls itself."""
+        return "ctl" if name == "ctl" else f"node{self._node_name(name).removeprefix('n')}"
 
     def logs(self, num_lines: int = 8) -> str:
         """The last lines of every log of the daemons."""
@@ -366,11 +392,15 @@ class Cluster:
     def _write_files(self) -> None:
         for name in ("log", "state", "spool", "tmp"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        hosts = ["127.0.0.1 localhost", *(f"{self.address(name)} {name}" for name in ("ctl", *self.names))]
+        hosts = ["127.0.0.1 localhost", *(f"{self.address(name)} {self.host(name)} {name}" for name in ("ctl", *self.names))]
         (self.folder / "hosts").write_text("\n".join(hosts) + "\n")
-        settings = SLURM_CONF.format(folder=self.folder, num_nodes=len(self.names), cpus=self.cpus)
+        settings = SLURM_CONF.format(folder=self.folder, num_nodes=len(self.names), cpus=self.cpus, gpus=GPUS)
         (self.folder / "slurm.conf").write_text(f"{settings}{self.partitions}\n")
-        (self.folder / "cgroup.conf").write_text(CGROUP_CONF)
+        has_versions = OTHER is None or any((OTHER / "usr" / "lib").glob("*/slurm-wlm/cgroup_v1.so"))
+        (self.folder / "cgroup.conf").write_text(CGROUP_CONF if has_versions else "")
+        (self.folder / "gres.conf").write_text(GRES_CONF.format(folder=self.folder, last=GPUS - 1))
+        for number in range(GPUS):
+            os.mknod(self.folder / f"gpu{number}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
         key = self.folder / "munge.key"
         key.unlink(missing_ok=True)
         key.touch(0o600)
@@ -378,15 +408,18 @@ class Cluster:
         (self.folder / "munge.sock").unlink(missing_ok=True)
         # SLURM's PMIx plugin opens libpmix.so by that name, which Debian ships for developers only: the nodes see a copy of the
         # folder that has it.
-        self._pmix = next(iter(Path("/usr/lib").glob("*/pmix2/lib")), None)
+        self._pmix = None if OTHER else next(iter(Path("/usr/lib").glob("*/pmix2/lib")), None)
         if self._pmix and not (self.folder / "pmix").exists():
             shutil.copytree(self._pmix, self.folder / "pmix", symlinks=True)
             link = self.folder / "pmix" / "libpmix.so"
             link.unlink(missing_ok=True)
             link.symlink_to("libpmix.so.2")
 
+    def _unshare(self, name: str) -> _Node:
+        return _Node(self.host(name), self.folder / "log" / f"{name}.log", self.folder, self._pmix)
+
     def _start_controller(self) -> None:
-        control = self._nodes["ctl"] = _Node("ctl", self.folder, self._pmix)
+        control = self._nodes["ctl"] = self._unshare("ctl")
         control.network("ip", "link", "add", "br0", "type", "bridge")
         control.network("ip", "address", "add", f"{self.address('ctl')}/24", "dev", "br0")
         control.network("ip", "link", "set", "br0", "up")

@@ -68,21 +68,21 @@ def test_nodes_whose_names_do_not_resolve(
     cluster: Cluster, train: Callable[[], object], losses: object, rename: Callable[[str, str], None]
 ) -> None:
     """SLURM knows their addresses."""
-    before = cluster.tx_bytes("node1")
-    for node in ("node1", "node2"):
+    before = cluster.tx_bytes("n1")
+    for node in ("n1", "n2"):
         rename(node, "")
     assert train() == losses
-    assert cluster.tx_bytes("node1") - before > 1_000_000, "the ranks were on two nodes"
+    assert cluster.tx_bytes("n1") - before > 1_000_000, "the ranks were on two nodes"
 
 
 def test_nodes_whose_own_names_lead_elsewhere(
     cluster: Cluster, train: Callable[[], object], losses: object, rename: Callable[[str, str], None]
 ) -> None:
     """To loopback, as Debian has it, and to a second network that does not join the nodes."""
-    cluster.run("node2", "ip", "link", "add", "mgmt0", "type", "veth", "peer", "name", "mgmt1")
-    cluster.run("node2", "ip", "address", "add", "192.168.99.2/24", "dev", "mgmt0")
+    cluster.run("n2", "ip", "link", "add", "mgmt0", "type", "veth", "peer", "name", "mgmt1")
+    cluster.run("n2", "ip", "address", "add", "192.168.99.2/24", "dev", "mgmt0")
     for end in ("mgmt0", "mgmt1"):
-        cluster.run("node2", "ip", "link", "set", end, "up")
-    rename("node1", f"127.0.1.1 node1\n{cluster.address('node2')} node2")
-    rename("node2", f"192.168.99.2 node2\n{cluster.address('node1')} node1")
+        cluster.run("n2", "ip", "link", "set", end, "up")
+    rename("n1", f"127.0.1.1 node1 n1\n{cluster.address('n2')} node2 n2")
+    rename("n2", f"192.168.99.2 node2 n2\n{cluster.address('n1')} node1 n1")
     assert train() == losses

@@ -12,10 +12,12 @@ from transformers import AutoTokenizer, LlamaConfig
 
 from relora_ds import config
 from relora_ds import manifest as manifests
-from relora_ds.checks import check
+from relora_ds.checks import check, refuse_busy
 from relora_ds.errors import ConfigError
+from relora_ds.lock import RunLock
 from relora_ds.manifest import Manifest
 from relora_ds.prepare import train_tokenizer
+from relora_ds.run_folder import RunFolder
 from relora_ds.tokenizer import Given
 from relora_ds.tokenizer import write as write_tokenizer
 from tests.conftest import TINY_LLAMA
@@ -181,3 +183,14 @@ def test_a_run_that_goes_on_is_not_asked_for_its_tokenizer_again(checkpointed: P
     overrides = ["model.config=null", f"model.path={others_model(tmp_path / 'model', 310)}"]
     read = config.load(checkpointed, overrides)
     check(read, checkpointed, 2, ["model"])
+
+
+def test_what_is_left_of_an_earlier_start_of_this_job_does_not_keep_it_out(recipe: Path, run: RunFolder) -> None:
+    """Its node was cut off and lives on: also where the command that starts the ranks looks, before rank 0 does."""
+    run.path.mkdir(parents=True)
+    settings = config.load(recipe)
+    with RunLock(run.path, job="17.0"):
+        refuse_busy(settings, "17.1")
+        for attempt in ("", "18.0"):
+            with pytest.raises(ConfigError, match="in use by"):
+                refuse_busy(settings, attempt)

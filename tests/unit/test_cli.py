@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from relora_ds import __version__, cli, launch
 from relora_ds.cli import main
-from relora_ds.errors import ConfigError, RankError
+from relora_ds.errors import AllError, ConfigError, RankError
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "SLURM_STEP_ID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
@@ -94,18 +94,40 @@ def test_a_recipe_that_is_not_there(refused: Refused, tmp_path: Path) -> None:
     assert refused("train", str(tmp_path / "none.yaml")).startswith("relora-ds: error: RECIPE=")
 
 
-@pytest.mark.parametrize(("kind", "told"), [(ConfigError, ""), (RankError, "relora-ds: error: --nproc=2: one GPU\n")])
-def test_rank_0_speaks_for_all_but_of_what_one_rank_alone_finds(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], kind: type[ConfigError], told: str
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ConfigError("--nproc", 2, "one GPU"), ""),
+        (AllError("--nproc=2: one GPU"), ""),
+        (RankError(3, "node2", "--nproc=2: one GPU"), ""),
+        (RankError(1, "node2", "--nproc=2: one GPU", speaker=1), "relora-ds: error: rank 1 on node2: --nproc=2: one GPU\n"),
+    ],
+    ids=["before the start", "all", "some", "this one"],
+)
+def test_rank_0_speaks_for_all_but_of_what_it_cannot_hear(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], error: ConfigError, told: str
 ) -> None:
-    def refuse(*_: object) -> NoReturn:
-        raise kind("--nproc", 2, "one GPU")
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise error
 
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(cli, "load", refuse)
-    assert main(["train", str(recipe)]) == 2
+    monkeypatch.setattr(cli.launch, "start_process_group", refuse)
+    assert main(["train", str(recipe), "relora.rank=0"]) == 2
     assert capfd.readouterr().err == told
+
+
+def test_a_command_that_no_launcher_starts_speaks_in_any_shell(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a pod, or of a job, whose variables say that it is rank 1."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "RECIPE='/nowhere'" in refused("slurm", "status", "/nowhere")
+
+
+def test_a_command_that_is_told_of_a_launcher_finds_its_trace(refused: Refused, recipe: Path) -> None:
+    assert "--under='srun': nothing in the environment says which rank this is" in refused(
+        "train", str(recipe), "--under", "srun"
+    )
 
 
 @pytest.mark.parametrize("nproc", ["0", "-1"])
@@ -168,18 +190,6 @@ def test_overrides_may_follow_options(spawned: list, recipe: Path) -> None:
 
 def test_overrides_that_follow_options_are_checked(refused: Refused, recipe: Path) -> None:
     assert "did you mean 'rank'?" in refused("train", str(recipe), "--nproc", "2", "relora.rnak=8")
-
-
-def test_only_one_rank_says_what_all_find(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    lines = []
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        assert main(["train", str(recipe), "relora.rnak=8"]) == 2
-        lines.append(capfd.readouterr().err.splitlines())
-    assert [len(found) for found in lines] == [1, 0]
 
 
 @pytest.mark.parametrize("command", ["eval", "export"])

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import NoReturn
+
+import deepspeed
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import relora_ds
+from relora_ds import launch
 from relora_ds.engine import regroup
 from relora_ds.errors import ConfigError
 from relora_ds.lora import wrap
@@ -20,6 +25,19 @@ def model() -> nn.Sequential:
 def names_in(net: nn.Module, groups: list[dict]) -> list[list[str]]:
     names = {id(p): name for name, p in net.named_parameters()}
     return [[names[id(p)] for p in group["params"]] for group in groups]
+
+
+def test_deepspeed_is_told_which_gpu_is_this_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    named = SimpleNamespace(device_rank=0)
+
+    def stop(args: object, *_: object, **__: object) -> NoReturn:
+        raise RuntimeError(args is named)
+
+    monkeypatch.setattr(launch, "naming_gpu", lambda args: named)
+    monkeypatch.setattr(deepspeed, "initialize", stop)
+    for relora in (None, {"rank": 2, "alpha": 4, "targets": ["0"]}):
+        with pytest.raises(RuntimeError, match="True"):
+            relora_ds.initialize(model=model(), config={"train_batch_size": 1, "zero_optimization": {"stage": 2}}, relora=relora)
 
 
 def test_factors_follow_the_group_of_their_weight() -> None:

@@ -48,6 +48,12 @@ def test_lines_that_were_cut_off_are_left_out(tmp_path: Path) -> None:
         (RuntimeError("connection closed\nC++ trace"), "RuntimeError: connection closed"),
         (ValueError(), "ValueError"),
         (ValueError("\n"), "ValueError"),
+        (  # what was lost is said at the end
+            RuntimeError(
+                "NCCL error in: x.cpp:3356, unhandled system error\nncclSystemError: …\nLast error:\nConnection refused"
+            ),
+            "RuntimeError: NCCL error in: x.cpp:3356, unhandled system error ncclSystemError: … Last error: Connection refused",
+        ),
     ],
 )
 def test_an_exception_in_one_line(error: Exception, text: str) -> None:

@@ -2,188 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
+from datetime import timedelta
 from types import SimpleNamespace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
+import torch.distributed as dist
 
-from relora_ds import launch, network, slurm_nodes
-from relora_ds.errors import ConfigError, RankError
+from relora_ds import devices, launch, meeting, network, places, slurm_nodes
+from relora_ds.devices import Gpu
+from relora_ds.errors import AllError, ConfigError, RankError, StartError
 from relora_ds.launch import Place, attempt, discover
-
-SRUN = {
-    "SLURM_JOB_ID": "1234567",
-    "SLURM_STEP_ID": "0",
-    "SLURM_PROCID": "5",
-    "SLURM_LOCALID": "1",
-    "SLURM_STEP_NUM_TASKS": "8",
-    "SLURM_STEP_NUM_NODES": "2",
-    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
-    "SLURM_STEP_NODELIST": "node[03-04]",
-    "SLURM_NODEID": "1",
-    "SLURMD_NODENAME": "node04",
-    "SLURM_NTASKS": "99",  # of the job, not of the step
-    "SLURM_NNODES": "99",
-    "SLURM_JOB_NODELIST": "login[1-9]",
-}
-OPEN_MPI = {
-    "OMPI_COMM_WORLD_RANK": "2",
-    "OMPI_COMM_WORLD_SIZE": "4",
-    "OMPI_COMM_WORLD_LOCAL_RANK": "2",
-    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
-}
-TORCHRUN = {
-    "RANK": "5",
-    "WORLD_SIZE": "8",
-    "LOCAL_RANK": "1",
-    "LOCAL_WORLD_SIZE": "4",
-    "MASTER_ADDR": "10.0.0.7",
-    "MASTER_PORT": "29411",
-}
-
-
-# Who am I
-
-
-def test_no_launcher() -> None:
-    assert discover({}) is None
-    assert discover({"PATH": "/bin", "LOCAL_RANK": "0"}) is None
-
-
-def test_torchrun() -> None:
-    place = discover(TORCHRUN)
-    assert place == Place(5, 8, 1, 4, "10.0.0.7", 29411, "torchrun")
-    assert not place.is_main
-
-
-def test_deepspeed_launcher_on_one_node() -> None:
-    environment = {
-        "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "2", "CROSS_RANK": "0", "CROSS_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500",
-    }  # fmt: skip
-    place = discover(environment)
-    assert place == Place(0, 2, 0, 2, "127.0.0.1", 29500, "torchrun")
-    assert place.is_main
-
-
-def test_deepspeed_launcher_on_several_nodes() -> None:
-    """It names the processes of a node LOCAL_SIZE; taken for one node, the job would be kept on the loopback interface."""
-    env = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4", "MASTER_ADDR": "node03", "MASTER_PORT": "29500"}
-    assert discover(env) == Place(5, 8, 1, 4, "node03", 29500, "torchrun")
-
-
-PORT = slurm_nodes.port_of(1234567, 0)
-PTY = {  # task 0 of `srun --pty bash` on one node
-    "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
-    "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_STEP_NODELIST": "node1",
-    "SLURM_NTASKS": "1", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "node1", "SLURM_PTY_PORT": "35551",
-}  # fmt: skip
-INTERACTIVE = PTY | {  # the shell of `salloc -N2 -n5` where LaunchParameters=use_interactive_step
-    "SLURM_STEP_ID": "4294967290", "SLURM_NTASKS": "5", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]",
-}  # fmt: skip
-
-
-def test_srun_on_several_nodes() -> None:
-    assert discover(SRUN) == Place(5, 8, 1, 4, "node03", PORT, "srun")
-    first = SRUN | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
-    assert discover(first) == Place(0, 8, 0, 4, "node03", PORT, "srun")
-
-
-@pytest.mark.parametrize(("node", "local_size"), [(0, 4), (1, 4), (2, 2)])
-def test_srun_on_nodes_with_different_numbers_of_tasks(node: int, local_size: int) -> None:
-    uneven = {"SLURM_STEP_NUM_TASKS": "10", "SLURM_STEP_NUM_NODES": "3", "SLURM_STEP_TASKS_PER_NODE": "4(x2),2"}
-    place = discover(SRUN | uneven | {"SLURM_NODEID": str(node)})
-    assert place is not None
-    assert place.local_world_size == local_size
-    assert not place.is_one_node
-
-
-@pytest.mark.parametrize("reserved", ["12345-12346", "12345,12350-12352", "12345"])
-def test_srun_takes_a_port_that_slurm_reserved(reserved: str) -> None:
-    environment = SRUN | {"SLURM_STEP_RESV_PORTS": reserved}
-    place, asked = discover(environment), discover(environment | {"MASTER_PORT": "7777"})
-    assert place is not None and asked is not None
-    assert (place.master_port, asked.master_port) == (12345, 7777)
-
-
-@pytest.mark.parametrize("shell", [PTY, INTERACTIVE], ids=["srun --pty bash", "salloc"])
-def test_a_shell_inside_a_step_is_not_a_rank(shell: dict[str, str]) -> None:
-    """`relora-ds train --nproc 2` typed there starts its own processes."""
-    assert discover(shell) is None
-
-
-def test_srun_inside_a_shell_of_srun() -> None:
-    """The inner srun passes the outer's SLURM_PTY_PORT on."""
-    assert discover(SRUN | {"SLURM_PTY_PORT": "36521"}) == discover(SRUN)
-
-
-def test_a_batch_script_is_not_a_rank() -> None:
-    """It has the number of a task, but of no step."""
-    environment = {name: value for name, value in SRUN.items() if "STEP" not in name}
-    assert discover(environment | {"SLURM_PROCID": "0"}) is None
-
-
-def test_srun_takes_a_master_that_the_job_script_names() -> None:
-    place = discover(SRUN | {"MASTER_ADDR": "node04-ib", "MASTER_PORT": "12345"})
-    assert place is not None
-    assert (place.master_addr, place.master_port) == ("node04-ib", 12345)
-
-
-def test_srun_on_one_node_needs_no_name() -> None:
-    one_node = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "2"}
-    one_node |= {"SLURM_NODEID": "0", "SLURM_PROCID": "1"}
-    assert discover(SRUN | one_node) == Place(1, 2, 1, 2, "127.0.0.1", PORT, "srun")
-
-
-def test_srun_without_a_node_list() -> None:
-    environment = {name: value for name, value in SRUN.items() if "NODELIST" not in name}
-    with pytest.raises(ConfigError, match="set MASTER_ADDR"):
-        discover(environment)
-
-
-def test_a_job_script_is_not_a_step() -> None:
-    """In the script of sbatch or the shell of salloc, `relora-ds train --nproc 2` starts its own processes."""
-    assert discover({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}) is None
-
-
-@pytest.mark.parametrize("outer", [SRUN, OPEN_MPI], ids=["srun", "mpirun"])
-def test_torchrun_under_another_launcher(outer: dict[str, str]) -> None:
-    assert discover(outer | TORCHRUN) == discover(TORCHRUN)
-
-
-def test_open_mpi_on_one_node() -> None:
-    assert discover(OPEN_MPI) == Place(2, 4, 2, 4, "127.0.0.1", 29500, "mpirun")
-
-
-def test_open_mpi_over_nodes_with_a_named_master() -> None:
-    environment = OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0", "MASTER_ADDR": "10.0.0.7"}
-    assert discover(environment) == Place(2, 4, 0, 2, "10.0.0.7", 29500, "mpirun")
-
-
-def test_mpirun_inside_a_slurm_job() -> None:
-    """On all nodes but the first its daemon is a task of srun, whose variables the rank inherits."""
-    daemon = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}
-    assert discover(OPEN_MPI | daemon | {"PMIX_RANK": "2"}) == discover(OPEN_MPI)
-
-
-def test_srun_with_pmix_needs_no_mpi() -> None:
-    assert discover(SRUN | {"PMIX_RANK": "5", "PMIX_NAMESPACE": "slurm.pmix.3.0"}) == discover(SRUN)
-
-
-def test_open_mpi_over_nodes_without_mpi4py(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "mpi4py", None)
-    with pytest.raises(ConfigError, match=r"MASTER_ADDR=None: .*rank 0's address; set it, or install relora_ds\[mpi\]"):
-        discover(OVER_NODES)
-
-
-OVER_NODES = OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+from relora_ds.lock import boot_id
+from relora_ds.meeting import Card
+from tests.unit.launchers import BATCHSPAWNER, OVER_NODES, SRUN, TORCHRUN
 
 
 class World:
@@ -218,7 +59,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], World]:
         comm = World(rank, ["node1", "node1", "node2", "node2"])
         mpi = SimpleNamespace(MPI=SimpleNamespace(COMM_WORLD=comm, COMM_TYPE_SHARED=0), __spec__=SimpleNamespace())
         monkeypatch.setitem(sys.modules, "mpi4py", mpi)
-        launch._mpi_place.cache_clear()
+        places._mpi_place.cache_clear()
         return comm
 
     return install
@@ -338,8 +179,11 @@ def test_gloo_is_left_alone_where_all_ways_are_loopback(monkeypatch: pytest.Monk
 
 
 def test_the_master_of_srun_is_looked_up_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slurm_nodes, "reachable", {"node03": "10.0.0.3"}.__getitem__)
+    pauses: list[float] = []
+    monkeypatch.setattr(slurm_nodes, "reachable", lambda node, pause_s: pauses.append(pause_s) or {"node03": "10.0.0.3"}[node])
     assert launch.find_master(NODES) == replace(NODES, master_addr="10.0.0.3")
+    launch.find_master(replace(NODES, rank=499))
+    assert pauses == pytest.approx([0.1, 9.98]), "one rank after the other"
     named = replace(NODES, launcher="torchrun")
     assert launch.find_master(named) is named
     assert launch.find_master(ONE_NODE) is ONE_NODE
@@ -484,60 +328,174 @@ def test_attempt(environment: dict[str, str], name: str) -> None:
     assert attempt(environment) == name
 
 
-@pytest.mark.parametrize(
-    ("num_gpus", "environment", "own"),
-    [
-        (1, {"SLURM_GPUS_PER_TASK": "1"}, True),
-        (1, {"SLURM_GPU_BIND": "per_task:1"}, True),
-        (1, {"SLURM_GPUS_PER_NODE": "8"}, False),  # a node with one GPU
-        (8, {"SLURM_GPUS_PER_TASK": "1"}, False),  # all are visible
-        (1, {"SLURM_TRES_PER_TASK": "cpu=4,gres/gpu:1"}, True),
-        (1, {"SLURM_TRES_PER_TASK": "gres/gpu=1"}, True),
-        (1, {"SLURM_TRES_PER_TASK": "cpu=4"}, False),
-        (1, {"SLURM_GPU_BIND": "none"}, False),
-        (1, {**TORCHRUN, "CUDA_VISIBLE_DEVICES": "1"}, True),  # a script around the command, under torchrun and mpirun
-        (1, {**OPEN_MPI, "CUDA_VISIBLE_DEVICES": "0"}, True),  # the number that its own has inside a container or cgroup
-        (1, {**TORCHRUN, "CUDA_VISIBLE_DEVICES": "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6"}, True),
-        (1, {**TORCHRUN, "ROCR_VISIBLE_DEVICES": "1"}, True),
-        (2, {**TORCHRUN, "CUDA_VISIBLE_DEVICES": "0,1"}, False),
-        (1, {**TORCHRUN, "CUDA_VISIBLE_DEVICES": "0,1"}, False),  # the second is not there
-        (0, {**TORCHRUN, "CUDA_VISIBLE_DEVICES": ""}, False),
-        (1, TORCHRUN, False),  # two processes on a machine with one GPU
-    ],
-)
-def test_a_task_that_sees_its_own_gpu_alone(num_gpus: int, environment: dict[str, str], own: bool) -> None:
-    assert launch.sees_its_own_gpu(num_gpus, environment) is own
-
-
 @pytest.fixture
-def one_gpu(monkeypatch: pytest.MonkeyPatch, clean: None) -> list[int]:
-    """A machine that shows one GPU, and no process group; the devices that are chosen."""
+def job(monkeypatch: pytest.MonkeyPatch, clean: None) -> Job:
+    """This process is a rank of a job whose other ranks are only what they say of themselves; no process group is started."""
     import deepspeed
 
-    chosen: list[int] = []
-    for name in (*launch.SHOWN_GPUS, "SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_GPU_BIND"):
+    stand_in = Job()
+    for name in (*devices.SHOWN_GPUS, *devices.GRANTED_GPUS, "SLURMD_NODENAME", "DS_ACCELERATOR"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setattr("relora_ds.ledger.count_everything", lambda: None)
     monkeypatch.setattr(launch, "skip_shared_memory_build", lambda: None)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    monkeypatch.setattr(launch, "_open_store", lambda limit_s: stand_in.store)
+    monkeypatch.setattr(launch, "_meetings", itertools.repeat(0))
+    monkeypatch.setattr(meeting, "PARTING_S", 0.1)
+    monkeypatch.setattr(meeting, "SPEAK_S", 0.0)
+    monkeypatch.setattr(devices, "visible", lambda: list(stand_in.gpus))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: bool(stand_in.gpus))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: len(stand_in.gpus))
+    monkeypatch.setattr("torch.cuda.set_device", stand_in.chosen.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **words: stand_in.joined.append((backend, words)))
     monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: None)
-    return chosen
+    return stand_in
 
 
-def test_a_rank_that_is_shown_its_own_gpu_drives_that(one_gpu: list[int]) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = "1"
-    assert str(launch.start_process_group(replace(ONE_NODE, rank=1, local_rank=1))) == "cuda:0"
-    assert one_gpu == [0]
-    assert os.environ["LOCAL_RANK"] == "0"
+class Job:
+    """The other ranks of a job, and what this one does.
+
+    Attributes:
+        gpus: that this rank is shown.
+        chosen: the GPU that it takes.
+        joined: the process group that it starts.
+    """
+
+    def __init__(self) -> None:
+        self.store = dist.HashStore()
+        self.gpus: tuple[Gpu, ...] = ()
+        self.chosen: list[int] = []
+        self.joined: list[tuple[str, dict[str, Any]]] = []
+
+    def has(self, *cards: Card) -> None:
+        """The other ranks say this; this one is rank 0."""
+        for card in cards:
+            here = replace(card, boot=boot_id())
+            dist.PrefixStore("relora_ds/0/0", self.store).set(meeting._key(card.rank), json.dumps(asdict(here)))
+
+    def start(self, local_rank: int | None = 0, world_size: int = 2, **more: Any) -> tuple[Place, Any]:
+        """This rank, 0 of ``world_size``, starts; ``local_rank`` is what its launcher says."""
+        return launch.start_process_group(
+            Place(0, world_size, local_rank, world_size, "127.0.0.1", 29500, "torchrun"), 0.5, **more
+        )
 
 
-def test_two_ranks_on_a_machine_with_one_gpu_are_refused(one_gpu: list[int]) -> None:
-    with pytest.raises(RankError, match=r"this machine has 1 GPU\(s\)"):
-        launch.start_process_group(replace(ONE_NODE, rank=1, local_rank=1))
-    assert one_gpu == []
+A, B = Gpu("GPU-a", "0000:1b:00"), Gpu("GPU-b", "0000:43:00")
+HERE = socket.gethostname()
+
+
+def test_a_rank_that_is_shown_its_own_gpu_drives_that(job: Job) -> None:
+    """LOCAL_RANK stays the true one: under mpirun DeepSpeed compares it with Open MPI's. NCCL is bound to the GPU all the same."""
+    job.gpus = (B,)
+    job.has(Card(1, HERE, 0, (A,)))
+    _, device = job.start(local_rank=1)
+    assert str(device) == "cuda:0"
+    assert (job.chosen, os.environ["LOCAL_RANK"], launch.naming_gpu().device_rank) == ([0], "1", 0)
+    ((backend, words),) = job.joined
+    assert (backend, words["device_id"], words["world_size"]) == ("nccl", device, 2)
+    assert job.store.timeout == timedelta(seconds=0.5), "that of the collectives, however long the ranks could take to come"
+
+
+def test_arguments_that_name_a_gpu_stay(job: Job) -> None:
+    os.environ["LOCAL_RANK"] = "3"
+    given = SimpleNamespace(device_rank=7)
+    assert launch.naming_gpu(given) is given and launch.naming_gpu(None) is None  # on a CPU
+    job.gpus = (A,)
+    assert launch.naming_gpu(given).device_rank == 7
+    assert vars(launch.naming_gpu(SimpleNamespace(local_rank=3))) == {"local_rank": 3, "device_rank": 0}
+
+
+def test_a_rank_that_is_shown_all_gpus_drives_its_own(job: Job) -> None:
+    job.gpus = (A, B)
+    job.has(Card(1, HERE, 0, (A, B)))
+    assert str(job.start(local_rank=1)[1]) == "cuda:1"
+    assert (job.chosen, launch.naming_gpu()) == ([1], None)
+
+
+def test_two_ranks_on_a_machine_with_one_gpu_are_refused(job: Job) -> None:
+    job.gpus = (A,)
+    job.has(Card(1, HERE, 1, (A,)))
+    with pytest.raises(ConfigError, match=r"rank 1 on .* drives the same GPU GPU-a as rank 0, and is shown 1: start one process"):
+        job.start()
+    assert (job.chosen, job.joined) == ([], [])
+
+
+def test_a_job_over_gpus_and_cpus_is_refused(job: Job) -> None:
+    job.gpus = (A,)
+    job.has(Card(1, "node2", 0))
+    with pytest.raises(RankError, match="rank 1 on node2: drives the CPU"):
+        job.start()
+    assert job.joined == []
+
+
+def test_gpus_that_slurm_gave_and_that_are_not_seen_are_an_error(job: Job) -> None:
+    os.environ.update(SLURM_GPUS_ON_NODE="8", SLURMD_NODENAME="gpu12")
+    with pytest.raises(AllError, match="^SLURM_GPUS_ON_NODE='8': SLURM gave gpu12 GPUs, but PyTorch sees none"):
+        job.start(world_size=1)
+    job.has(Card(1, "gpu13", 0, (A,)))
+    with pytest.raises(RankError, match="^rank 0 on gpu12: SLURM_GPUS_ON_NODE"):
+        job.start()
+    assert job.joined == []
+
+
+def test_an_accelerator_left_over_from_a_login_node_is_not_believed(job: Job) -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    job.start(world_size=1)
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
+    job.gpus = (A,)
+    job.start(world_size=1)
+    assert "DS_ACCELERATOR" not in os.environ
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    launch.quiet_libraries()
+    assert "DS_ACCELERATOR" not in os.environ
+
+
+def test_what_the_launcher_does_not_say_is_counted(job: Job) -> None:
+    job.has(Card(1, "node2", None), Card(2, HERE, None))
+    place, _ = launch.start_process_group(Place(0, 3, None, None, "node1", 29500, "torchrun"), 0.5)
+    assert (place.local_rank, place.local_world_size, place.is_one_node) == (0, 2, False)
+    assert (os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]) == ("0", "2")
+
+
+def test_a_refusal_is_told_to_all(job: Job) -> None:
+    refusal = ConfigError("data.path", "/data", "is not there")
+    job.has(Card(1, "node2", 0))
+    with pytest.raises(RankError, match="data.path='/data': is not there") as error:
+        job.start(refusal=refusal)
+    assert (error.value.rank, error.value.host, error.value.speaker) == (0, HERE, 0)
+
+
+def test_a_rank_that_refuses_where_rank_0_is_not_says_so_itself(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(_: float) -> NoReturn:
+        raise RuntimeError("The client socket has timed out")
+
+    monkeypatch.setattr(launch, "_open_store", gone)
+    place = Place(3, 4, 1, 2, "node1", 29500, "srun")
+    monkeypatch.setattr(slurm_nodes, "reachable", lambda node, pause_s: node)
+    with pytest.raises(RankError, match=r"rank 3 on .*: relora.rank=0: too small") as error:
+        launch.start_process_group(place, refusal=ConfigError("relora.rank", 0, "too small"))
+    assert error.value.speaker == 3
+    with pytest.raises(RuntimeError, match="timed out"):
+        launch.start_process_group(place)
+
+
+def test_a_name_that_one_rank_cannot_resolve_is_told_by_it(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(node: str, pause_s: float) -> NoReturn:
+        raise ConfigError("MASTER_ADDR", node, "this name does not resolve")
+
+    monkeypatch.setattr(slurm_nodes, "reachable", unknown)
+    with pytest.raises(RankError, match="rank 3 on .*: MASTER_ADDR='node1'") as error:
+        launch.start_process_group(Place(3, 4, 1, 2, "node1", 29500, "srun"))
+    assert error.value.speaker == 3
+
+
+def test_a_port_that_is_taken_is_named(clean: None) -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        place = replace(launch.single(), master_port=other.getsockname()[1])
+        with pytest.raises(StartError, match=rf"port {place.master_port} of .* is in use by another program: another start"):
+            launch.start_process_group(place)
 
 
 @pytest.mark.parametrize(
@@ -546,15 +504,52 @@ def test_two_ranks_on_a_machine_with_one_gpu_are_refused(one_gpu: list[int]) -> 
     ids=["shared", "another error"],
 )
 def test_ranks_that_are_shown_the_same_gpu_are_refused_when_they_meet(
-    monkeypatch: pytest.MonkeyPatch, one_gpu: list[int], told: str, refused: bool
+    monkeypatch: pytest.MonkeyPatch, job: Job, told: str, refused: bool
 ) -> None:
-    import deepspeed
+    """Where PyTorch does not say which GPU it is, NCCL does."""
 
-    def meet(**_: object) -> NoReturn:
+    def meet(*_: object, **__: object) -> NoReturn:
         raise RuntimeError(told)
 
-    monkeypatch.setattr(deepspeed, "init_distributed", meet)
+    monkeypatch.setattr(dist, "init_process_group", meet)
     os.environ["CUDA_VISIBLE_DEVICES"] = "0"
-    line = r"^CUDA_VISIBLE_DEVICES='0': several processes of this machine were shown the same GPU; start one"
+    job.gpus = (Gpu("", ""),)
+    job.has(Card(1, HERE, 1, (Gpu("", ""),)))
+    line = r"CUDA_VISIBLE_DEVICES='0': several processes of this machine were shown the same GPU; start one"
     with pytest.raises(RankError if refused else RuntimeError, match=line if refused else told):
-        launch.start_process_group(replace(ONE_NODE, rank=1, local_rank=1))
+        job.start()
+
+
+def test_an_error_after_the_start_is_of_all_or_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    error, place = ConfigError("model.path", "m", "is not there"), Place(1, 2, 1, 2, "127.0.0.1", 29500, "torchrun")
+    monkeypatch.setattr(launch, "_common", dist.HashStore())
+    monkeypatch.setattr(meeting, "ANSWER_S", 0.1)
+    monkeypatch.setattr(meeting, "SPEAK_S", 0.0)
+    mine = launch.of_all_or_one(error, place)
+    assert isinstance(mine, RankError) and mine.speaker == 1 and str(mine).endswith(": model.path='m': is not there")
+    assert launch.of_all_or_one(error, place) is error  # it is the second to find it
+    assert launch.of_all_or_one(mine, place) is mine
+    assert launch.of_all_or_one(error, replace(place, world_size=1)) is error
+
+
+# Who is started by a launcher
+
+
+def test_the_one_task_of_a_step_starts_ranks_itself(monkeypatch: pytest.MonkeyPatch, clean: None) -> None:
+    for name, value in BATCHSPAWNER.items():
+        monkeypatch.setenv(name, value)
+    assert launch.launched() is None
+    told = launch.launched("srun")
+    assert told is not None and told.world_size == 1
+
+
+def test_a_container_that_lets_nothing_through_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "discover", lambda: None)
+    with pytest.raises(ConfigError, match="^--under='srun': nothing in the environment says which rank this is; .*--cleanenv"):
+        launch.launched("srun")
+    assert launch.launched() is None
+
+
+def test_a_node_has_the_name_that_slurm_knows() -> None:
+    assert launch.node_name({"SLURMD_NODENAME": "gpu-2"}) == "gpu-2"
+    assert launch.node_name({}) == socket.gethostname()

@@ -105,7 +105,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
 
 def test_spawn_gives_each_process_its_place(stand_in: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(launch.cores, "usable", lambda: 6)
     folder = stand_in('env > "env.$RANK"; echo "$@" > "arguments.$RANK"')
     assert launch.spawn(["train", "recipe.yaml", "run.seed=7"], 2) == 0
     ports = set()

@@ -36,6 +36,7 @@ sys.stdin.read()
 @pytest.fixture(autouse=True)
 def settle_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock_module, "SETTLE_S", 0.01)
+    monkeypatch.setattr(lock_module, "WATCH_S", 0.0)
 
 
 @pytest.fixture
@@ -203,16 +204,56 @@ def test_from_elsewhere_the_heartbeat_decides(tmp_path: Path, changes: dict[str,
     lock.release()
 
 
-@pytest.mark.parametrize(("name", "unknown"), [("_state_and_start_time", None), ("_boot_id", ""), ("_pid_namespace", "")])
+@pytest.mark.parametrize(("name", "unknown"), [("_state_and_start_time", None), ("boot_id", ""), ("_pid_namespace", "")])
 def test_without_proc_the_heartbeat_decides(
     tmp_path: Path, other: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch, name: str, unknown: Any
 ) -> None:
     monkeypatch.setattr(lock_module, name, lambda *args: unknown)
     if unknown == "":
-        rewrite(tmp_path / LOCK_NAME, **{name[1:]: ""})  # two machines without /proc say the same
+        rewrite(tmp_path / LOCK_NAME, **{name.lstrip("_"): ""})  # two machines without /proc say the same
     assert RunLock(tmp_path).holder() is not None
     age(tmp_path / LOCK_NAME, STALE_AFTER_S + 5)
     assert RunLock(tmp_path).holder() is None
+
+
+def test_a_live_lock_of_a_machine_whose_clock_is_behind_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its heartbeats look old, and come all the same."""
+    path = left_by_elsewhere(tmp_path, STALE_AFTER_S + 600)
+    monkeypatch.setattr(lock_module, "WATCH_S", 0.5)
+    ends = threading.Event()
+
+    def beat() -> None:
+        while not ends.wait(0.1):
+            age(path, STALE_AFTER_S + 600)  # by its clock at that time
+
+    holder = threading.Thread(target=beat)
+    holder.start()
+    try:
+        with pytest.raises(ConfigError, match="in use by"):
+            RunLock(tmp_path).acquire()
+    finally:
+        ends.set()
+        holder.join()
+
+
+def test_a_lock_that_looks_stale_is_watched_for_a_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left_by_elsewhere(tmp_path, STALE_AFTER_S + 5)
+    monkeypatch.setattr(lock_module, "WATCH_S", 0.3)
+    began, lock = time.monotonic(), RunLock(tmp_path)
+    assert lock.acquire() is not None
+    assert 0.3 <= time.monotonic() - began < 3
+    lock.release()
+
+
+def test_a_dead_lock_of_a_machine_whose_clock_is_ahead_is_stale_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left_by_elsewhere(tmp_path, -3600.0)
+    lock, clock = RunLock(tmp_path), [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    assert lock.holder() is not None
+    clock[0] += STALE_AFTER_S - 1
+    assert lock.holder() is not None
+    clock[0] += 2
+    assert lock.holder() is None
 
 
 def test_another_users_process_is_live(tmp_path: Path, other: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch) -> None:

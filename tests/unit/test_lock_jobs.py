@@ -15,6 +15,7 @@ from tests.unit.test_lock import left_by_elsewhere, rewrite
 @pytest.fixture(autouse=True)
 def settle_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock_module, "SETTLE_S", 0.01)
+    monkeypatch.setattr(lock_module, "WATCH_S", 0.0)
 
 
 @pytest.mark.parametrize(

@@ -68,3 +68,15 @@ def test_unreadable_counters_are_left_out(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/sys/class/net/lo").exists(), reason="no /sys/class/net on this system")
 def test_the_machines_own_loopback_counts() -> None:
     assert nic.LOOPBACK in nic.read()
+
+
+def test_ways_past_the_counters(tmp_path: Path) -> None:
+    port(tmp_path, "mlx5_0", 100, 25)
+    assert nic.unseen(shares_memory=False, sys=tmp_path) == []
+    efa = tmp_path / nic.INFINIBAND / "rdmap0s6/ports/1"
+    (efa / "hw_counters").mkdir(parents=True)
+    (efa / "hw_counters/tx_bytes").write_text("1000")
+    (tmp_path / "class/cxi/cxi0").mkdir(parents=True)
+    assert nic.unseen(shares_memory=True, sys=tmp_path) == [
+        "NVLink and memory inside a node", "rdmap0s6, which keeps no counters of bytes here but its own", "cxi0 (libfabric)",
+    ]  # fmt: skip

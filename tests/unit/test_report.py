@@ -291,6 +291,8 @@ def test_traffic_of_every_start(run_dir: Path) -> None:
     (run_dir / "traffic.json").write_text(json.dumps({"starts": [{**start, "nodes": nodes}]}))
     text = report([run_dir]).read_text()
     assert cells(text, "1 to 1,100")[1:] == ["2", "2", "4.32 kB", "2 MB", "2 MB", "1.5 MB", "100 B", "12 MB", "12.1 MB"]
+    (run_dir / "traffic.json").write_text(json.dumps({"starts": [{**start, "nodes": nodes, "unseen": ["cxi0 (libfabric)"]}]}))
+    assert cells(report([run_dir]).read_text(), "1 to 1,100")[-1] == "≥ 12.1 MB"
 
 
 def test_a_damaged_traffic_file_is_left_out(run_dir: Path) -> None:

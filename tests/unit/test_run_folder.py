@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import stat
 from collections.abc import Iterator
@@ -163,3 +164,28 @@ def test_read_config_returns_what_the_run_was_started_with(tmp_path: Path, setti
     started_with = config.parse(settings)
     folder.config.write_text(config.dump(started_with), encoding="utf-8")
     assert folder.read_config() == started_with
+
+
+def test_a_line_that_another_machine_wrote_over_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """O_APPEND of two clients of NFS: both write where the file ended for them."""
+    path, real, calls = tmp_path / "faults.jsonl", run_folder.append_line, []
+
+    def append(where: Path, record: dict[str, object]) -> None:
+        real(where, record)
+        calls.append(record)
+        if len(calls) < 3:
+            where.write_text('{"rank": 1}\n')
+
+    monkeypatch.setattr(run_folder, "append_line", append)
+    monkeypatch.setattr(run_folder, "APPEND_PAUSE_S", 0.0)
+    run_folder.append_surely(path, {"rank": 0, "loss": math.nan})
+    assert path.read_text() == '{"rank": 1}\n{"rank": 0, "loss": null}\n'
+    assert len(calls) == 3
+
+
+def test_a_line_that_is_lost_every_time_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "faults.jsonl"
+    monkeypatch.setattr(run_folder, "append_line", lambda where, record: where.write_text(""))
+    monkeypatch.setattr(run_folder, "APPEND_PAUSE_S", 0.0)
+    run_folder.append_surely(path, {"rank": 0})
+    assert path.read_text() == ""

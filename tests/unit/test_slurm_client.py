@@ -9,7 +9,7 @@ import pytest
 
 from relora_ds import slurm_client as client
 from relora_ds.errors import ConfigError
-from relora_ds.slurm_client import SlurmError, bad_nodes, duration, in_one_line, number, parse_json, parse_scontrol
+from relora_ds.slurm_client import SlurmError, bad_nodes, duration, in_one_line, largest, number, parse_json, parse_scontrol
 
 SCONTROL = (
     "JobId=7 JobName=my job UserId=me(1000) GroupId=me(1000) MCS_label=N/A Priority=42 Nice=0 Account=(null) QOS=(null) "
@@ -83,6 +83,12 @@ def test_bad_nodes() -> None:
     assert bad_nodes(text) == ["node2", "node3", "node4", "node6"]
 
 
+def test_the_size_of_a_partition() -> None:
+    text = "main* 3\nmain* 1\nlong 8\nshort 2\n"
+    assert [largest(text, names) for names in (None, "main", "short", "short,long", "nope")] == [4, 4, 2, 8, None]
+    assert largest("PARTITION NODES\n17\n", None) is None
+
+
 def test_a_program_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match=r"sbatch=None: is not on the PATH; run this where SLURM's commands are"):
@@ -93,8 +99,10 @@ def test_a_failure_has_the_programs_own_words(program) -> None:  # type: ignore[
     program("sbatch", "echo 'sbatch: error: no such account' >&2; exit 1")
     with pytest.raises(SlurmError, match=r"^no such account$"):
         client.submit(Path("script"))
-    program("sbatch", "echo '17;cluster'")
-    assert client.submit(Path("script")) == 17
+    program("sbatch", "echo 'Welcome to the cluster'; echo 17")
+    assert client.submit(Path("script")) == (17, "")
+    program("sbatch", "echo '17;alex'")
+    assert client.submit(Path("script")) == (17, "alex")
 
 
 def test_a_silent_controller_is_asked_again(program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
@@ -120,3 +128,35 @@ def test_a_job_is_sought_in_three_places(program) -> None:  # type: ignore[no-un
     program("sacct", "echo '7|a|CANCELLED by 0|node1|60'")
     found = client.job(7)
     assert found is not None and (found.state, found.nodes, found.is_over) == ("CANCELLED", "node1", True)
+
+
+def test_another_cluster_is_asked_of_its_job(program, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    for name in ("squeue", "scontrol", "sacct"):
+        program(name, f"echo {name} $1 >>{tmp_path}/asked; echo 'Invalid job id specified' >&2; exit 1")
+    assert client.job(7, "alex") is None
+    assert (tmp_path / "asked").read_text() == "".join(f"{name} --clusters=alex\n" for name in ("squeue", "scontrol", "sacct"))
+
+
+def test_an_outage_is_waited_for_as_long_as_one_has(program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(client, "PAUSE_S", 0.01)
+    program("scontrol", f"echo x >>{tmp_path}/asked; echo 'Unable to contact slurm controller' >&2; exit 1")
+    with pytest.raises(SlurmError, match="Unable to contact"):
+        client.shown(7, 0.0)
+    short = len((tmp_path / "asked").read_text())
+    with pytest.raises(SlurmError, match="Unable to contact"):
+        client.shown(7, 0.5)
+    assert len((tmp_path / "asked").read_text()) > 2 * short
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_preempted"),
+    [
+        ("PreemptEligibleTime=2026-11-26T02:23:33 PreemptTime=2026-11-26T02:23:36", True),
+        ("PreemptEligibleTime=2026-11-26T02:23:33 PreemptTime=None", False),
+        ("", False),
+    ],
+)
+def test_a_job_whose_nodes_another_took(fields: str, is_preempted: bool) -> None:
+    """As SLURM 22.05 says it: preempted by PreemptMode=CANCEL, cancelled by its user, and older ones."""
+    text = f"JobId=1 JobName=a JobState=COMPLETING Reason=None Requeue=1 Restarts=0 {fields} SuspendTime=None NodeList=node1 \n"
+    assert parse_scontrol(text).is_preempted is is_preempted

@@ -105,6 +105,19 @@ def test_slurm_is_asked_for_the_address(answers: dict[str, str], names: dict[str
     assert reachable("node3") == address
 
 
+def test_slurm_is_asked_after_a_pause_and_only_where_it_must_be(
+    answers: dict[str, str], names: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(slurm_nodes.time, "sleep", pauses.append)
+    names["node2"] = "10.0.0.2"
+    reachable("node2", pause_s=5.0)
+    assert pauses == []
+    answers["node3"] = NODE.format("10.0.0.3")
+    reachable("node3", pause_s=5.0)
+    assert pauses == [5.0]
+
+
 def test_a_node_whose_own_name_means_loopback_to_slurm_too(answers: dict[str, str], names: dict[str, str]) -> None:
     answers["node3"] = NODE.format("node3")
     names["node3"] = "127.0.1.1"

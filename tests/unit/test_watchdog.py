@@ -6,12 +6,14 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from relora_ds import faults
+from relora_ds import faults, mounts
 from relora_ds.watchdog import GRACE_S, SAVE_S, Heading, Watchdog, collective_timeout_s, grace_s, judge, stacks_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,6 +130,48 @@ def test_a_disk_that_hangs(tmp_path: Path) -> None:
     ((code, told),) = ranks(tmp_path, ["dog._write_stacks = stuck_here; stuck_here()"])
     assert code == 1
     assert told.count("in stuck_here") == 2
+
+
+SUSPENDED = """
+import os, signal, subprocess
+os.environ["PATH"] = "/usr/bin:/bin"
+subprocess.Popen(["sh", "-c", f"sleep {SECONDS}; kill -CONT {os.getpid()}"])
+time.sleep(0.1)
+os.kill(os.getpid(), signal.SIGSTOP)
+for _ in range(8): time.sleep(0.1); dog.beat("x")
+dog.stop()
+"""
+
+
+def test_a_process_that_was_stopped_for_a_while_goes_on(tmp_path: Path) -> None:
+    """scontrol suspend: longer than the limit, and than the graces of the thread and once those of the timer."""
+    body = SUSPENDED.replace("{SECONDS}", "2.6")
+    assert ranks(tmp_path, [body]) == [(0, "")]
+    assert not (tmp_path / "stacks").exists()
+
+
+def test_a_hang_after_a_stop_is_found(tmp_path: Path) -> None:
+    body = SUSPENDED.replace("{SECONDS}", "1.6").replace("for _ in range(8)", "stuck_here()\nfor _ in range(8)")
+    ((code, told),) = ranks(tmp_path, [body])
+    assert code == 1 and "hangs after 'start'" in told
+
+
+def test_a_folder_on_nfs_is_given_the_time_that_its_clients_remember(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = partial(Watchdog, tmp_path, tmp_path / "stacks" / "1", rank=0, hosts=["a"])
+    assert watch(timeout_s=60.0)._grace_s == GRACE_S
+    monkeypatch.setattr(mounts, "kind", lambda *_: "nfs4")
+    assert watch(timeout_s=60.0)._grace_s == mounts.REMEMBERED_S
+    assert watch(timeout_s=6000.0)._grace_s == 200.0
+
+
+def test_folders_are_listed_before_a_name_in_them_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed: list[Path] = []
+    monkeypatch.setattr(Path, "iterdir", lambda path: iter([path / "1"] if listed.append(path) is None else []))
+    dog = Watchdog(tmp_path, tmp_path / "stacks" / "1", timeout_s=1.0, rank=0, hosts=["a"])
+    dog.beat("x")
+    assert dog._others_hang(time.monotonic() + 0.7) and not dog._others_hang(time.monotonic())
+    assert dog._read_headings() == {}
+    assert listed == [tmp_path / "stacks", tmp_path / "stacks" / "1"]
 
 
 def test_what_moves_is_left_alone_and_nothing_stays_behind(tmp_path: Path) -> None:
