@@ -20,8 +20,11 @@ from relora_ds.slurm_environment import for_sbatch
 from relora_ds.slurm_events import Event, Events, newest_update, read_outcome
 
 Say = Callable[[str], None]
-FAULT_LINE = re.compile(r"^srun: error: (?P<node>[\w.-]+): tasks? [\d,-]+: (?!Terminated)(?P<what>.+)$", re.MULTILINE)
-"""srun on a rank that died: ``srun: error: node2: task 1: Killed``. Those that it terminated itself did not die first."""
+FAULT_LINE = re.compile(
+    r"^srun: error: (?P<node>[\w.-]+): tasks? [\d,-]+: (?!Terminated|Interrupt|Hangup|User defined)(?P<what>.+)$", re.MULTILINE
+)
+"""srun on a rank that died: ``srun: error: node2: task 1: Killed``. Those that it terminated itself did not die first;
+of a stop signal a rank dies that had hardly begun, which is no node's fault."""
 LOST_OTHERS = re.compile(
     r"connection (was )?(reset|closed|refused)|broken pipe|remote ?error|timed? ?out|peer"  # gloo, sockets, the store
     r"|remote process exited|network error|ncclRemoteError|heartbeat|store->get|failed to recv|got 0 bytes",  # NCCL, and around it

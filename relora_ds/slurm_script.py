@@ -319,7 +319,10 @@ def _surroundings(found: Settings) -> list[str]:
 def _step(found: Settings, insisted: str) -> str:
     """The lines that start the ranks and wait for their end; bash's ``wait`` ends early when a signal comes, hence the loop."""
     inside = "container_python" if _has_container(found) else "python"
-    train = " ".join(filter(None, [found.container, _relora("train", inside)])) + insisted
+    under = (
+        "mpirun" if found.launcher == "mpi" else "srun"
+    )  # or each rank would begin a run of its own where it lost its variables
+    train = " ".join(filter(None, [found.container, _relora("train", inside), f"--under {under}"])) + insisted
     agent = " ".join(filter(None, [found.container, _relora("slurm torchrun", inside), '--tasks-per-node "$tasks_per_node"']))
     agent += insisted
     more, forward = "".join(f" {shlex.quote(word)}" for word in found.srun_args), ""

@@ -298,3 +298,29 @@ def test_folder_without_weights(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be built") as caught:
         build(tiny(), weights=str(tmp_path))
     assert len(str(caught.value).splitlines()) == 1
+
+
+# Widths
+
+
+def test_a_new_models_widths_are_rounded_up() -> None:
+    config = models.hf_config(Model(preset="llama_1b", multiple_of=64), PAPER_VOCABULARY)
+    assert (config.intermediate_size, config.vocab_size, config.hidden_size) == (5504, 32_128, 2048)
+    inline = {"model_type": "gpt2", "n_embd": 32, "n_inner": 100, "vocab_size": 61}
+    found = models.hf_config(Model(config=inline, multiple_of=16), 61)
+    assert (found.n_inner, found.vocab_size) == (112, 64)
+    assert models.hf_config(Model(config={"model_type": "gpt2"}, multiple_of=16), 61).n_inner is None, "four times the width"
+
+
+def test_a_model_that_is_there_keeps_its_widths(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^model\.multiple_of=64: is for a preset or keys of model\.config"):
+        models.hf_config(Model(path=str(tmp_path), multiple_of=64), 61)
+
+
+def test_slow_widths_are_named() -> None:
+    line = models.slow_widths(models.preset_config("llama_1b", PAPER_VOCABULARY))
+    assert line == (
+        "intermediate_size 5,461, vocab_size 32,100: no multiple of 8, which GPUs multiply slowly; "
+        "model.multiple_of=64 rounds a new model's up"
+    )
+    assert models.slow_widths(models.hf_config(Model(preset="llama_1b", multiple_of=8), PAPER_VOCABULARY)) is None

@@ -481,7 +481,8 @@ def test_cancelled_by_the_user(cluster: Cluster, before: Before, after: After, r
 
 def test_the_first_rank_that_died_by_sruns_word() -> None:
     log = (
-        "srun: error: node3: task 5: Terminated\nsrun: error: node2: tasks 2-3: Killed\n"
+        "srun: error: node3: task 5: Terminated\nsrun: error: node4: task 7: User defined signal 2\n"
+        "srun: error: node2: tasks 2-3: Killed\n"
         "srun: error: node1: task 0: Exited with exit code 1\n"
     )
     assert failed_by_srun(log) == ["node2", "node1"]

@@ -221,7 +221,7 @@ def test_the_step_uses_as_many_nodes_as_fit(tmp_path: Path) -> None:
     assert before == f"python -m relora_ds.cli slurm before {recipe} --tasks-per-node 8 --requeue-by requeue"
     assert step == (
         "srun --nodes=3 --ntasks=24 --ntasks-per-node=8 --kill-on-bad-exit=1 --cpus-per-task=2 "
-        f"python -m relora_ds.cli train {recipe}"
+        f"python -m relora_ds.cli train {recipe} --under srun"
     )
     assert after == f"python -m relora_ds.cli slurm after {recipe} --code 75 --requeue-by requeue --max-stalled 3"
 
