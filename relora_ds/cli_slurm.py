@@ -269,8 +269,6 @@ def run_before(options: argparse.Namespace, rest: Sequence[str]) -> int:
     launch.quiet_libraries()
     from relora_ds import slurm_job
 
-    config = load(options.recipe, [])
-
     def fits(nodes: int) -> None:
         from relora_ds.checks import check
 
@@ -285,6 +283,9 @@ def run_before(options: argparse.Namespace, rest: Sequence[str]) -> int:
     try:
         with redirect_stdout(sys.stderr):  # whatever a library prints must not come between
             attempt = slurm_job.confirmed(this_attempt())
+            if attempt.restart and not Path(options.recipe).is_file():
+                slurm_job.leave_node(attempt, launch.node_name(), say)
+            config = load(options.recipe, [])
             nodes = slurm_job.before(
                 config, attempt, fits, requeue_by=options.requeue_by, say=say, environment=environment, probe=probe
             )

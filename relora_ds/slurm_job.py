@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from relora_ds import faults, launch
 from relora_ds import slurm_client as client
@@ -170,6 +170,21 @@ def close_vanished(events: Events, run: RunFolder, attempt: Attempt, say: Say) -
                 "ended", attempt=event["attempt"], job=event["job"], code=None, update=newest_update(run), suspects=gone,
                 decision="vanished",
             )  # fmt: skip
+
+
+def leave_node(attempt: Attempt, node: str, say: Say) -> NoReturn:
+    """Gives a start up whose batch script cannot see the recipe that an earlier start had: this node misses a file system.
+
+    Raises:
+        ExcludedError: the job was requeued without the node.
+        SlurmError: it could not be.
+    """
+    shown = client.shown(attempt.job)
+    if shown is None:
+        raise SlurmError(f"SLURM does not know job {attempt.job}")
+    requeue(shown, [], say)
+    exclude(shown, [node], say, "does not see the recipe")
+    raise ExcludedError(f"{node} does not see the recipe: the job starts again without")
 
 
 def wait_for_lock(run: RunFolder, attempt: Attempt, events: Events, say: Say) -> None:
@@ -416,15 +431,15 @@ def requeue(
         exclude(shown, bad, say)
 
 
-def exclude(shown: Job, bad: Sequence[str], say: Say) -> None:
+def exclude(shown: Job, bad: Sequence[str], say: Say, why: str = "failed twice running") -> None:
     """Keeps a job that waits off some nodes. It starts in any case: where this is refused, it may get them once more."""
     command = ("scontrol", "update", f"JobId={shown.id}", f"ExcNodeList={','.join([*shown.excluded, *bad])}")
     try:
         client.insist(*command)
     except SlurmError as error:
-        say(f"{', '.join(bad)} failed twice running, but could not be excluded ({error}); to do so by hand: {' '.join(command)}")
+        say(f"{', '.join(bad)} {why}, but could not be excluded ({error}); to do so by hand: {' '.join(command)}")
     else:
-        say(f"{', '.join(bad)} failed twice running: excluded from now on")
+        say(f"{', '.join(bad)} {why}: excluded from now on")
 
 
 def hand_over(shown: Job, bad: Sequence[str], say: Say, events: Events, environment: Mapping[str, str] | None) -> None:

@@ -45,6 +45,7 @@ def test_one_place_alone(pattern: str, home: str) -> None:
         "slurm_script.py",
         "formulas.py",
         "full_rank.py",
+        "linear.py",
     ],
 )
 def test_pure_modules_know_of_no_ranks(module: str) -> None:

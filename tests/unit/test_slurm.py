@@ -482,6 +482,28 @@ def test_before_says_nodes_and_restarts(
     assert "SLURM_HET_SIZE='2': jobs of several components are not served" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_node_that_does_not_see_the_recipe_is_left_by_a_later_start(
+    restarts: int, recipe: Path, run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first start is told that the recipe is not there; an earlier start had it, so the node misses a mount."""
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "node[1-2]")
+    monkeypatch.setenv("SLURMD_NODENAME", "node1")
+    monkeypatch.setattr(slurm_client, "shown", lambda *_, **__: replace(RUNNING, restarts=restarts))
+    monkeypatch.setattr(slurm_client, "insist", lambda *words, **_: asked.append(tuple(map(str, words))))
+    code = main(["slurm", "before", str(recipe) + ".away", "--tasks-per-node", "2"])
+    said = capsys.readouterr()
+    assert said.out == ""
+    if restarts:
+        assert code == 75 and "node1 does not see the recipe: the job starts again without" in said.err
+        assert asked == [("scontrol", "requeue", "17"), ("scontrol", "update", "JobId=17", "ExcNodeList=node1")]
+    else:
+        assert code == 2 and ".away" in said.err and asked == []
+
+
 @pytest.mark.parametrize("image_has_it", [False, True])
 def test_a_container_without_relora_ds_is_told_before_its_ranks(
     image_has_it: bool, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
