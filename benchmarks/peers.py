@@ -2,8 +2,8 @@
 
     python -m benchmarks.peers [--tokens 2048] [--hidden 1024] [--rank 64] [--layers 2] [--rounds 5]
 
-fp32, ZeRO-2 over one rank, torch's fused AdamW, random tokens; embeddings, norms and head are trained in every way, and every way trains
-on the same tokens. Each round does one update of every way, so that whatever else the machine does meets all of them.
+fp32, ZeRO-2 over one rank, torch's fused AdamW, random tokens; embeddings, norms and head are trained in every way, and every way
+trains on the same tokens. Each round does one update of every way, so that whatever else the machine does meets all of them.
 """
 
 from __future__ import annotations
