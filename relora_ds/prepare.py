@@ -7,19 +7,18 @@ index is complete. Until then ``progress.json`` says how far the work came, and 
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
+import math
+import operator
 import os
-import re
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import datasets
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
@@ -28,6 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from relora_ds import tokenizer as tokenizers
 from relora_ds.data import DTYPES, INDEX_FILE, INDEX_FORMAT, MASK_64, TRAIN, VALIDATION, file_sha256, mix64
+from relora_ds.documents import local_files, mend, open_source
 from relora_ds.errors import ConfigError
 from relora_ds.run_folder import write_atomically
 from relora_ds.tokenizer import TOKENIZER_FILE, Given
@@ -38,9 +38,6 @@ SMALLEST_BPE = 257  # all bytes, and the token that ends a document
 TRAINING_CHARACTERS, TRAINING_DOCUMENTS = 20_000_000, 100_000
 BATCH_CHARACTERS, BATCH_DOCUMENTS = 4_000_000, 1024
 MAX_HOLDOUT = 0.5
-FORMATS = {"txt": "text", "json": "json", "jsonl": "json", "parquet": "parquet"}  # suffix -> builder of the `datasets` library
-SUPPORTED = re.compile(r"\.(?:(txt|jsonl?)(?:\.gz|\.zst)?|(parquet))$")
-SUPPORTED_TEXT = ".txt, .json and .jsonl (also with .gz or .zst), .parquet"
 
 
 def prepare(
@@ -80,7 +77,8 @@ def prepare(
     """
     out, console = Path(out), Console(stderr=True, quiet=not progress)
     _check_settings(vocab_size if tokenizer is None else None, holdout, max_documents)
-    files = local_files(source, out)
+    found = local_files(source, lambda file: is_written(file, out))
+    files, passed_over = found if found is not None else (None, [])
     given = None if tokenizer is None else tokenizers.load(tokenizer)
     fingerprint = _fingerprint(
         source=[source, config_name, split] if files is None else [[str(file.resolve()), file.stat().st_size] for file in files],
@@ -94,30 +92,35 @@ def prepare(
         (out / PROGRESS_FILE).unlink(missing_ok=True)
         console.print(f"{out} already holds this preparation: nothing to do")
         return index
-    rows = open_source(source, files, config_name, split, text_column)
-    rows = rows if max_documents is None else rows.take(max_documents)
+    if passed_over:
+        names = ", ".join(str(file) for file in passed_over[:3])
+        console.print(f"passed over: {len(passed_over):,} hidden file(s) or metadata, such as {names}")
+    texts = open_source(source, files, config_name, split, text_column)
     state = _read_record(out / PROGRESS_FILE, fingerprint)
     if state is None:
         if given is None:
             console.print(f"training a byte-level BPE with {vocab_size} entries")
-            trained = train_tokenizer(read_texts(rows, text_column, source), vocab_size)
+            trained = train_tokenizer(islice(texts(), max_documents), vocab_size)
             given = Given(trained, TRAINED_EOS)
         state = _start(out, fingerprint, given)
     else:
         console.print(f"going on in {out} after {state['rows']:,} documents")
         before = state["rows"] - _total(state["splits"], "documents")  # of a version that did not tell them apart
         state.setdefault("left_out", {"without_text": 0, "empty": before})
-    _tokenize(read_texts(rows.skip(state["rows"]), text_column, source), out, state, seed, holdout, console)
+    is_alone = len(list(islice(filter(None, islice(texts(), max_documents)), 2))) == 1
+    _tokenize(islice(texts(), state["rows"], max_documents), out, state, seed, holdout, console, is_alone=is_alone)
     if not any(counts["documents"] for counts in state["splits"].values()):
         raise ConfigError("SOURCE", source, f"it has no documents ({tell_left_out(state) or 'no rows at all'})")
     index = {"format": INDEX_FORMAT, "source": source, "text_column": text_column}
     index |= {"tokenizer": state["tokenizer"], "dtype": state["dtype"], "seed": seed, "holdout": holdout}
-    index |= {"splits": {}, "left_out": state["left_out"], "fingerprint": fingerprint}
+    index |= {"splits": {}, "left_out": state["left_out"], "mended": state["mended"], "fingerprint": fingerprint}
     for name, counts in state["splits"].items():
         index["splits"][name] = {"file": f"{name}.bin", **counts, "sha256": file_sha256(out / f"{name}.bin")}
         console.print(f"{name}: {counts['tokens']:,} tokens of {counts['documents']:,} documents")
     if left_out := tell_left_out(index):
         console.print(left_out)
+    if index["mended"]:
+        console.print(f"mended: {index['mended']:,} document(s) with half a surrogate pair, which became U+FFFD")
     write_json(out / INDEX_FILE, index)
     (out / PROGRESS_FILE).unlink()
     return index
@@ -133,104 +136,11 @@ def _check_settings(trained_vocab_size: int | None, holdout: float, max_document
         raise ConfigError("--vocab-size", trained_vocab_size, f"a byte-level BPE has at least {SMALLEST_BPE} entries")
 
 
-def local_files(source: str, out: Path) -> list[Path] | None:
-    """The files that ``source`` names, sorted, less those that were written to ``out``; ``None`` for the name of a hub data set.
-
-    Raises:
-        ConfigError: a path or pattern that names no file in a supported format, or files in several formats.
-    """
-    path = Path(source)
-    if path.is_file():
-        candidates = [path]
-    elif path.is_dir():
-        candidates = [file for file in path.rglob("*") if file.is_file()]
-    elif glob.has_magic(source):
-        candidates = [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
-    elif _looks_like_a_path(source):
-        raise ConfigError("SOURCE", source, "there is no such file or folder")
-    else:
-        return None
-    folder = out.resolve()  # which may lie inside the source
-    files = sorted(
-        (file for file in candidates if _builder_of(file) and not (file.resolve().parent == folder and _is_written(file.name))),
-        key=lambda file: file.as_posix(),
+def is_written(file: Path, out: Path) -> bool:
+    """Whether a file was put into the folder ``out`` by a preparation."""
+    return file.resolve().parent == out.resolve() and (
+        file.name in (INDEX_FILE, PROGRESS_FILE) or tokenizers.is_one_of_them(file.name)
     )
-    if not files:
-        raise ConfigError("SOURCE", source, "it names no file in a supported format", f"supported: {SUPPORTED_TEXT}")
-    builders = sorted({str(_builder_of(file)) for file in files})
-    if len(builders) > 1:
-        mixed = f"it mixes the formats {' and '.join(builders)}"
-        raise ConfigError("SOURCE", source, mixed, "name the files of one format, e.g. 'folder/**/*.jsonl'")
-    return files
-
-
-def _is_written(name: str) -> bool:
-    """Whether a file of this name in the output was put there by a preparation."""
-    return name in (INDEX_FILE, PROGRESS_FILE) or tokenizers.is_one_of_them(name)
-
-
-def _looks_like_a_path(name: str) -> bool:
-    """Whether a name that is no local file was still meant as one, so that no hub is asked for it."""
-    return name.startswith((".", "/", "~")) or name.endswith("/") or SUPPORTED.search(name) is not None
-
-
-def _builder_of(file: Path) -> str | None:
-    """The ``datasets`` builder for a file name, or ``None`` when the format is not supported."""
-    match = SUPPORTED.search(file.name)
-    return FORMATS[match[1] or match[2]] if match else None
-
-
-def open_source(
-    source: str, files: list[Path] | None, config_name: str | None, split: str, text_column: str
-) -> datasets.IterableDataset:
-    """Streams the text column of the local ``files``, or of the hub data set ``source`` when ``files`` is ``None``.
-
-    Raises:
-        ConfigError: the source cannot be opened, is empty, or lacks the column.
-    """
-    try:
-        rows = _open_files(files) if files else datasets.load_dataset(source, config_name, split=split, streaming=True)
-        columns = rows.column_names or list(next(iter(rows), {}))
-    except StopIteration:  # the JSON builder's way to say that all files are empty
-        columns = []
-    except (OSError, ValueError, EOFError) as error:
-        raise ConfigError(
-            "SOURCE", source, f"it cannot be read ({error})", "check the name, the files and the network"
-        ) from error
-    if not columns:
-        raise ConfigError("SOURCE", source, "it has no documents")
-    if text_column not in columns:
-        raise ConfigError("--text-column", text_column, f"{source} has no such column", f"its columns: {', '.join(columns)}")
-    return rows.select_columns([text_column])
-
-
-def _open_files(files: list[Path]) -> datasets.IterableDataset:
-    """Streams local files of one format, without network and without a writable home."""
-    builder = _builder_of(files[0])
-    options = {"sample_by": "document"} if builder == "text" else {}
-    patterns = [glob.escape(str(file.resolve())) for file in files]
-    # The library insists on a cache folder for its lock, though streaming local files leaves nothing there.
-    with tempfile.TemporaryDirectory() as cache:
-        return datasets.load_dataset(builder, data_files=patterns, split="train", streaming=True, cache_dir=cache, **options)
-
-
-def read_texts(rows: datasets.IterableDataset, text_column: str, source: str) -> Iterator[str | None]:
-    """The text of each row, ``None`` where it is null or there is no such column.
-
-    Raises:
-        ConfigError: a row that cannot be decoded, or whose text is not text.
-    """
-    iterator = iter(rows)
-    while True:
-        try:
-            text = next(iterator).get(text_column)
-        except StopIteration:
-            return
-        except (ValueError, EOFError) as error:
-            raise ConfigError("SOURCE", source, f"damaged or not UTF-8 ({error})", "mend that file or leave it out") from error
-        if text is not None and not isinstance(text, str):
-            raise ConfigError("--text-column", text_column, f"it holds {type(text).__name__} values, not text")
-        yield text
 
 
 def train_tokenizer(texts: Iterable[str | None], vocab_size: int) -> Tokenizer:
@@ -250,7 +160,7 @@ def train_tokenizer(texts: Iterable[str | None], vocab_size: int) -> Tokenizer:
 
 def _head(texts: Iterable[str | None], documents: int, characters: int) -> Iterator[str]:
     """The first ``documents`` texts, cut off after ``characters`` characters in all."""
-    for _, text in zip(range(documents), (text or "" for text in texts), strict=False):
+    for _, text in zip(range(documents), (mend(text or "") for text in texts), strict=False):
         yield text[:characters]
         characters -= len(text)
         if characters <= 0:
@@ -291,8 +201,13 @@ def _start(out: Path, fingerprint: str, given: Given) -> dict[str, Any]:
     return state
 
 
-def _tokenize(texts: Iterable[str | None], out: Path, state: dict[str, Any], seed: int, holdout: float, console: Console) -> None:
-    """Appends the tokens of ``texts`` to the files in ``out``; after each batch of documents, ``state`` there says so."""
+def _tokenize(
+    texts: Iterable[str | None], out: Path, state: dict[str, Any], seed: int, holdout: float, console: Console, *, is_alone: bool
+) -> None:
+    """Appends the tokens of ``texts`` to the files in ``out``; after each batch of documents, ``state`` there says so.
+
+    Of a document that is the only one, the end is held out.
+    """
     if file_sha256(out / TOKENIZER_FILE) != state["tokenizer"]["sha256"]:
         raise ConfigError("--out", str(out), f"{TOKENIZER_FILE} has changed since the preparation began", "delete the folder")
     tokenizer = tokenizers.read_encoder(out)
@@ -307,16 +222,18 @@ def _tokenize(texts: Iterable[str | None], out: Path, state: dict[str, Any], see
             name: stack.enter_context(_reopen(out / f"{name}.bin", splits[name]["tokens"] * dtype.itemsize)) for name in splits
         }
         for rows in _batches(texts):
-            batch = [text for text in rows if text]
+            batch = [mend(text) for text in rows if text]
+            state["mended"] = state.get("mended", 0) + sum(map(operator.ne, batch, filter(None, rows)))
             first = _total(splits, "documents")
             validates = held_out(np.arange(first, first + len(batch)), seed, holdout)
             encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
             for encoding, validate in zip(encodings, validates, strict=True):
-                name = VALIDATION if validate else TRAIN
-                ids = np.array([*encoding.ids, eos_id], dtype=dtype)
-                files[name].write(ids.tobytes())
-                splits[name]["tokens"] += len(ids)
-                splits[name]["documents"] += 1
+                whole = {VALIDATION if validate else TRAIN: encoding.ids}
+                for name, part in (_cut(encoding.ids, holdout) if is_alone and holdout else whole).items():
+                    ids = np.array([*part, eos_id], dtype=dtype)
+                    files[name].write(ids.tobytes())
+                    splits[name]["tokens"] += len(ids)
+                    splits[name]["documents"] += 1
             for file in files.values():
                 file.flush()
                 os.fsync(file.fileno())  # before the record says that these tokens are there
@@ -327,6 +244,12 @@ def _tokenize(texts: Iterable[str | None], out: Path, state: dict[str, Any], see
             tokens, seconds = _total(splits, "tokens"), time.monotonic() - started
             done = f"{state['rows']:,} documents, {tokens:,} tokens, {(tokens - before) / seconds:,.0f} tokens/s"
             bar.update(task, description=done)
+
+
+def _cut(ids: list[int], holdout: float) -> dict[str, list[int]]:
+    """The one document of a source by splits: its end is held out."""
+    kept = len(ids) - math.ceil(holdout * len(ids))
+    return {TRAIN: ids[:kept], VALIDATION: ids[kept:]}
 
 
 def _total(splits: dict[str, dict[str, int]], key: str) -> int:

@@ -436,3 +436,22 @@ def test_large_vocabulary_takes_four_bytes(source: Path, tmp_path: Path) -> None
         index = prepare(source, tmp_path / dtype, tokenizer=str(folder))
         assert (index["dtype"], index["tokenizer"]["vocab_size"]) == (dtype, 280 + extra)
         assert read_documents(tmp_path / dtype, "train") == expected(DOCUMENTS, "train")
+
+
+def test_of_a_single_document_the_end_is_held_out(tmp_path: Path) -> None:
+    text = "".join(f"line {i}\n" for i in range(200))
+    (tmp_path / "book.txt").write_text(text)
+    index = prepare(tmp_path / "book.txt", tmp_path / "out", holdout=0.1)
+    parts = [read_documents(tmp_path / "out", split) for split in ("train", "validation")]
+    assert [len(part) for part in parts] == [1, 1] and parts[0][0] + parts[1][0] == text
+    tokens = [index["splits"][split]["tokens"] - 1 for split in ("train", "validation")]
+    assert tokens[1] == -(-sum(tokens) // 10)
+    index = prepare(tmp_path / "book.txt", tmp_path / "whole", holdout=0.0)
+    assert index["splits"]["validation"]["tokens"] == 0 and read_documents(tmp_path / "whole", "train") == [text]
+
+
+def test_halves_of_surrogate_pairs_are_replaced_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "hello \\ud83d world"}\n{"text": "two"}\n{"text": "three"}\n')
+    index = prepare(tmp_path / "a.jsonl", tmp_path / "out", progress=True)
+    assert index["mended"] == 1 and "mended: 1 document(s)" in " ".join(capsys.readouterr().err.split())
+    assert read_documents(tmp_path / "out", "train") == ["hello \ufffd world", "three"]
