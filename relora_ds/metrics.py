@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-import uuid
 from collections import deque
-from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
+from relora_ds import launch
 from relora_ds.config import Config
-from relora_ds.run_folder import Log, RunFolder, finite, write_atomically
+from relora_ds.run_folder import Log, RunFolder, finite
+from relora_ds.tracking import Tracker
 from relora_ds.units import human_bytes
 
 LINE_EVERY_S = 5.0
@@ -71,7 +70,7 @@ class Metrics:
         self.folder = folder
         self.progress = Progress(config.total_updates)
         self.log, self.restarts, self.ranks = (Log(path, self.note) for path in (folder.metrics, folder.restarts, folder.ranks))
-        self.wandb = _start_wandb(config, folder, self.note)
+        self.wandb = Tracker(config, folder, launch.environment(), self.note)
 
     def update(self, record: dict[str, Any]) -> None:
         self.log.append(record)
@@ -98,38 +97,8 @@ class Metrics:
         say(text)
 
     def close(self, exit_code: int) -> None:
-        if self.wandb is not None:
-            self.wandb.finish(exit_code=exit_code)
+        self.wandb.finish(exit_code)
 
     def _to_wandb(self, section: str, record: dict[str, Any]) -> None:
-        if self.wandb is not None:
-            values = {f"{section}/{key}": value for key, value in finite(record).items() if key != "update" and value is not None}
-            self.wandb.log(values, step=record["update"])
-
-
-def _start_wandb(config: Config, folder: RunFolder, tell: Callable[[str], None]) -> Any:
-    """A wandb run that keeps its id over resumes; None when disabled. Offline without an API key, and where the server does not let
-    it in, as on compute nodes without the internet: a run does not end for that."""
-    mode = config.wandb.mode
-    if mode == "disabled":
-        return None
-    import wandb
-
-    if mode == "auto":
-        mode = "online" if wandb.api.api_key else "offline"  # from WANDB_API_KEY or a netrc file
-    if not folder.wandb_id.exists():
-        write_atomically(folder.wandb_id, uuid.uuid4().hex[:8])
-    begin = partial(
-        wandb.init, project=config.wandb.project, name=config.wandb.name or folder.path.name,
-        id=folder.wandb_id.read_text(encoding="utf-8").strip(), resume="allow", dir=str(folder.path),
-        config=config.model_dump(mode="json"), settings=wandb.Settings(silent=True),
-    )  # fmt: skip
-    try:
-        return begin(mode=mode)
-    except wandb.errors.Error as error:
-        if mode == "offline":
-            raise
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        tell(f"wandb goes on offline ({reason}); later: wandb sync {folder.path}/wandb/offline-run-*")
-        wandb.teardown()  # its service holds the id for the run that failed (wandb/wandb#9865)
-        return begin(mode="offline")
+        values = {f"{section}/{key}": value for key, value in finite(record).items() if key != "update" and value is not None}
+        self.wandb.log(values, step=record["update"])

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,46 +50,3 @@ def test_logs_are_on_disk_at_once(tmp_path: Path, settings: dict[str, Any]) -> N
     assert json.loads((tmp_path / "restarts.jsonl").read_text())["restart"] == 1
     assert not (tmp_path / "wandb").exists()
     log.close(exit_code=0)
-
-
-class Wandb:
-    """Stands where wandb is, on a node that reaches no server: its service holds the id of a run that failed until it is ended."""
-
-    errors = SimpleNamespace(Error=type("Error", (Exception,), {}))
-    api = SimpleNamespace(api_key="k")
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-
-    def Settings(self, **_: object) -> None:
-        return None
-
-    def init(self, *, mode: str, id: str, **_: object) -> str:
-        self.calls.append(mode)
-        if mode == "online":
-            raise self.errors.Error("Failed to get resume status: context deadline exceeded\nwhile retrying")
-        if "teardown" not in self.calls:
-            raise self.errors.Error("run ID is in use")
-        return id
-
-    def teardown(self) -> None:
-        self.calls.append("teardown")
-
-
-@pytest.mark.parametrize("mode", ["auto", "online"])
-def test_a_server_that_is_not_reached_ends_no_run(
-    mode: str, tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    stand_in = Wandb()
-    monkeypatch.setitem(sys.modules, "wandb", stand_in)
-    log = metrics.Metrics(parse({**settings, "wandb": {"mode": mode}}), RunFolder(tmp_path))
-    assert stand_in.calls == ["online", "teardown", "offline"]
-    assert log.wandb == (tmp_path / "wandb_id").read_text()
-    line = "[relora-ds] wandb goes on offline (Failed to get resume status: context deadline exceeded); later: wandb sync "
-    assert capsys.readouterr().err.startswith(line)
-
-
-def test_a_failure_offline_is_an_error(tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", Wandb())
-    with pytest.raises(Wandb.errors.Error, match="in use"):
-        metrics.Metrics(parse({**settings, "wandb": {"mode": "offline"}}), RunFolder(tmp_path))
