@@ -91,7 +91,7 @@ def check(
     here = torch.cuda.is_available()
     if on_cuda in (None, here):  # a login node cannot judge what runs on the GPUs of others
         dtype, device = ds_config.DTYPES[ds_config.precision(fitted)], torch.device("cuda" if here else "cpu")
-        models.attention_implementation(config.model.attention, dtype=dtype, device=device)  # raises where it cannot run
+        models.attention_implementation(config.model.attention, architecture, dtype=dtype, device=device)  # or raises
     full_rank = None
     if config.method != "full":
         model = models.build_meta(architecture)

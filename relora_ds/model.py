@@ -142,15 +142,22 @@ def _inline_config(content: dict[str, Any], vocab_size: int) -> PretrainedConfig
         return AutoConfig.for_model(model_type, **fields)
 
 
-def attention_implementation(choice: str, *, dtype: torch.dtype, device: torch.device) -> str:
-    """What ``model.attention`` means here.
+SUPPORT = {"sdpa": ("_supports_sdpa",), "flash_attention_2": ("_supports_flash_attn", "_supports_flash_attn_2")}
+"""How transformers' classes say which attention they have; all have the eager one."""
+
+
+def attention_implementation(choice: str, config: PretrainedConfig, *, dtype: torch.dtype, device: torch.device) -> str:
+    """What ``model.attention`` means for an architecture here: ``auto`` is the best that it has.
 
     Raises:
-        ConfigError: flash-attention 2 was asked for by name where it cannot run.
+        ConfigError: one was asked for by name that the architecture does not have, or flash-attention 2 where it cannot run.
     """
     flash_runs = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and is_flash_attn_2_available()
     if choice == "auto":
-        return "flash_attention_2" if flash_runs else "sdpa"
+        able = [name for name in ("flash_attention_2", "sdpa") if _has_attention(config, name)]
+        return next((name for name in able if name != "flash_attention_2" or flash_runs), "eager")
+    if not _has_attention(config, choice):
+        raise ConfigError("model.attention", choice, f"transformers has none for a {config.model_type}", "use auto")
     if choice == "flash_attention_2" and not flash_runs:
         raise ConfigError(
             "model.attention",
@@ -161,6 +168,13 @@ def attention_implementation(choice: str, *, dtype: torch.dtype, device: torch.d
     return choice
 
 
+def _has_attention(config: PretrainedConfig, name: str) -> bool:
+    found = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    classes = found if isinstance(found, (list, tuple)) else [found]
+    flags = SUPPORT.get(name, ())
+    return not flags or all(any(getattr(cls, flag, False) for flag in flags) for cls in classes)
+
+
 def skeleton(config: PretrainedConfig, *, attention: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The model with its parameters on the meta device and its buffers real, to be filled.
 
@@ -169,7 +183,7 @@ def skeleton(config: PretrainedConfig, *, attention: str, dtype: torch.dtype, de
         attention: as in the recipe's ``model.attention``.
         dtype, device: of the computation: they decide which attention can run.
     """
-    implementation = attention_implementation(attention, dtype=dtype, device=device)
+    implementation = attention_implementation(attention, config, dtype=dtype, device=device)
     config.use_cache = False  # a training run never generates, and gradient checkpointing warns about it
 
     def to_meta(_module: nn.Module, _name: str, param: nn.Parameter | None) -> nn.Parameter | None:

@@ -161,7 +161,7 @@ def build(
     Raises:
         ConfigError: as :func:`relora_ds.model.skeleton` and :func:`relora_ds.lora.find_targets` raise it, and for too large a rank.
     """
-    implementation = "eager" if attention == "eager" else "sdpa"
+    implementation = "auto" if attention == "flash_attention_2" else attention
     model = models.skeleton(architecture, attention=implementation, dtype=dtype, device=torch.device("cpu")).train()
     layers = {} if settings is None else lora.find_targets(model, settings.targets)
     mode = FakeTensorMode()

@@ -39,6 +39,7 @@ RELORA_LONG = {"restart_every": 40, "restart_warmup": 5, "dropout": 0.0}
 RECIPES: dict[str, dict[str, Any]] = {
     "short": {},
     "long": {"train": TRAIN, "relora": RELORA_LONG},
+    "limited": {"train": {**TRAIN, "updates": 160}, "relora": RELORA_LONG},
 }
 LEAKED = {
     "SBATCH_PARTITION": "urgent", "SBATCH_TIMELIMIT": "1", "SBATCH_NO_REQUEUE": "1", "SBATCH_OPEN_MODE": "truncate",
@@ -186,7 +187,7 @@ def mpirun(site: Site, whole: Callable[[str], Path]) -> None:
 def time_limits(site: Site, whole: Callable[[str], Path]) -> None:
     """Its limit is shorter than its training, over slow links. SLURM looks twice a minute, so with one second of warning the signal
     comes 29 to 59 s after the start."""
-    job = site.submit(site.recipe("long"), "--nodes", 2, "--time", 1, "--sbatch-args=--signal=USR2@1")
+    job = site.submit(site.recipe("limited"), "--nodes", 2, "--time", 1, "--sbatch-args=--signal=USR2@1")
     ended = site.finish(job)
     assert ended["restarts"] >= 2
     *stops, last = site.events("ended", "code")
@@ -195,7 +196,7 @@ def time_limits(site: Site, whole: Callable[[str], Path]) -> None:
         "140: the signal came before a rank could hear it, on a machine that takes so long to start one"
     )
     assert site.events("ended", "suspects") == [[]] * len([*stops, last]), "no node is to blame"
-    site.assert_equals(whole("long"))
+    site.assert_equals(whole("limited"))
 
 
 def signals_operators_preemption(site: Site, whole: Callable[[str], Path]) -> None:

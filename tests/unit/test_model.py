@@ -225,7 +225,7 @@ def test_describe_is_one_line_for_people() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_auto_attention_on_a_cpu_is_sdpa(dtype: torch.dtype) -> None:
-    assert models.attention_implementation("auto", dtype=dtype, device=CPU) == "sdpa"
+    assert models.attention_implementation("auto", tiny(), dtype=dtype, device=CPU) == "sdpa"
     assert build(tiny(), attention="auto", dtype=dtype).config._attn_implementation == "sdpa"
 
 
@@ -248,7 +248,26 @@ def test_auto_attention_is_flash_only_where_it_runs(
     monkeypatch: pytest.MonkeyPatch, installed: bool, device: str, dtype: torch.dtype, choice: str
 ) -> None:
     monkeypatch.setattr(models, "is_flash_attn_2_available", lambda: installed)
-    assert models.attention_implementation("auto", dtype=dtype, device=torch.device(device)) == choice
+    assert models.attention_implementation("auto", tiny(), dtype=dtype, device=torch.device(device)) == choice
+
+
+def gptj() -> PretrainedConfig:
+    return models.hf_config(Model(config={"model_type": "gptj", "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8}), 300)
+
+
+def test_auto_attention_is_what_the_architecture_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-J has no SDPA in transformers, but flash-attention 2; BLOOM has the eager one alone."""
+    assert build(gptj(), attention="auto").config._attn_implementation == "eager"
+    monkeypatch.setattr(models, "is_flash_attn_2_available", lambda: True)
+    on_gpu = {"dtype": torch.bfloat16, "device": torch.device("cuda")}
+    assert models.attention_implementation("auto", gptj(), **on_gpu) == "flash_attention_2"
+    bloom = models.hf_config(Model(config={"model_type": "bloom", "hidden_size": 32, "n_layer": 1, "n_head": 4}), 300)
+    assert models.attention_implementation("auto", bloom, **on_gpu) == "eager"
+
+
+def test_attention_that_an_architecture_lacks_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"^model\.attention='sdpa': transformers has none for a gptj; use auto$"):
+        models.attention_implementation("sdpa", gptj(), dtype=torch.float32, device=CPU)
 
 
 def test_flash_attention_by_name_on_a_cpu_is_refused_with_the_way_out() -> None:
