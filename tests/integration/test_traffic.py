@@ -37,12 +37,15 @@ def test_two_nodes(recipe: Callable[..., Path], tmp_path: Path) -> None:
             path,
             f"--out={out}",
         ]
-        for attempt in range(2):
+        least: dict[str, float] = {}  # busy cores make TCP send again, which only ever adds
+        for _ in range(4):
             said = cluster.run("ctl", *words, env=environment(), cwd=ROOT, timeout=300).stdout
             content = json.loads((out / "comparison.json").read_text())
-            if all(arm["wire"] == pytest.approx(arm["total_bytes"], rel=0.02) for arm in content["arms"]):
+            for arm in content["arms"]:
+                least[arm["arm"]] = min(arm["wire"] / arm["total_bytes"], least.get(arm["arm"], 9.0))
+            if max(least.values()) < 1.02:
                 break
-            assert attempt == 0, f"counted against the interfaces' counters:\n{said}"  # once: busy cores make TCP send again
+        assert all(0.98 < ratio < 1.02 for ratio in least.values()), f"counted against the interfaces' counters:\n{said}"
     assert content["about"]["ranks"] == "2 on 2 node(s), cpu"
     arms: dict[str, dict[str, Any]] = {arm["arm"]: arm for arm in content["arms"]}
     assert list(arms) == list(ARMS)
