@@ -170,7 +170,8 @@ def test_outputs_inside_the_source_are_not_read(folder: Path, tmp_path: Path) ->
     (out.parent / "a.txt").write_text(DOCUMENTS[0])
     (folder / "vocab.txt").write_text("a word a line")
     module.hand_on(folder, out)
-    assert [path.name for path in preparing.local_files(str(out.parent), out) or ()] == ["a.txt"]
+    found = preparing.local_files(str(out.parent), lambda file: preparing.is_written(file, out))
+    assert found is not None and [path.name for path in found[0]] == ["a.txt"]
 
 
 def test_documents_are_encoded_whole_whatever_the_file_says(folder: Path, tmp_path: Path) -> None:
