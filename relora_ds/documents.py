@@ -13,7 +13,7 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -54,9 +54,11 @@ def local_files(source: str, is_output: Callable[[Path], bool]) -> tuple[list[Pa
     if path.is_file():
         candidates = [path]
     elif path.is_dir():
-        inside = [file for file in path.rglob("*") if file.is_file() and format_of(file) and not is_output(file)]
-        passed_over = [file for file in inside if file.name in METADATA or _is_hidden(file.relative_to(path))]
-        candidates = [file for file in inside if file not in set(passed_over)]
+        candidates = []
+        for file in path.rglob("*"):
+            if file.is_file() and format_of(file) and not is_output(file):
+                is_data = file.name not in METADATA and not _is_hidden(file.relative_to(path))
+                (candidates if is_data else passed_over).append(file)
     elif glob.has_magic(source):
         candidates = [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
     elif _looks_like_a_path(source):
@@ -93,17 +95,20 @@ def open_source(source: str, files: list[Path] | None, config_name: str | None, 
     """
     if files is None:
         return _of_hub(source, config_name, split, column)
-    head = list(itertools.islice(_rows(files, None), ROWS_WITHOUT_COLUMN))
-    _refuse_without(column, source, head)
+    _refuse_without(column, source, itertools.islice(_rows(files, None), ROWS_WITHOUT_COLUMN))
     return lambda: (_text(row, column) for row in _rows(files, column))
 
 
-def _refuse_without(column: str, source: str, head: Sequence[dict[str, Any]]) -> None:
-    if not head:
+def _refuse_without(column: str, source: str, head: Iterable[dict[str, Any]]) -> None:
+    """Raises ConfigError where no row of ``head`` has the column; reads no further than to the first that has."""
+    columns: dict[str, None] | None = None
+    for row in head:
+        if column in row:
+            return
+        columns = {**(columns or {}), **dict.fromkeys(row)}
+    if columns is None:
         raise ConfigError("SOURCE", source, "it has no documents")
-    columns = {key: None for row in head for key in row}
-    if column not in columns:
-        raise ConfigError("--text-column", column, f"{source} has no such column", f"its columns: {', '.join(columns)}")
+    raise ConfigError("--text-column", column, f"{source} has no such column", f"its columns: {', '.join(columns)}")
 
 
 def _text(row: dict[str, Any], column: str) -> str | None:
@@ -140,7 +145,7 @@ def _of_hub(source: str, config_name: str | None, split: str, column: str) -> Ca
 
 
 def _rows(files: Sequence[Path], column: str | None) -> Iterator[dict[str, Any]]:
-    """The rows of files of one format; of parquet only ``column``, if one is given."""
+    """The rows of files of one format; of parquet ``column`` alone, or, where None is given, only what columns there are."""
     for file in files:
         with _explained(file):
             yield from {"text": _documents, "json": _objects, "parquet": _records}[str(format_of(file))](file, column)
@@ -241,16 +246,16 @@ def _object(row: Any, place: str) -> dict[str, Any]:
 
 
 def _records(file: Path, column: str | None) -> Iterator[dict[str, Any]]:
-    """A parquet file; one without the column gives rows without text."""
+    """A parquet file: its one column; a file without it gives rows without text."""
     from pyarrow import parquet
 
     with _opened(file) as data:
         table = parquet.ParquetFile(data)
-        columns = None if column is None else [name for name in table.schema_arrow.names if name == column]
-        if columns == []:
-            yield from ({} for _ in range(table.metadata.num_rows))
+        if column is None or column not in table.schema_arrow.names:
+            known = table.schema_arrow.names if column is None else []
+            yield from (dict.fromkeys(known) for _ in range(table.metadata.num_rows))
             return
-        for batch in table.iter_batches(columns=columns, batch_size=1024):
+        for batch in table.iter_batches(columns=[column], batch_size=1024):
             yield from batch.to_pylist()
 
 

@@ -15,7 +15,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import is_flash_attn_2_available
 
@@ -169,7 +176,7 @@ def attention_implementation(choice: str, config: PretrainedConfig, *, dtype: to
 
 
 def _has_attention(config: PretrainedConfig, name: str) -> bool:
-    found = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     classes = found if isinstance(found, (list, tuple)) else [found]
     flags = SUPPORT.get(name, ())
     return not flags or all(any(getattr(cls, flag, False) for flag in flags) for cls in classes)

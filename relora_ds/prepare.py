@@ -114,6 +114,7 @@ def prepare(
     index = {"format": INDEX_FORMAT, "source": source, "text_column": text_column}
     index |= {"tokenizer": state["tokenizer"], "dtype": state["dtype"], "seed": seed, "holdout": holdout}
     index |= {"splits": {}, "left_out": state["left_out"], "mended": state["mended"], "fingerprint": fingerprint}
+    index["passed_over"] = len(passed_over)
     for name, counts in state["splits"].items():
         index["splits"][name] = {"file": f"{name}.bin", **counts, "sha256": file_sha256(out / f"{name}.bin")}
         console.print(f"{name}: {counts['tokens']:,} tokens of {counts['documents']:,} documents")
