@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from relora_ds import adapters, ds_config, generation, lora, tokenizer, unpickle
+from relora_ds import adapters, compiling, ds_config, generation, lora, tokenizer, unpickle
 from relora_ds import checkpoint as checkpoints
 from relora_ds import model as models
-from relora_ds.config import Config
+from relora_ds.config import Compile, Config
 from relora_ds.data import TokenDataset, TokenIndex, read_index
 from relora_ds.errors import ConfigError
 from relora_ds.full_rank import full_rank_line
@@ -88,10 +88,11 @@ def check(
     if resumed is None:
         _check_tokenizer(config, index)
     generation.name_tokens(architecture, config.model, index.folder)
-    here = torch.cuda.is_available()
+    here, uncompiled = torch.cuda.is_available(), None
     if on_cuda in (None, here):  # a login node cannot judge what runs on the GPUs of others
         dtype, device = ds_config.DTYPES[ds_config.precision(fitted)], torch.device("cuda" if here else "cpu")
         models.attention_implementation(config.model.attention, architecture, dtype=dtype, device=device)  # or raises
+        uncompiled = _check_compile(config.model.compile, device)
     full_rank = None
     if config.method != "full":
         model = models.build_meta(architecture)
@@ -105,8 +106,16 @@ def check(
     if resumed is None:
         _check_start(config, trust)
     slow = models.slow_widths(architecture) if on_cuda or (on_cuda is None and here) else None
-    remarks = (ds_config.idle(content), full_rank, config.short_last_interval(), slow)
+    remarks = (ds_config.idle(content), full_rank, config.short_last_interval(), slow, uncompiled)
     return Checked(config, fitted, architecture, index, trust, tuple(filter(None, remarks)))
+
+
+def _check_compile(choice: Compile, device: torch.device) -> str | None:
+    """One line where ``auto`` compiles nothing on a GPU. Raises ConfigError where it was asked for and cannot be."""
+    problem = compiling.obstacle(device) if choice is True or (choice == "auto" and device.type == "cuda") else None
+    if problem is not None and choice is True:
+        raise ConfigError("model.compile", True, problem, "install it, or leave compile out")
+    return None if problem is None else f"model.compile: auto compiles nothing, since {problem}; updates take longer"
 
 
 def _check_start(config: Config, trust: bool) -> None:

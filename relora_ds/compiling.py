@@ -6,23 +6,26 @@ are inputs of it, so neither restarts, which change weights in place, nor checkp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal
-
 import torch
 from torch import nn
-from torch.utils._triton import has_triton
+from torch.utils._triton import has_triton, has_triton_package
 
-Compile = bool | Literal["auto"]
+from relora_ds.config import Compile
+from relora_ds.weights import blocks
 
 
-def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The members of the outermost module lists of ``model``."""
-    for child in model.children():
-        if isinstance(child, nn.ModuleList):
-            yield from child
-        else:
-            yield from blocks(child)
+def obstacle(device: torch.device) -> str | None:
+    """What torch.compile lacks for a kind of device; None where it has all. Starts no CUDA."""
+    if device.type == "cuda":
+        return None if has_triton_package() else "Triton is not installed"
+    from torch._inductor.cpp_builder import get_cpp_compiler  # half of the compiler comes with it
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "there is no C++ compiler"
+    return None
 
 
 def is_wanted(choice: Compile, device: torch.device) -> bool:
@@ -36,7 +39,7 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
     What was compiled before, for blocks that are other ones now, is forgotten first.
     """
     torch.compiler.reset()
-    found = list(blocks(model))
-    for block in found:
+    found = blocks(model)
+    for _, block in found:
         block.compile(backend=backend)
     return len(found)

@@ -41,6 +41,7 @@ class Run(Section):
 
 
 LinearForm = Literal["auto", "split", "merged"]
+Compile = bool | Literal["auto"]
 
 
 class Model(Section):
@@ -56,7 +57,7 @@ class Model(Section):
     """A plain DeepSpeed checkpoint's folder, whose weights are the start instead of random ones."""
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
     """auto: flash-attention 2 on CUDA in bf16 where it is installed, else SDPA."""
-    compile: bool | Literal["auto"] = "auto"
+    compile: Compile = "auto"
     """Each block by torch.compile; auto: on CUDA with Triton."""
     multiple_of: Positive = 1
     """The MLP's width and the vocabulary's rows of a new model are rounded up to a multiple; 64 suits GPUs."""
@@ -477,17 +478,17 @@ def check_relora(relora: ReLoRA) -> None:
     if relora.resets.every and relora.rewarmup >= relora.resets.every:
         raise ConfigError("relora.restart_warmup", relora.rewarmup, f"not shorter than {key}={relora.resets.every}")
     if relora.frozen.dtype == "none" and relora.restart_every is not None:
-        raise ConfigError(
-            "relora.frozen.dtype", "none", "there is no frozen weight to merge into", "leave relora.restart_every out"
-        )
+        problem = "there is no frozen weight to merge into"
+        raise ConfigError("relora.frozen.dtype", "none", problem, "leave relora.restart_every out")
     if relora.frozen.dtype == "none" and relora.frozen.master != "none":
-        raise ConfigError(
-            "relora.frozen.master", relora.frozen.master, "there is no frozen weight to keep exactly", "set it to none"
-        )
+        problem = "there is no frozen weight to keep exactly"
+        raise ConfigError("relora.frozen.master", relora.frozen.master, problem, "set it to none")
     if relora.init == "residual" and relora.frozen.master != "sharded":
-        raise ConfigError(
-            "relora.init", "residual", "needs the exact weights beside the stored ones", "set relora.frozen.master=sharded"
-        )
+        problem = "needs the exact weights beside the stored ones"
+        raise ConfigError("relora.init", "residual", problem, "set relora.frozen.master=sharded")
+    if relora.linear == "merged" and (relora.dropout or relora.trainable_scaling):
+        problem = "one product has neither A's own input, which dropout makes, nor a gradient of a trainable scaling"
+        raise ConfigError("relora.linear", "merged", problem, "use auto, or leave those out")
 
 
 def dump(config: Config) -> str:

@@ -62,14 +62,19 @@ def materialise(
         yield name, unit.to(device)
 
 
-def _units(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The members of the outermost module lists of ``model``, by name."""
     lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     outermost = {name for name in lists if not any(name.startswith(f"{other}.") for other in lists)}
-    blocks = tuple(f"{name}." for name, _ in model.named_modules() if name.rpartition(".")[0] in outermost)
+    return [(name, module) for name, module in model.named_modules() if name.rpartition(".")[0] in outermost]
+
+
+def _units(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    inside = tuple(f"{name}." for name, _ in blocks(model))
     return [
         (name, module)
         for name, module in model.named_modules()
-        if f"{name}." in blocks or (not name.startswith(blocks) and any(True for _ in module.parameters(recurse=False)))
+        if f"{name}." in inside or (not name.startswith(inside) and any(True for _ in module.parameters(recurse=False)))
     ]
 
 

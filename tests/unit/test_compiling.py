@@ -2,27 +2,62 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor import cpp_builder
+from torch._inductor.exc import InvalidCxxCompiler
 
 from relora_ds import lora
-from relora_ds.compiling import blocks, compile_blocks, is_wanted
+from relora_ds.checks import _check_compile
+from relora_ds.compiling import compile_blocks, is_wanted, obstacle
+from relora_ds.errors import ConfigError
+from relora_ds.phases import _compiled
+from relora_ds.weights import blocks
 from tests.distributed.common import tiny_gpt2, tiny_llama, tiny_neox
+from tests.unit.test_config import judge
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_neox])
 def test_the_blocks_of_a_model(build: type) -> None:
-    assert len({type(block) for block in blocks(build())}) == 1
-    assert len(list(blocks(build()))) == 2
-    assert list(blocks(nn.Linear(2, 2))) == []
+    assert len({type(block) for _, block in blocks(build())}) == 1
+    assert len(blocks(build())) == 2
+    assert blocks(nn.Linear(2, 2)) == []
 
 
 def test_auto_is_for_cuda() -> None:
     assert not is_wanted("auto", torch.device("cpu"))
     assert is_wanted(True, torch.device("cpu"))
     assert not is_wanted(False, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("choice", ["auto", True, False])
+def test_a_phases_engine_gets_what_the_recipe_says(recipe: Path, choice: bool | str) -> None:
+    checked = judge(recipe, f"model.compile={str(choice).lower()}")
+    engine = SimpleNamespace(module=tiny_llama(), device=torch.device("cpu"))
+    assert _compiled(engine, checked) is engine
+    compiled = [block._compiled_call_impl is not None for _, block in blocks(engine.module)]
+    assert compiled == [choice is True] * 2
+
+
+def test_what_cannot_be_compiled_is_told_before_ranks_start(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing_compiler)
+    assert obstacle(torch.device("cpu")) == "there is no C++ compiler"
+    with pytest.raises(ConfigError, match=r"^model\.compile=True: there is no C\+\+ compiler; install it, or leave compile out$"):
+        judge(recipe, "model.compile=true")
+    assert judge(recipe).config.model.compile == "auto", "which compiles nothing on a CPU"
+    monkeypatch.setattr("relora_ds.compiling.has_triton_package", lambda: False)
+    line = "model.compile: auto compiles nothing, since Triton is not installed; updates take longer"
+    assert _check_compile("auto", torch.device("cuda")) == line
+    assert _check_compile(False, torch.device("cuda")) is None
+
+
+def missing_compiler() -> str:
+    raise InvalidCxxCompiler
 
 
 def train(model: nn.Module, updates: int) -> list[float]:

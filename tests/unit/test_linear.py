@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from relora_ds import launch
-from relora_ds.config import Frozen
+from relora_ds import launch, lora
+from relora_ds.config import Frozen, ReLoRA, parse_relora
+from relora_ds.engine import wrapping
+from relora_ds.errors import ConfigError
 from relora_ds.linear import choose
 from relora_ds.lora import ReLoRALinear
 from tests.products import counter
@@ -137,13 +139,32 @@ def test_backward_keeps_no_converted_copy(form: str) -> None:
     assert [t.shape for t in kept if t.data_ptr() not in known] == ([(TOKENS, RANK)] if form == "split" else [])
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_no_gradient_is_formed_that_nobody_needs(form: str) -> None:
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        ("split", 2 * TOKENS * IN * OUT + TOKENS * RANK * (4 * IN + 6 * OUT)),
+        ("merged", 2 * TOKENS * IN * OUT + 4 * TOKENS * RANK * (IN + OUT) + 2 * IN * OUT * RANK),
+    ],
+)
+def test_no_gradient_of_x_is_formed_that_nobody_needs(form: str, expected: int) -> None:
+    """As of the first layer after a frozen embedding."""
     made = layer(form)
-    made(sample()[0]).sum().backward()
-    assert made.lora_A.grad is not None
-    with torch.no_grad():
-        made(sample()[0])
+    with counter() as counted:
+        made(sample()[0]).sum().backward()
+    assert counted.get_total_flops() == expected
+
+
+def test_the_settings_reach_the_layers() -> None:
+    model = nn.Sequential(nn.Linear(IN, OUT))
+    how = wrapping(ReLoRA(rank=RANK, linear="merged"), 0, "fp32")
+    lora.wrap_layers(model, {"0": model[0]}, **how)
+    assert model[0].form == "merged"
+
+
+@pytest.mark.parametrize("other", [{"dropout": 0.1}, {"trainable_scaling": True}])
+def test_merged_is_refused_where_it_could_do_nothing(other: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"^relora\.linear='merged': one product has neither"):
+        parse_relora({"rank": RANK, "restart_every": 500, "linear": "merged", **other})
 
 
 @pytest.mark.parametrize(("form", "expected"), [("split", 4 * TOKENS * IN * OUT + 6 * TOKENS * RANK * (IN + OUT)),
