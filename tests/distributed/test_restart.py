@@ -43,7 +43,10 @@ def losses_around_a_restart(
     finally:
         ZeroState.write_fragment = original
     common.end(engine)
-    return {"losses": losses, "merged_change": record.merged_change, "merge_error": record.merge_error}
+    return {
+        "losses": losses, "merged_change": record.merged_change, "merge_error": record.merge_error,
+        "parts": record.parts, "seconds": record.seconds,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -51,6 +54,8 @@ def test_restart_changes_no_output_fp32(stage: int) -> None:
     (result, _) = run(2, losses_around_a_restart, "fp32", stage, True)
     assert result["merged_change"] > 0.1, "the factors must have learnt something for this to mean anything"
     assert result["merge_error"] == 0.0
+    assert list(result["parts"]) == ["merge", "reset", "verify"] and min(result["parts"].values()) > 0
+    assert sum(result["parts"].values()) == pytest.approx(result["seconds"])
     before, *after = result["losses"]
     assert after == pytest.approx([before] * 3, rel=1e-6)
 

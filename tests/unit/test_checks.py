@@ -194,3 +194,12 @@ def test_what_is_left_of_an_earlier_start_of_this_job_does_not_keep_it_out(recip
         for attempt in ("", "18.0"):
             with pytest.raises(ConfigError, match="in use by"):
                 refuse_busy(settings, attempt)
+
+
+def test_widths_that_gpus_multiply_slowly_are_told_where_the_ranks_have_gpus(recipe: Path) -> None:
+    read = config.load(recipe, ["model.config.intermediate_size=49"])
+    on_gpus, on_cpus = (check(read, recipe, 1, on_cuda=on_cuda).remarks for on_cuda in (True, False))
+    assert any(line.startswith("intermediate_size 49") for line in on_gpus)
+    assert not any("intermediate_size" in line for line in on_cpus)
+    rounded = config.load(recipe, ["model.config.intermediate_size=49", "model.multiple_of=8"])
+    assert not any("multiply slowly" in line for line in check(rounded, recipe, 1, on_cuda=True).remarks)

@@ -204,6 +204,14 @@ def test_casts_of_the_model_leave_the_store_intact(dtype: str) -> None:
     assert all(torch.equal(buffer, before[name]) for name, buffer in other.named_buffers())
 
 
+def test_a_scale_is_the_largest_magnitude_of_its_group_over_127() -> None:
+    """To the last bit, as division is defined: CUDA would multiply by the inverse of a number (benchmarks/gpu_checks.py)."""
+    weight = normal(16, 130)
+    groups = [weight[:, start : start + 32] for start in range(0, 130, 32)]
+    expected = torch.stack([group.abs().amax(1) / torch.tensor(127.0) for group in groups], dim=1)
+    assert torch.equal(quantise(weight, 32)[1], expected)
+
+
 # The sharded master
 
 
