@@ -13,13 +13,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from relora_ds import checkpoint as checkpoints
-from relora_ds import config, launch, lora, saver
-from relora_ds import model as models
-from relora_ds.checks import check
-from relora_ds.listing import readable
-from relora_ds.run_folder import RunFolder
-from relora_ds.train import train
+from relora_ds import config
+from relora_ds.checkpoint import reader as checkpoints
+from relora_ds.checkpoint import writer as saver
+from relora_ds.checkpoint.listing import readable
+from relora_ds.launch import start as launch
+from relora_ds.method import lora
+from relora_ds.models import build as models
+from relora_ds.run.folder import RunFolder
+from relora_ds.training.loop import train
+from relora_ds.training.preflight import check
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "demo.yaml"
 VOCABULARY = 32_100

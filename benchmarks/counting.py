@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 import relora_ds
-from relora_ds import ledger
-from relora_ds.ledger import LEDGER
+from relora_ds.comm import counter as ledger
+from relora_ds.comm.counter import LEDGER
 from tests.distributed import common
 from tests.distributed.pool import run
 

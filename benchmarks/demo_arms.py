@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from relora_ds.report import read_run, restart_table
+from relora_ds.reports.report import read_run, restart_table
 
 RESTARTED, RUNNING_ON = "relora.reset.restart_bias_correction=true", "relora.reset.restart_bias_correction=false"
 INT8 = ["relora.frozen.dtype=int8", "relora.frozen.master=sharded"]
@@ -58,7 +58,7 @@ def main() -> None:
     for seed in options.seeds:
         for number, (name, settings) in enumerate(ARMS[options.table].items()):
             folder = options.out / f"{options.table}{number}_seed{seed}"
-            command = [sys.executable, "-m", "relora_ds.cli", "train", str(RECIPE), "--nproc", "2"]
+            command = [sys.executable, "-m", "relora_ds", "train", str(RECIPE), "--nproc", "2"]
             command += [f"run.dir={folder}", f"run.seed={seed}", "wandb.mode=disabled", *settings, *options.overrides]
             subprocess.run(command, check=True)
             run = read_run(folder)

@@ -80,7 +80,7 @@ def loss_of(given: Any) -> float:
 
 def exact_products() -> dict[str, Any]:
     """Products of a merge have the CPU's bits, whatever TF32 is allowed and with any number of rows."""
-    from relora_ds import exact
+    from relora_ds.method import exact
 
     torch.set_float32_matmul_precision("high")
     try:
@@ -102,7 +102,7 @@ def exact_products() -> dict[str, Any]:
 
 def int8_stores() -> dict[str, Any]:
     """An int8 store made and read on the GPU is the CPU's, bit for bit."""
-    from relora_ds.frozen import FrozenWeight
+    from relora_ds.method.frozen_weights import FrozenWeight
 
     weight = torch.randn(333, 1000, generator=torch.Generator().manual_seed(0)) * 0.02
     host, there = FrozenWeight(weight, "int8"), FrozenWeight(weight.to(device()), "int8")
@@ -131,12 +131,12 @@ def memory() -> dict[str, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import relora_ds
-    from relora_ds.teardown import collect
+    from relora_ds.engine.release import collect
 
     model = LlamaForCausalLM(LlamaConfig(**SIZES)).to(device())
     config = {"train_batch_size": 8, "bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
     from relora_ds.config import Optimizer
-    from relora_ds.engine import adamw
+    from relora_ds.engine.initialize import adamw
 
     given = relora_ds.initialize(model=model, config=config, optimizer=adamw(Optimizer(lr=1e-3)))[0]
     train(given, 0, 3)
@@ -191,7 +191,7 @@ def losses_of(run: Path) -> dict[int, float]:
 
 def start_and_stop(recipe: Path, run: Path, after: int) -> int:
     """Trains until a given update is in the log, and stops with TERM; the update of the checkpoint."""
-    words = [sys.executable, "-m", "relora_ds.cli", "train", str(recipe), "--nproc", "1"]
+    words = [sys.executable, "-m", "relora_ds", "train", str(recipe), "--nproc", "1"]
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and max(losses_of(run), default=0) < after:
             time.sleep(0.02)
@@ -202,7 +202,7 @@ def start_and_stop(recipe: Path, run: Path, after: int) -> int:
 
 def command(*words: str) -> str:
     result = subprocess.run(
-        [sys.executable, "-m", "relora_ds.cli", *words], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
+        [sys.executable, "-m", "relora_ds", *words], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
     )
     assert result.returncode == 0, f"{words}: {result.returncode}\n{result.stdout[-1500:]}\n{result.stderr[-2500:]}"
     return result.stdout

@@ -27,7 +27,7 @@ class Case:
     """One way of training.
 
     Attributes:
-        model: a preset of :data:`relora_ds.model.PRESETS`.
+        model: a preset of :data:`relora_ds.models.build.PRESETS`.
         length, micro_batch, accumulation: tokens of a sequence, sequences of a pass, passes of an update.
         arm: ``full`` (every parameter, this project's engine), ``zero2`` (every parameter, DeepSpeed's ZeRO-2 as it comes), ``peft``
             (PEFT's LoRA under the same DeepSpeed engine, with embeddings, norms and head trained as well) or ``relora``.
@@ -62,7 +62,7 @@ def build(case: Case, device: torch.device) -> nn.Module:
     """The preset with random bf16 weights, made on the device."""
     from transformers import AutoModelForCausalLM
 
-    from relora_ds.model import preset_config
+    from relora_ds.models.build import preset_config
 
     config = preset_config(case.model, case.vocabulary)
     config.use_cache = False
@@ -81,7 +81,7 @@ def engine_of(case: Case, model: nn.Module) -> Any:
 
     import relora_ds
     from relora_ds.config import Optimizer
-    from relora_ds.engine import adamw
+    from relora_ds.engine.initialize import adamw
 
     optimizer = adamw(Optimizer(lr=1e-4))
     config: dict[str, Any] = {
@@ -128,7 +128,7 @@ def flops(model: nn.Module, case: Case) -> tuple[float, float]:
     Per linear layer 6·in·out where the weight is trained; 4·in·out + 6·r·(in + out) where it is frozen. Attention
     12·width·tokens / 2, because half of it is masked.
     """
-    from relora_ds.model import preset_config
+    from relora_ds.models.build import preset_config
 
     config = preset_config(case.model, case.vocabulary)
     hidden, mlp = config.hidden_size, case.mlp or config.intermediate_size
@@ -144,7 +144,7 @@ def flops(model: nn.Module, case: Case) -> tuple[float, float]:
 
 def run(case: Case) -> dict[str, Any]:
     """Trains and times; everything that is reported."""
-    from relora_ds.compiling import compile_blocks
+    from relora_ds.models.compiling import compile_blocks
 
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     started = time.perf_counter()

@@ -24,8 +24,8 @@ import psutil
 import torch
 import yaml
 
-from relora_ds.export import stored_model
-from relora_ds.prepare import prepare
+from relora_ds.data.prepare import prepare
+from relora_ds.models.export import stored_model
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -64,7 +64,7 @@ def token_folder(folder: Path) -> Path:
 
 
 def start(path: Path) -> subprocess.Popen[bytes]:
-    words = [sys.executable, "-m", "relora_ds.cli", "train", str(path), "--nproc", "2"]
+    words = [sys.executable, "-m", "relora_ds", "train", str(path), "--nproc", "2"]
     return subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
 
 

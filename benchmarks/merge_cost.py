@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from relora_ds import exact
-from relora_ds.frozen import FrozenWeight, pieces
+from relora_ds.method import exact
+from relora_ds.method.frozen_weights import FrozenWeight, pieces
 
 ROWS, COLUMNS, RANK, TURNS = 5461, 2048, 128, 5
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from relora_ds.frozen import FrozenWeight, ShardedMaster
+from relora_ds.method.frozen_weights import FrozenWeight, ShardedMaster
 
 SIZE, RANK, CHANGE = 1024, 16, 0.01
 """A square weight N(0, 0.02); merges of random rank-16 changes of 1% of its norm."""

@@ -27,7 +27,7 @@ SMALL = "model.config={model_type: llama, hidden_size: 256, intermediate_size: 6
 def traffic(cluster: Cluster, nodes: int, out: Path, recipe: str, *words: str) -> dict[str, Any]:
     """Runs ``relora-ds traffic`` on so many nodes, one rank each; returns what it wrote."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = ["srun", f"--nodes={nodes}", "--ntasks-per-node=1", sys.executable, "-m", "relora_ds.cli", "traffic", recipe]
+    command = ["srun", f"--nodes={nodes}", "--ntasks-per-node=1", sys.executable, "-m", "relora_ds", "traffic", recipe]
     result = cluster.run("ctl", *command, *words, f"--out={out}", env=env, cwd=ROOT, timeout=3600)
     print(result.stdout, file=sys.stderr, flush=True)
     content: dict[str, Any] = json.loads((out / "comparison.json").read_text(encoding="utf-8"))

@@ -49,7 +49,7 @@ def updates(options: argparse.Namespace) -> dict[str, Callable[[Tensor], Tensor]
 
     import relora_ds
     from relora_ds.config import Optimizer
-    from relora_ds.engine import adamw
+    from relora_ds.engine.initialize import adamw
 
     batch = options.tokens // LENGTH
     config = {"train_batch_size": batch, "gradient_clipping": 1.0, "zero_optimization": {"stage": 2}}

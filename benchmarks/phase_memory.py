@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from relora_ds import launch
-from relora_ds.checks import check
 from relora_ds.config import parse
-from relora_ds.prepare import prepare
-from relora_ds.train import Trainer
+from relora_ds.data.prepare import prepare
+from relora_ds.launch import start as launch
+from relora_ds.training.loop import Trainer
+from relora_ds.training.preflight import check
 from tests.distributed import pool
 from tests.distributed.pool import close_all, run
 from tests.memory import PeakMemory, live_bytes

@@ -7,8 +7,9 @@ bf16, ZeRO-2, 32,100 tokens of vocabulary; the ratios are the same for every num
 
 from __future__ import annotations
 
-from relora_ds import formulas, lora
-from relora_ds.model import PRESETS, build_meta, preset_config
+from relora_ds.bandwidth import formulas
+from relora_ds.method import lora
+from relora_ds.models.build import PRESETS, build_meta, preset_config
 
 VOCABULARY = 32_100
 WIDTH = 2

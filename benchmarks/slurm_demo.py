@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from tests.integration.cluster import Cluster  # noqa: E402
 from tests.integration.conftest import environment, read_log  # noqa: E402
 
-RELORA = [sys.executable, "-m", "relora_ds.cli"]
+RELORA = [sys.executable, "-m", "relora_ds"]
 RECIPE = "recipes/demo.yaml"
 COMMON = ["wandb.mode=disabled", "train.micro_batch=6", "train.checkpoint_every=50"]
 STOP_AT = 450

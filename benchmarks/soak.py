@@ -2,7 +2,7 @@
 
     python -m benchmarks.soak OUT [--updates 10000] [--restart-every 20]
 
-`relora_ds.train.train` itself trains a tiny LLaMA on two ranks: a short full-rank warm start and the change of phase, then
+`relora_ds.training.loop.train` itself trains a tiny LLaMA on two ranks: a short full-rank warm start and the change of phase, then
 ``--updates`` updates of the LoRA phase (int8 with the sharded master), with an asynchronous checkpoint every twentieth of the run.
 Half-way between checkpoints every rank notes what it holds. Prints tables and a verdict (Markdown); exit code 1 when something
 grows.
@@ -28,10 +28,10 @@ import torch
 import yaml
 
 from benchmarks.kill_test import token_folder
-from relora_ds import launch
-from relora_ds.checks import check
 from relora_ds.config import load
-from relora_ds.train import Trainer, train
+from relora_ds.launch import start as launch
+from relora_ds.training.loop import Trainer, train
+from relora_ds.training.preflight import check
 from tests.memory import live_bytes
 
 RANKS, WARM_START, SAMPLES = 2, 20, 20

@@ -5,28 +5,28 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from relora_ds.errors import ConfigError, RestartError
+from relora_ds.version import __version__
 
 if TYPE_CHECKING:
-    from relora_ds.engine import initialize
-    from relora_ds.optimizer import ReLoRAOptimizer
-    from relora_ds.teardown import release
+    from relora_ds.engine.initialize import initialize
+    from relora_ds.engine.release import release
+    from relora_ds.optimizer.wrapper import ReLoRAOptimizer
 
-__version__ = "0.1.0"
 __all__ = ["ConfigError", "ReLoRAOptimizer", "RestartError", "__version__", "initialize", "release"]
 
 
 def __getattr__(name: str) -> Any:
     """torch and DeepSpeed take seconds to import: they are loaded when something needs them."""
     if name == "initialize":
-        from relora_ds.engine import initialize
+        from relora_ds.engine.initialize import initialize
 
         return initialize
     if name == "ReLoRAOptimizer":
-        from relora_ds.optimizer import ReLoRAOptimizer
+        from relora_ds.optimizer.wrapper import ReLoRAOptimizer
 
         return ReLoRAOptimizer
     if name == "release":
-        from relora_ds.teardown import release
+        from relora_ds.engine.release import release
 
         return release
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

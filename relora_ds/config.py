@@ -1,7 +1,7 @@
 """The run's configuration: strict models, a YAML file plus ``key.sub=value`` overrides, one error that names the key.
 
 Only what can be judged from the text alone is judged here; what needs the model, the data or the number of ranks is judged in
-:mod:`relora_ds.checks`, still before any process group starts.
+:mod:`relora_ds.training.preflight`, still before any process group starts.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
-from relora_ds.launch import expand
+from relora_ds.environment import expand
 
 LocalPath = Annotated[str, AfterValidator(expand)]
 """A setting that names a file or a folder, or may name one: it holds what ``~`` and ``$VAR`` stand for."""

@@ -13,7 +13,7 @@ import deepspeed  # noqa: F401 — its import writes a line to stdout: here, bef
 import pytest
 import yaml
 
-from relora_ds.prepare import prepare
+from relora_ds.data.prepare import prepare
 
 VOCAB_SIZE = 300
 TINY_LLAMA: dict[str, Any] = {

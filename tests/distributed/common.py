@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import relora_ds
-from relora_ds.teardown import release
+from relora_ds.engine.release import release
 
 VOCAB = 61
 GLOBAL_BATCH = 12

@@ -22,7 +22,7 @@ from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
-from relora_ds import launch
+from relora_ds.launch import start as launch
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 180.0

@@ -11,8 +11,8 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
-from relora_ds import adapters
 from relora_ds.errors import ConfigError
+from relora_ds.models import adapters
 from tests.distributed import common
 from tests.distributed.pool import run
 

@@ -13,18 +13,20 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-from relora_ds import base as bases
-from relora_ds import checkpoint as checkpoints
-from relora_ds import elastic, launch, train
-from relora_ds import manifest as manifests
-from relora_ds.checks import check
+from relora_ds.checkpoint import base as bases
+from relora_ds.checkpoint import reader as checkpoints
+from relora_ds.checkpoint import universal as elastic
 from relora_ds.config import parse
+from relora_ds.engine.release import release
 from relora_ds.errors import EXIT_DONE
-from relora_ds.export import export, load_merged
-from relora_ds.lora import relora_layers
-from relora_ds.run_folder import RunFolder
-from relora_ds.teardown import release
-from relora_ds.train import Trainer
+from relora_ds.launch import start as launch
+from relora_ds.method.lora import relora_layers
+from relora_ds.models.export import export, load_merged
+from relora_ds.run import manifest as manifests
+from relora_ds.run.folder import RunFolder
+from relora_ds.training import loop as train
+from relora_ds.training.loop import Trainer
+from relora_ds.training.preflight import check
 from tests.distributed import common
 from tests.distributed.pool import run
 from tests.distributed.test_training import at, read_log, train_here
@@ -281,8 +283,8 @@ def test_export_from_any_checkpoint(content: dict[str, Any], tmp_path: Path) -> 
     content["relora"]["frozen"] = INT8 | {"master": "sharded"}
     run(2, train_here, at(content, tmp_path / "run"))
     evals = {r["update"]: r["eval_loss"] for r in read_log(tmp_path / "run" / "metrics.jsonl") if "eval_loss" in r}
-    from relora_ds.data import TokenDataset
-    from relora_ds.evaluate import evaluate
+    from relora_ds.data.token_dataset import TokenDataset
+    from relora_ds.training.evaluate import evaluate
 
     data = TokenDataset(Path(content["data"]["path"]), "validation", 16, shuffle=False)
     for update in (3, 6, 12, 18):

@@ -13,13 +13,16 @@ from typing import Any
 
 import pytest
 
-from relora_ds import checkpoint as checkpoints
-from relora_ds import launch, lock, metrics, train
-from relora_ds import manifest as manifests
+from relora_ds.checkpoint import reader as checkpoints
+from relora_ds.checkpoint.writer import FencedError, Saver
 from relora_ds.errors import ConfigError
-from relora_ds.run_folder import RunFolder
-from relora_ds.saver import FencedError, Saver
-from relora_ds.train import Trainer, TrainingError
+from relora_ds.launch import start as launch
+from relora_ds.run import lock
+from relora_ds.run import manifest as manifests
+from relora_ds.run.folder import RunFolder
+from relora_ds.training import loop as train
+from relora_ds.training import metrics
+from relora_ds.training.loop import Trainer, TrainingError
 from tests.distributed.pool import run
 from tests.distributed.test_checkpoint import folders, losses
 from tests.distributed.test_training import at, read_log, train_here

@@ -15,9 +15,9 @@ from deepspeed.utils import safe_get_full_grad
 from torch import nn
 
 import relora_ds
-from relora_ds import ds_config
+from relora_ds.ds_config import fit as ds_config
 from relora_ds.errors import ConfigError
-from relora_ds.lora import initial_A, relora_layers
+from relora_ds.method.lora import initial_A, relora_layers
 from tests.distributed import common
 from tests.distributed.pool import run
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import relora_ds
-from relora_ds.lora import relora_layers
+from relora_ds.method.lora import relora_layers
 from tests.distributed import common
 from tests.distributed.pool import run
 from tests.distributed.test_training import train_here

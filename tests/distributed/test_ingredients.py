@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from relora_ds import lora
-from relora_ds.frozen import FrozenWeight
-from relora_ds.lora import relora_layers
+from relora_ds.method import lora
+from relora_ds.method.frozen_weights import FrozenWeight
+from relora_ds.method.lora import relora_layers
 from tests.distributed import common
 from tests.distributed.pool import run
 from tests.memory import PeakMemory

@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 
-from relora_ds import network
+from relora_ds.comm import network
 from tests.distributed.pool import ROOT
 
-TRAIN = [sys.executable, "-m", "relora_ds.cli", "train"]
+TRAIN = [sys.executable, "-m", "relora_ds", "train"]
 CLAIMS_CUDA = """
 import sys, time
 import deepspeed
-from relora_ds import devices, launch
+from relora_ds.launch import devices
+from relora_ds.launch import start as launch
 began = time.monotonic()
 if sys.argv[1] == "1":
     devices.visible = lambda: [devices.Gpu("GPU-a", "0000:1b:00")]

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 import relora_ds
-from relora_ds import launch, phases
-from relora_ds.checks import check
 from relora_ds.config import Optimizer, parse
-from relora_ds.engine import adamw
-from relora_ds.teardown import release
-from relora_ds.train import Trainer
+from relora_ds.engine.initialize import adamw
+from relora_ds.engine.release import release
+from relora_ds.launch import start as launch
+from relora_ds.training import phases
+from relora_ds.training.loop import Trainer
+from relora_ds.training.preflight import check
 from tests.distributed import common
 from tests.distributed.pool import run
 from tests.memory import live_bytes

@@ -12,14 +12,18 @@ import torch.distributed as dist
 from transformers import LlamaConfig
 
 import relora_ds
-from relora_ds import change_footprint, footprint, formulas, lora, phases, rehearsal
-from relora_ds import model as models
-from relora_ds.checks import Checked
+from relora_ds.bandwidth import formulas
 from relora_ds.config import Optimizer, parse, parse_relora
-from relora_ds.data import TokenIndex
-from relora_ds.ds_config import DTYPES
-from relora_ds.engine import adamw
-from relora_ds.plan import WIDTHS
+from relora_ds.data.token_dataset import TokenIndex
+from relora_ds.ds_config.fit import DTYPES
+from relora_ds.engine.initialize import adamw
+from relora_ds.method import lora
+from relora_ds.models import build as models
+from relora_ds.planning import footprint, rehearsal
+from relora_ds.planning import phase_change as change_footprint
+from relora_ds.planning.plan import WIDTHS
+from relora_ds.training import phases
+from relora_ds.training.preflight import Checked
 from tests.distributed import common
 from tests.distributed.pool import run
 from tests.memory import PeakMemory

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import relora_ds
-from relora_ds import ds_config
+from relora_ds.ds_config import fit as ds_config
 from relora_ds.errors import ConfigError
-from relora_ds.lora import relora_layers
+from relora_ds.method.lora import relora_layers
 from tests.distributed import common
 from tests.distributed.pool import run
 from tests.fp16 import needs_fp16, overruled

@@ -13,8 +13,8 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 import relora_ds
-from relora_ds import reduction
-from relora_ds import zero as zero_module
+from relora_ds.zero import gradient_reduction as reduction
+from relora_ds.zero import state as zero_module
 from tests.distributed import common
 from tests.distributed.pool import run
 from tests.fp16 import needs_fp16

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 from relora_ds.errors import RestartError
-from relora_ds.frozen import stored_tensors
-from relora_ds.lora import relora_layers
-from relora_ds.pruning import num_kept
-from relora_ds.zero import ZeroState
+from relora_ds.method.frozen_weights import stored_tensors
+from relora_ds.method.lora import relora_layers
+from relora_ds.method.pruning import num_kept
+from relora_ds.zero.state import ZeroState
 from tests.distributed import common
 from tests.distributed.pool import RankError, run
 from tests.products import ExactProducts

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 import relora_ds
-from relora_ds.frozen import stored_tensors
-from relora_ds.lora import relora_layers
-from relora_ds.rounding import MARK, differences
-from relora_ds.zero import ZeroState
+from relora_ds.method.frozen_weights import stored_tensors
+from relora_ds.method.lora import relora_layers
+from relora_ds.zero.rounding import MARK, differences
+from relora_ds.zero.state import ZeroState
 from tests.distributed import common
 from tests.distributed.pool import run
 from tests.fp16 import needs_fp16

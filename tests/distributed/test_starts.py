@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import relora_ds
-from relora_ds import checkpoint as checkpoints
-from relora_ds import phases
-from relora_ds.checks import check
+from relora_ds.checkpoint import reader as checkpoints
 from relora_ds.config import parse
 from relora_ds.errors import ConfigError
-from relora_ds.export import export_adapter, load_merged
-from relora_ds.run_folder import RunFolder
+from relora_ds.models.export import export_adapter, load_merged
+from relora_ds.run.folder import RunFolder
+from relora_ds.training import phases
+from relora_ds.training.preflight import check
 from tests.conftest import TINY_LLAMA
 from tests.distributed import common
 from tests.distributed.pool import run

@@ -13,22 +13,25 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from relora_ds import checkpoint as checkpoints
-from relora_ds import faults, launch, lora, phases
-from relora_ds import manifest as manifests
-from relora_ds.checks import check
+from relora_ds.checkpoint import reader as checkpoints
+from relora_ds.comm.counter import CountedGroup
 from relora_ds.config import parse
-from relora_ds.data import TokenDataset
+from relora_ds.data.token_dataset import TokenDataset
+from relora_ds.engine.release import release
 from relora_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
-from relora_ds.evaluate import evaluate
-from relora_ds.export import export
-from relora_ds.frozen import FrozenWeight
-from relora_ds.ledger import CountedGroup
-from relora_ds.run_folder import RunFolder
-from relora_ds.teardown import release
-from relora_ds.train import Trainer, TrainingError
-from relora_ds.train import train as train_run
-from relora_ds.zero import ZeroState
+from relora_ds.launch import start as launch
+from relora_ds.method import lora
+from relora_ds.method.frozen_weights import FrozenWeight
+from relora_ds.models.export import export
+from relora_ds.run import manifest as manifests
+from relora_ds.run.folder import RunFolder
+from relora_ds.supervision import faults
+from relora_ds.training import phases
+from relora_ds.training.evaluate import evaluate
+from relora_ds.training.loop import Trainer, TrainingError
+from relora_ds.training.loop import train as train_run
+from relora_ds.training.preflight import check
+from relora_ds.zero.state import ZeroState
 from tests.distributed.common import WITH_VOCABULARY
 from tests.distributed.pool import run
 

@@ -15,16 +15,18 @@ import torch
 import yaml
 
 import relora_ds
-from relora_ds import checkpoint as checkpoints
-from relora_ds import elastic, launch, unpickle
-from relora_ds import manifest as manifests
-from relora_ds.checks import check
-from relora_ds.cli import main
+from relora_ds.checkpoint import reader as checkpoints
+from relora_ds.checkpoint import universal as elastic
+from relora_ds.checkpoint.listing import listing
+from relora_ds.cli.main import main
 from relora_ds.config import parse
 from relora_ds.errors import EXIT_BAD_CONFIG, EXIT_DONE, ConfigError
-from relora_ds.listing import listing
-from relora_ds.run_folder import RunFolder
-from relora_ds.train import train
+from relora_ds.launch import start as launch
+from relora_ds.run import manifest as manifests
+from relora_ds.run import unpickle
+from relora_ds.run.folder import RunFolder
+from relora_ds.training.loop import train
+from relora_ds.training.preflight import check
 from tests.conftest import TINY_LLAMA, tiny_settings
 from tests.distributed import common
 from tests.distributed.pool import run
@@ -136,7 +138,7 @@ def test_the_optimizer_states_of_a_plain_checkpoint(case: Case, capsys: pytest.C
     assert main(words) == EXIT_BAD_CONFIG
     assert str(planted) in capsys.readouterr().err
     with pytest.raises(ConfigError, match=WANTS):  # also where nobody has looked before
-        relora_ds.adapters._masters(case.checkpoint, trust=False)
+        relora_ds.models.adapters._masters(case.checkpoint, trust=False)
     assert not case.marker.exists()
 
 

@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 import relora_ds
-from relora_ds import lora, rows
 from relora_ds.errors import EXIT_DONE
-from relora_ds.zero_vocabulary import VocabularyRoute
+from relora_ds.method import lora
+from relora_ds.zero import rows
+from relora_ds.zero.vocabulary_route import VocabularyRoute
 from tests.distributed import common
 from tests.distributed.pool import run
 from tests.distributed.test_training import at, read_log, train_here

@@ -49,7 +49,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 def relora(*arguments: object, expect: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
     """Runs ``relora-ds ARGUMENTS`` to its end and checks the exit code."""
-    return command([sys.executable, "-m", "relora_ds.cli", *arguments], expect=expect, **env)
+    return command([sys.executable, "-m", "relora_ds", *arguments], expect=expect, **env)
 
 
 def command(words: list[object], expect: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
@@ -60,7 +60,7 @@ def command(words: list[object], expect: int = 0, **env: str) -> subprocess.Comp
 
 def start(*arguments: object) -> subprocess.Popen[str]:
     """Starts ``relora-ds ARGUMENTS`` in a process group of its own."""
-    words = [sys.executable, "-m", "relora_ds.cli", *map(str, arguments)]
+    words = [sys.executable, "-m", "relora_ds", *map(str, arguments)]
     return subprocess.Popen(words, env=environment(), cwd=ROOT, text=True, stderr=subprocess.PIPE, start_new_session=True)
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import kill_test
-from relora_ds import checkpoint as checkpoints
-from relora_ds.run_folder import RunFolder
+from relora_ds.checkpoint import reader as checkpoints
+from relora_ds.run.folder import RunFolder
 from tests.integration.conftest import relora, start, wait_for_update
 
 Recipe = Callable[..., Path]
@@ -44,7 +44,7 @@ def test_a_second_job_is_refused_and_a_dead_ones_lock_taken_over(recipe: Recipe,
     second = relora("train", path, "--nproc", 2, expect=2)
     assert second.stderr.strip().splitlines()[-1].startswith("relora-ds: error: run.dir=")
     assert "in use by process" in second.stderr and "wait for it or stop it" in second.stderr
-    ranked = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "relora_ds.cli"]
+    ranked = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "relora_ds"]
     third = subprocess.run(
         [*ranked, "train", str(path)], capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2]
     )

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 Recipe = Callable[..., Path]
 SCRIPT = """#!/bin/bash
 #SBATCH --nodes=2 --ntasks-per-node=1 --output={folder}/job.out
-srun {python} -m relora_ds.cli train {recipe}
+srun {python} -m relora_ds train {recipe}
 """
 
 

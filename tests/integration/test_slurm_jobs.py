@@ -24,7 +24,7 @@ from tests.integration.cluster import Cluster, missing
 from tests.integration.conftest import ROOT, environment, read_log, relora, write_recipe
 
 pytestmark = [pytest.mark.skipif(missing() is not None, reason=missing() or ""), pytest.mark.timeout(1500)]
-RELORA = (sys.executable, "-m", "relora_ds.cli")
+RELORA = (sys.executable, "-m", "relora_ds")
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 PARTITIONS = """\
 PreemptType=preempt/partition_prio
@@ -84,7 +84,7 @@ class Site:
 
     def rank_environment(self, node: str) -> dict[str, str]:
         """What a rank on ``node``, not the batch script's, was started with."""
-        (rank, *_) = self.cluster.run(node, "pgrep", "-f", "relora_ds.cli train").stdout.split()
+        (rank, *_) = self.cluster.run(node, "pgrep", "-f", "relora_ds train").stdout.split()
         pairs = self.cluster.run(node, "cat", f"/proc/{rank}/environ").stdout.split("\0")
         return dict(pair.split("=", 1) for pair in pairs if pair)
 
@@ -274,7 +274,7 @@ def bad_node(site: Site, whole: Callable[[str], Path]) -> None:
     site.train_to(job, 45)
     (site.folder / "empty").mkdir()
     site.cluster.run("n2", "mount", "--bind", site.folder / "empty", site.tokens)
-    site.cluster.run("n2", "pkill", "-KILL", "-f", "relora_ds.cli train")
+    site.cluster.run("n2", "pkill", "-KILL", "-f", "relora_ds train")
     killed = time.monotonic()
     site.cluster.wait(job, ("PENDING", "COMPLETING", *OVER), timeout=60)
     assert time.monotonic() - killed < 40, "no collective is waited for"
@@ -292,7 +292,7 @@ def hung_rank(site: Site, whole: Callable[[str], Path]) -> None:
     """
     job = site.submit(site.recipe("long", train={**TRAIN, "hang_timeout": 5.0}), "--nodes", 2)
     site.train_to(job, 45)
-    site.cluster.run("n2", "pkill", "-STOP", "-f", "relora_ds.cli train")
+    site.cluster.run("n2", "pkill", "-STOP", "-f", "relora_ds train")
     site.finish(job)
     first, *others = site.events("ended", "suspects")
     assert first == ["n2"] and others and not any(others)

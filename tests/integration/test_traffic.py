@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from relora_ds import cli
-from relora_ds.comparison import ARMS
+from relora_ds.bandwidth.comparison import ARMS
+from relora_ds.cli import main as cli
 from tests.integration.cluster import Cluster, missing
 from tests.integration.conftest import ROOT, environment
 
@@ -32,7 +32,7 @@ def test_two_nodes(recipe: Callable[..., Path], tmp_path: Path) -> None:
             "--ntasks-per-node=1",
             sys.executable,
             "-m",
-            "relora_ds.cli",
+            "relora_ds",
             "traffic",
             path,
             f"--out={out}",

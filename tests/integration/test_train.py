@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from relora_ds import faults
+from relora_ds.supervision import faults
 from tests.integration.conftest import command, read_log, relora, start, wait_for_update, write_recipe
 
 Recipe = Callable[..., Path]
@@ -41,8 +41,8 @@ def test_every_launcher_trains_the_same(recipe: Recipe, tmp_path: Path, whole: P
     assert not (whole.parent / "extensions").exists(), "DeepSpeed compiled an extension at start-up"
     assert [record["update"] for record in metrics(whole) if "loss" in record] == list(range(1, 31))
     binaries = Path(sys.executable).parent
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "relora_ds.cli"]
-    deepspeed = [sys.executable, binaries / "deepspeed", "--num_gpus", 2, "--module", "relora_ds.cli"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "relora_ds"]
+    deepspeed = [sys.executable, binaries / "deepspeed", "--num_gpus", 2, "--module", "relora_ds"]
     for name, launcher in (("torchrun", torchrun), ("deepspeed", deepspeed)):
         command([*launcher, "train", recipe(name)])
         assert metrics(tmp_path / name) == metrics(whole), name

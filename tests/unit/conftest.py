@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from relora_ds.config import Config, parse
-from relora_ds.run_folder import RunFolder
+from relora_ds.run.folder import RunFolder
 
 
 @pytest.fixture

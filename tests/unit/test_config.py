@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
-from relora_ds import config, ds_config
-from relora_ds.checks import Checked, check
+from relora_ds import config
+from relora_ds.ds_config import fit as ds_config
 from relora_ds.errors import ConfigError, nearest
-from relora_ds.model import num_parameters
+from relora_ds.models.build import num_parameters
 from relora_ds.schedule import Interval
+from relora_ds.training.preflight import Checked, check
 
 ROOT = Path(__file__).resolve().parents[2]
 

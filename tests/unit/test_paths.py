@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from relora_ds.launch import expand
+from relora_ds.environment import expand
 from relora_ds.paths import path_argument
 
 ENVIRONMENT = {"SCRATCH": "/scratch/me", "EMPTY": "", "TILDE": "~/x"}

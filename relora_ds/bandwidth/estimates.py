@@ -1,0 +1,58 @@
+"""The formulas of traffic, filled in from a model and a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from relora_ds.bandwidth import formulas
+from relora_ds.config import ReLoRA, Traffic
+from relora_ds.method.lora import relora_layers
+from relora_ds.zero.rows import row_bytes
+
+
+def vocabulary(params: Sequence[nn.Parameter], settings: Traffic, width: float) -> dict[str, Any]:
+    """What :func:`relora_ds.bandwidth.formulas.update_bytes` is told of the vocabulary; nothing where it goes the usual way.
+
+    Rows that are not sent because no token was theirs depend on the data: they are taken as sent.
+
+    Args:
+        params: the trained weights of embedding and head.
+        settings: the recipe's ``traffic`` section.
+        width: bytes of the other gradients' entries on the wire.
+    """
+    numel = sum(param.numel() for param in params)
+    if not (settings.is_on and numel):
+        return {}
+    coded = sum(param.shape[0] * row_bytes(param.shape[1], torch.int8) for param in params) / numel
+    return {
+        "vocabulary_numel": numel,
+        "vocabulary_every": settings.vocabulary_every,
+        "vocabulary_gradient_width": coded if settings.vocabulary_dtype == "int8" else width,
+    }
+
+
+def restart(model: nn.Module, settings: ReLoRA, world_size: int) -> float:
+    """Bytes that a rank sends in one restart of a wrapped model: :func:`relora_ds.bandwidth.formulas.restart_bytes`."""
+    layers = [layer for _, layer in relora_layers(model)]
+    factors = [factor for layer in layers for factor in layer.factors().values()]
+    is_sharded = settings.frozen.master == "sharded"
+    return formulas.restart_bytes(
+        sum(factor.numel() for factor in factors),
+        num_tensors=len(factors),
+        choices=_choices(settings),
+        width=0 if factors[0].dtype == torch.float32 else 2,
+        world_size=world_size,
+        gathered_bytes=sum(layer.weight.stored_bytes for layer in layers if layer.weight is not None) if is_sharded else 0,
+    )
+
+
+def _choices(settings: ReLoRA) -> int:
+    """How often a restart ranks entries over all ranks; any rank can draw the keys of random masks of single tensors."""
+    reset = settings.reset
+    if reset.kind in ("full", "none") or reset.every is not None or (reset.kind == "random" and reset.scope == "tensor"):
+        return 0
+    return 1 if reset.mask == "joint" else 2

@@ -1,0 +1,355 @@
+"""``relora-ds slurm …``: options, and which function serves them."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import subprocess
+import sys
+import typing
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from relora_ds.config import Config, load
+from relora_ds.console import say
+from relora_ds.environment import allocation, attempt, node_name, process_environment
+from relora_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, refuse_rest, with_rest
+from relora_ds.launch import start as launch
+from relora_ds.paths import path_argument, text_argument
+from relora_ds.run.folder import RunFolder
+from relora_ds.slurm.script import (
+    SITE_FILE,
+    RequeueBy,
+    Settings,
+    check_signal,
+    describe,
+    doubts,
+    option_name,
+    read_site,
+    settings,
+)
+
+HELP = {
+    "nodes": "a number, or a range: 2-4 goes on with fewer after a failure",
+    "gpus_per_node": "8, or with a type, a100:8; 0 without GPUs",
+    "gpu_request": "how they are asked for: --gpus-per-node=8, --gres=gpu:8, or not at all",
+    "tasks_per_node": "ranks on a node (default: one per GPU)",
+    "cpus_per_task": "cores of a rank",
+    "mem": "memory of a node: 512G, or 0 for all",
+    "time": "limit of one start: 24:00:00; the job requeues itself",
+    "partition": "", "account": "", "qos": "", "constraint": "", "exclude": "nodes not to use",
+    "job_name": "default: the recipe's name",
+    "launcher": "what starts the ranks",
+    "signal": "asks the ranks to stop before the limit",
+    "signal_before": "seconds before the limit",
+    "requeue_by": "scontrol requeue, a successor job, or not at all",
+    "max_stalled": "starts in a row without a newer checkpoint that end the job",
+    "setup": "a shell line before all else: module load …; may be given several times",
+    "environment_file": "NAME=VALUE lines for all processes",
+    "container": "words before the training command: apptainer exec --nv image.sif",
+    "container_python": "interpreter inside the container (default: python)",
+    "python": "interpreter on the nodes (default: this one)",
+    "sbatch_args": "another option of sbatch, as --sbatch-args=--reservation=week; may be given several times",
+    "srun_args": "another option of srun or mpirun; may be given several times",
+}  # fmt: skip
+
+
+def add_commands(parent: Any, parser_class: type[argparse.ArgumentParser]) -> None:
+    """Adds ``slurm`` and its commands to the parser of ``relora-ds``."""
+    slurm = parent.add_parser("slurm", help="submit to a SLURM cluster, and look after the job")
+    commands = slurm.add_subparsers(dest="slurm_command", required=True, metavar="COMMAND", parser_class=parser_class)
+
+    submit = commands.add_parser("submit", help="check, write the batch script, submit; the job requeues itself until it is done")
+    submit.add_argument("recipe", metavar="RECIPE", type=text_argument, help="a YAML file")
+    submit.add_argument("overrides", metavar="key.sub=value", nargs="*", help="replace single settings of the recipe")
+    submit.add_argument("--dry-run", action="store_true", help="print the batch script, write and submit nothing")
+    submit.add_argument(
+        "--no-check",
+        action="store_true",
+        help="leave the check of the recipe to the job: where this machine is too small for torch",
+    )
+    submit.add_argument(
+        "--site",
+        type=path_argument,
+        help="site file with defaults for the options below (default: ~/.config/relora-ds/slurm.yaml)",
+    )
+    add_insisting(submit)
+    for name, field in Settings.model_fields.items():
+        _add_setting(submit, name, field.annotation)
+    submit.set_defaults(run=run_submit)
+
+    for name, function, text in (
+        ("status", run_status, "the job's state and the run's progress"),
+        ("logs", run_logs, "the job's output"),
+        ("cancel", run_cancel, "let the ranks write a checkpoint, then end the job for good"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("place", metavar="RUN_DIR|RECIPE", type=path_argument)
+        command.set_defaults(run=function)
+        if name == "logs":
+            command.add_argument("--follow", "-f", action="store_true", help="go on with what comes until the job is over")
+            command.add_argument("--lines", "-n", type=int, default=40, help="default: %(default)s")
+        if name == "cancel":
+            command.add_argument(
+                "--wait", type=float, default=120.0, metavar="S", help="seconds for the checkpoint (default: %(default)s)"
+            )
+
+    hostfile = commands.add_parser("hostfile", help="the nodes of an allocation in the form that the deepspeed launcher reads")
+    hostfile.add_argument("--slots", type=int, required=True, help="processes on a node")
+    hostfile.add_argument("--job", type=int, help="a job's id (default: the allocation this runs in)")
+    hostfile.set_defaults(run=run_hostfile)
+
+    inside = "used by the batch scripts"
+    before = commands.add_parser("before", help=f"{inside}: check, and print how many nodes to use")
+    after = commands.add_parser("after", help=f"{inside}: requeue, or not")
+    torchrun = commands.add_parser("torchrun", help=f"{inside}: start torchrun's agent for this node")
+    for command, run in ((before, run_before), (after, run_after), (torchrun, run_torchrun)):
+        command.add_argument("recipe", metavar="RECIPE", type=text_argument)
+        command.set_defaults(run=run)
+    for command in (before, torchrun):
+        command.add_argument("--tasks-per-node", type=int, required=True)
+        add_insisting(command)
+    before.add_argument("--probe", metavar="COMMAND", help="what must run where the ranks are to: a container's interpreter")
+    after.add_argument("--code", type=int, required=True, help="of what started the ranks")
+    for command in (before, after):
+        command.add_argument("--requeue-by", choices=typing.get_args(RequeueBy), default="requeue")
+    after.add_argument("--max-stalled", type=int, default=3)
+
+
+def add_insisting(parser: argparse.ArgumentParser) -> None:
+    """Adds the options by which a user insists on what is otherwise refused."""
+    parser.add_argument(
+        "--allow-changed", metavar="KEY", action="append", default=[],
+        help="resume although this setting, or section, is not what it was; may be given several times",
+    )  # fmt: skip
+    add_trust(parser)
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Adds the option by which a user vouches for whoever wrote a checkpoint."""
+    parser.add_argument("--trust", action="store_true", help="unpickle whatever a checkpoint holds, which can run anything")
+
+
+def insisted(options: argparse.Namespace) -> list[str]:
+    """The words of :func:`add_insisting`'s options, to be handed on."""
+    return [word for key in options.allow_changed for word in ("--allow-changed", key)] + ["--trust"] * options.trust
+
+
+def _add_setting(parser: argparse.ArgumentParser, name: str, annotation: Any) -> None:
+    """One option for one field of :class:`Settings`, which judges the value."""
+    text = str(annotation)
+    kind: dict[str, Any] = {"action": "append"} if "list" in text else {"type": int} if "int" in text else {}
+    if "Literal" in text:
+        kind["choices"] = typing.get_args(annotation)
+    parser.add_argument(
+        option_name(name), default=argparse.SUPPRESS, help=HELP[name] or None, metavar=None if "choices" in kind else "X", **kind
+    )
+
+
+def read_place(place: Path) -> Config:
+    """The recipe of a run's folder, or of a file. Raises ConfigError."""
+    if not place.is_dir():
+        return load(place, [])
+    run = RunFolder(place)
+    submitted = run.slurm / "recipe.yaml"
+    config = load(submitted, []) if submitted.is_file() and not run.config.is_file() else run.read_config()
+    return config.model_copy(update={"run": config.run.model_copy(update={"dir": str(place)})})
+
+
+def run_submit(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    overrides = with_rest(options.overrides, rest, [option_name(name) for name in Settings.model_fields])
+    site = options.site or Path.home() / SITE_FILE
+    if options.site is not None and not site.is_file():
+        raise ConfigError("--site", str(site), "no such file")
+    given = {name: value for name, value in vars(options).items() if name in Settings.model_fields}
+    found = settings(read_site(site), given, site)
+    config = load(options.recipe, overrides)
+    if "signal" not in found.model_fields_set:
+        found = found.model_copy(update={"signal": config.train.stop_signal})
+    elif found.signal not in ("TERM", "INT"):  # those stop every run
+        config = config.model_copy(update={"train": config.train.model_copy(update={"stop_signal": found.signal})})
+    check_signal(found)
+    for doubt in doubts(found):
+        say(doubt)
+    workdir = Path.cwd()
+    from relora_ds.slurm import commands as slurm
+
+    name = Path(options.recipe).stem
+    if not options.dry_run:
+        from relora_ds.slurm import client as slurm_client
+
+        slurm_client.need("sbatch")
+    environment = process_environment()  # before the libraries below add to it
+    deepspeed = check_sizes(config, found, options)
+    text = slurm.script(config, found, recipe_name=name, workdir=workdir, insisted=insisted(options))
+    if options.dry_run:
+        print(text, end="")
+        return EXIT_DONE
+    job, output = slurm.submit(config, found, deepspeed, text, workdir=workdir, environment=environment)
+    print(f"submitted job {job}: {describe(found)}, into {config.run.dir}")
+    print(f"  relora-ds slurm status {config.run.dir}     state, update, speed, time left")
+    print(f"  relora-ds slurm logs -f {config.run.dir}    its output ({output})")
+    print(f"  relora-ds slurm cancel {config.run.dir}     a checkpoint, then the end; submit again to go on")
+    return EXIT_DONE
+
+
+def check_sizes(config: Config, found: Settings, options: argparse.Namespace) -> dict[str, Any]:
+    """Judges the recipe for the most nodes of the range, unless that is left to the job; returns DeepSpeed's JSON as the recipe
+    names it. Raises ConfigError."""
+    from relora_ds.ds_config.file import read
+
+    recipe, ranks = Path(options.recipe), found.node_range[1] * found.ranks_per_node
+    if not options.no_check:
+        launch.quiet_libraries()
+        from relora_ds.training.preflight import check
+
+        check(config, recipe, ranks, options.allow_changed, options.trust, on_cuda=found.num_gpus > 0)
+    return dict(read(config.deepspeed, recipe.resolve().parent, recipe.resolve().parent.parent))
+
+
+def run_status(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    refuse_rest(rest)
+    from relora_ds.slurm import commands as slurm
+
+    for line in slurm.status(read_place(options.place)):
+        print(line)
+    return EXIT_DONE
+
+
+def run_logs(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    refuse_rest(rest)
+    from relora_ds.slurm import client as slurm_client
+    from relora_ds.slurm import commands as slurm
+
+    config = read_place(options.place)
+    path = slurm.log_file(config)
+
+    def is_over() -> bool:
+        events, number = slurm.known_job(RunFolder(Path(config.run.dir)))
+        job = slurm_client.job(number, events.cluster(number))
+        return job is None or job.is_over
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    slurm.tail(path, options.lines, write, is_over if options.follow else None)
+    return EXIT_DONE
+
+
+def run_cancel(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    refuse_rest(rest)
+    from relora_ds.slurm import commands as slurm
+
+    config = read_place(options.place)
+    slurm.cancel(config, wait_s=options.wait, stop_signal=config.train.stop_signal, say=say)
+    return EXIT_DONE
+
+
+def run_hostfile(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Prints it; redirect it into the file that ``deepspeed --hostfile`` gets."""
+    refuse_rest(rest)
+    from relora_ds.slurm.nodes import hostfile, hosts, nodes_of_job
+
+    here = allocation()
+    if options.job is None and here is None:
+        raise ConfigError("--job", None, "this is not inside an allocation", "name a job that runs")
+    nodes = nodes_of_job(options.job) if options.job is not None else list(hosts(here or ""))
+    print(hostfile(nodes, options.slots), end="")
+    return EXIT_DONE
+
+
+def run_before(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Prints the number of nodes for the step, and how often the job was requeued; all else goes to the standard error."""
+    refuse_rest(rest)
+    environment = process_environment()
+    if "SLURM_HET_SIZE" in environment:
+        problem = "jobs of several components are not served"
+        raise ConfigError("SLURM_HET_SIZE", environment["SLURM_HET_SIZE"], problem, "ask for nodes of one kind")
+    launch.quiet_libraries()
+    from relora_ds.slurm import job as slurm_job
+
+    def fits(nodes: int) -> None:
+        from relora_ds.training.preflight import check
+
+        # What needs a GPU is left to the ranks where none is seen: they may run in a container, and this does not.
+        ranks = nodes * options.tasks_per_node
+        check(config, Path(options.recipe), ranks, options.allow_changed, options.trust, on_cuda=True)
+
+    def probe() -> None:
+        if options.probe is not None:
+            try_container(options.probe, environment)
+
+    try:
+        with redirect_stdout(sys.stderr):  # whatever a library prints must not come between
+            attempt = slurm_job.confirmed(this_attempt())
+            if attempt.restart and not Path(options.recipe).is_file():
+                slurm_job.leave_node(attempt, node_name(), say)
+            config = load(options.recipe, [])
+            nodes = slurm_job.before(
+                config, attempt, fits, requeue_by=options.requeue_by, say=say, environment=environment, probe=probe
+            )
+    except slurm_job.ExcludedError as error:
+        say(str(error))
+        return EXIT_STOPPED
+    print(nodes, attempt.restart)
+    return EXIT_DONE
+
+
+def try_container(command: str, environment: Mapping[str, str]) -> None:
+    """Raises ConfigError where a shell command that only tells the version fails: relora_ds is not there in the container."""
+    done = subprocess.run(
+        ["bash", "-c", command], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        said = " ".join((done.stderr or done.stdout).strip().splitlines()[-1:]) or f"code {done.returncode}"
+        way_out = "install relora_ds in the image, bind the folder it is in, or name --container-python"
+        raise ConfigError("--container", command, f"relora_ds does not start in it: {said}", way_out)
+
+
+def run_after(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM ends this script as soon as the job is requeued
+    refuse_rest(rest)
+    from relora_ds.slurm import job as slurm_job
+
+    attempt = slurm_job.confirmed(this_attempt(), slurm_job.OUTAGE_S)
+    return slurm_job.after(
+        load(options.recipe, []),
+        attempt,
+        options.code,
+        requeue_by=options.requeue_by,
+        max_stalled=options.max_stalled,
+        say=say,
+    )
+
+
+def this_attempt() -> Any:
+    """Raises ConfigError outside a job."""
+    from relora_ds.slurm.job import Attempt
+    from relora_ds.slurm.nodes import hosts
+
+    job, _, restart = attempt().partition(".")
+    if not job:
+        raise ConfigError("SLURM_JOB_ID", None, "this is not inside a SLURM job", "it is called by the batch scripts of slurm/")
+    return Attempt(int(job), int(restart), tuple(hosts(allocation() or "")))
+
+
+def run_torchrun(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Runs torchrun's agent of this node, of as many as srun started."""
+    refuse_rest(rest)
+    from relora_ds.launch.torchrun_agent import run_agent
+
+    node = launch.discover()
+    if node is None:
+        raise ConfigError(
+            "SLURM_STEP_ID", None, "this is not inside a step of srun", "it is called by the batch scripts of slurm/"
+        )
+    node = launch.find_master(node)
+    words = [
+        f"--nnodes={node.world_size}", f"--node-rank={node.rank}", f"--nproc-per-node={options.tasks_per_node}",
+        f"--master-addr={node.master_addr}", f"--master-port={node.master_port}",
+        "--module", "relora_ds", "train", options.recipe, *insisted(options),
+    ]  # fmt: skip
+    return run_agent(words, load(options.recipe, []).train.stop_signal)

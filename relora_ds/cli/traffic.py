@@ -1,0 +1,138 @@
+"""``relora-ds traffic``: what a recipe sends, measured beside full-rank training."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from relora_ds.cli import slurm as cli_slurm
+from relora_ds.comm import nic
+from relora_ds.config import Run, load
+from relora_ds.console import say
+from relora_ds.errors import EXIT_DONE, ConfigError, nearest, with_rest
+from relora_ds.launch import start as launch
+from relora_ds.paths import path_argument, text_argument
+from relora_ds.reports.tables import aligned
+from relora_ds.units import parse_bytes
+
+if TYPE_CHECKING:  # it imports torch
+    from relora_ds.training.preflight import Checked
+
+LINKS = "100Mbit,1Gbit,10Gbit"
+
+
+def add_command(parent: Any) -> None:
+    """Adds ``traffic`` to the parser of ``relora-ds``."""
+    traffic = parent.add_parser("traffic", help="a recipe's network traffic, measured beside full-rank training")
+    traffic.add_argument("recipe", metavar="RECIPE", type=text_argument, help="a YAML file")
+    traffic.add_argument("overrides", metavar="key.sub=value", nargs="*", help="replace single settings of the recipe")
+    traffic.add_argument("--nproc", type=int, help="processes on this machine (default: one per GPU, but at least 2)")
+    traffic.add_argument("--updates", type=int, default=3, help="to measure each way (default: %(default)s)")
+    traffic.add_argument("--arms", default="recipe,full,zero2,zero1,ddp", help="what to compare (default: %(default)s)")
+    traffic.add_argument("--link", default=LINKS, help="speeds to foretell the seconds for (default: %(default)s)")
+    traffic.add_argument(
+        "--out", type=path_argument, help="folder for the table, the picture and the JSON (default: traffic/RECIPE)"
+    )
+    cli_slurm.add_trust(traffic)
+    traffic.set_defaults(run=run_traffic)
+
+
+def run_traffic(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """In the launching process: check, then start the ranks. In a rank: check, join the others, measure."""
+    known = ["--nproc", "--updates", "--arms", "--link", "--out", "--trust"]
+    overrides = options.overrides = with_rest(options.overrides, rest, known)
+    launch.quiet_libraries()
+    place = launch.launched()
+    num_processes = _num_processes(options, place)
+    links = {name.strip(): parse_bytes(name, "--link") for name in options.link.split(",")}
+    arms = _arms(options)
+    out = options.out or Path("traffic") / Path(options.recipe).stem
+    checked = _check(options, out, num_processes, is_main=place is None or place.is_main)
+    if place is not None:
+        return _measure(checked, place, arms, options, links, out)
+    launch.check_devices(num_processes)
+    say(f"starting {num_processes} processes")
+    words = ["traffic", options.recipe, *overrides, "--updates", str(options.updates), "--arms", options.arms]
+    return launch.spawn([*words, "--link", options.link, "--out", str(out), *["--trust"] * options.trust], num_processes)
+
+
+def _num_processes(options: argparse.Namespace, place: launch.Place | None) -> int:
+    """Ranks of the job. Raises ConfigError for numbers that cannot be, and where a launcher has decided it already."""
+    if options.updates < 1:
+        raise ConfigError("--updates", options.updates, "must be at least 1")
+    launch.check_nproc(options.nproc, place)
+    count: int = place.world_size if place else options.nproc or max(2, launch.default_num_processes())
+    if count < 2:
+        raise ConfigError("--nproc", count, "one process sends nothing", "use at least 2")
+    return count
+
+
+def _arms(options: argparse.Namespace) -> list[str]:
+    from relora_ds.bandwidth.comparison import ARMS
+
+    chosen = [name.strip() for name in options.arms.split(",")]
+    for name in chosen:
+        if name not in ARMS:
+            raise ConfigError("--arms", name, "no such way to train", nearest(name, ARMS))
+    return chosen
+
+
+def _check(options: argparse.Namespace, out: Path, num_processes: int, *, is_main: bool) -> Checked:
+    """Judges the recipe, and makes bf16 safe on this CPU before any product is formed. Raises ConfigError."""
+    import torch
+
+    from relora_ds.ds_config import fit as ds_config
+    from relora_ds.training.preflight import check
+
+    config = load(options.recipe, options.overrides)
+    config = config.model_copy(update={"run": Run(dir=str(out), seed=config.run.seed)})  # no run is written, or gone on with
+    checked = check(config, Path(options.recipe), num_processes, trust=options.trust)
+    on_cpu = not torch.cuda.is_available()
+    if ds_config.precision(checked.deepspeed) == "bf16" and on_cpu and (done := launch.guard_bf16()) and is_main:
+        say(done)
+    return checked
+
+
+def _measure(
+    checked: Checked, place: launch.Place, arms: Sequence[str], options: argparse.Namespace, links: dict[str, float], out: Path
+) -> int:
+    """This process is a rank: join the others, measure, and leave together; rank 0 tells."""
+    from relora_ds.bandwidth.comparison import accumulation, arms_of, compare
+    from relora_ds.bandwidth.table import NOTE, table, write
+
+    config = checked.config
+    place, device = launch.start_process_group(place)
+    tell = say if place.is_main else lambda text: None
+    for remark in checked.remarks:
+        tell(remark)
+    results = compare(checked, place, device, arms_of(config, arms), options.updates, tell)
+    if place.is_main:
+        unseen = nic.unseen(shares_memory=device.type == "cuda" and (place.local_world_size or 1) > 1)
+        about = {
+            "recipe": " ".join([options.recipe, *options.overrides]),
+            "ranks": f"{place.world_size} on {math.ceil(place.world_size / (place.local_world_size or 1))} node(s), {device.type}",
+            "global batch": f"{config.train.global_batch} x {config.data.sequence_length} tokens",
+            "micro batches": f"{accumulation(config, place.world_size)} of an update on a rank",
+            "versions": _versions(),
+            **({"not on the wire": f"what went by {', '.join(unseen)}"} if unseen else {}),
+        }
+        write(out, results, links, about)
+        print("\n".join(aligned(table(results, links))))
+        print(f"\n{NOTE}")
+        if unseen:
+            print(f"Not on the wire is what went by {', '.join(unseen)}.")
+        say(f"wrote {out}/comparison.md, .png and .json")
+    launch.leave_process_group()
+    return EXIT_DONE
+
+
+def _versions() -> str:
+    import deepspeed
+    import torch
+
+    from relora_ds import __version__
+
+    return f"relora_ds {__version__}, torch {torch.__version__}, deepspeed {deepspeed.__version__}"

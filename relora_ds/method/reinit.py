@@ -1,0 +1,114 @@
+"""The first values of A and B, at the start of the LoRA phase and at every restart. Pure: no ranks, no optimizer.
+
+Random values are a function of (seed, restart, layer name) alone, so that all ranks, at any world size and after any resume, draw the
+same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from relora_ds.method import exact
+
+InitName = Literal["kaiming", "orthonormal", "residual"]
+ITERATIONS = 8
+"""Of the subspace iteration: even on the flat spectrum of a rounding error it then holds over 98% of what an exact SVD would."""
+
+
+def initial_A(rank: int, in_features: int, *, name: str, seed: int, restart: int, kind: InitName = "kaiming") -> Tensor:
+    """A, (rank, in) float32 on the CPU.
+
+    Args:
+        rank, in_features: its shape.
+        name: of the layer.
+        seed, restart: of the run; 0 for the start of the LoRA phase.
+        kind: ``kaiming`` (uniform with a = sqrt 5, so in ±1/sqrt(in), as in the paper) or ``orthonormal`` rows (the QR
+            decomposition of a normal matrix, in float64). ``residual`` starts from the former, see :func:`principal_inputs`.
+    """
+    generator = _generator(f"{seed}/{restart}/{name}")
+    if kind == "orthonormal":
+        normal = torch.randn(in_features, rank, dtype=torch.float64, device="cpu", generator=generator)
+        return _orthonormal_columns(normal).t().to(torch.float32).contiguous()
+    return _kaiming(rank, in_features, generator)
+
+
+def initial_B(out_features: int, rank: int, *, name: str, seed: int) -> Tensor:
+    """B where there is no frozen weight, (out, rank) float32 on the CPU: Kaiming-uniform, since B = 0 is a layer of zeros."""
+    return _kaiming(out_features, rank, _generator(f"{seed}/B/{name}"))
+
+
+def _kaiming(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    bound = 1.0 / math.sqrt(columns)
+    return torch.empty(rows, columns, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
+
+
+def _generator(text: str) -> torch.Generator:
+    digest = hashlib.sha256(text.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _orthonormal_columns(matrix: Tensor) -> Tensor:
+    """Q of the QR decomposition, by one thread: how many a rank has depends on how many ranks share its CPU, and LAPACK's last bits
+    on how many threads there are."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return torch.linalg.qr(matrix).Q
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def principal_inputs(
+    residual: Callable[[], Iterable[Tensor]],
+    start: Tensor,
+    num_rows: int,
+    sum_over_ranks: Callable[[Tensor], Tensor],
+    max_over_ranks: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The rank-r row space that holds most of a matrix whose rows are split over ranks: its leading right singular vectors.
+
+    Subspace iteration in float64 (Golub and Van Loan, Matrix Computations, 8.2.4), Q = orth(Rᵀ R Q). Only sums of (in, r) matrices
+    travel. R, Q and R Q are rounded to whole numbers of so few bits that all sums are exact (:mod:`relora_ds.method.exact`):
+    whoever holds
+    which rows, the result is the same bits. Rounding Q and R Q matters less than what the iteration leaves out.
+
+    Args:
+        residual: gives this rank's rows anew at every call, in pieces (rows, in).
+        start: (r, in) float32, the subspace to begin with.
+        num_rows: of the matrix, over all ranks.
+        sum_over_ranks, max_over_ranks: of a float64 tensor, entry by entry.
+
+    Returns:
+        (r, in) float32 with orthonormal rows; ``start`` itself where the matrix is zero.
+    """
+    columns = start.shape[1]
+    bits = exact.bits_for(max(num_rows, columns))
+    largest = max_over_ranks(_largest(residual(), start.device))
+    if not bool(largest):
+        return start
+    unit = exact.unit_for(largest, bits)
+    basis = start.t().to(torch.float64)
+    for _ in range(ITERATIONS):
+        numbers, basis_unit = exact.columns(basis)
+        # No entry of R·q exceeds the longest row that R may have, times the length of q: a bound that no rank's rows change.
+        product_unit = exact.unit_for(math.sqrt(columns) * 2.0**bits * numbers.square().sum(0).sqrt(), bits)
+        product = torch.zeros_like(basis)
+        for piece in residual():
+            own = exact.whole(piece, unit)
+            product += own.t() @ exact.whole(own @ numbers, product_unit)
+        product = sum_over_ranks(product) * product_unit * basis_unit
+        if not bool(product.any()):
+            return start
+        basis = _orthonormal_columns(product / product.abs().max())
+    return basis.t().to(torch.float32).contiguous()
+
+
+def _largest(pieces: Iterable[Tensor], device: torch.device) -> Tensor:
+    """The largest magnitude: 0-d fp64; 0 where there are no pieces."""
+    return torch.stack([torch.zeros((), device=device), *(piece.abs().max() for piece in pieces)]).max().to(torch.float64)

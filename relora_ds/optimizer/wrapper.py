@@ -1,0 +1,446 @@
+"""ReLoRAOptimizer: a ZeRO optimizer that restarts its LoRA factors.
+
+A restart, after every ``restart_every``-th update and on all ranks at once, is merge -> reinitialise -> reset -> verify:
+
+1. W <- W + s·B·A through fp32, from the fp32 masters of A and B;
+2. A <- Kaiming from (seed, restart, layer name), B <- 0, in the masters and in the module's copies: the function does not change;
+3. the moments of A and B are pruned, exactly, wherever their shards lie (or at other updates, with ``reset.every``);
+4. checksums of W, A and B agree over all ranks, or the run stops with the name of the layer.
+
+The re-warmup after a reset multiplies whatever learning rates the optimizer has, so it works under any scheduler.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import operator
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from relora_ds.comm.counter import LEDGER, RESTART, VERIFY
+from relora_ds.config import ReLoRA
+from relora_ds.errors import RestartError
+from relora_ds.method import exact, pruning
+from relora_ds.method.frozen_weights import MergeStats, ShardedMaster, checksum, stored_tensors
+from relora_ds.method.lora import ReLoRALayer, layer_batches, relora_layers
+from relora_ds.method.reinit import initial_A, principal_inputs
+from relora_ds.schedule import rewarmup_factor
+from relora_ds.zero.state import ZeroProxy, ZeroState, data_parallel_group
+
+STATE_KEY = "relora_ds"
+
+
+PARTS = ("merge", "reset", "verify")
+
+
+@dataclass(frozen=True)
+class RestartRecord:
+    """What one restart did: a line of restarts.jsonl.
+
+    Attributes:
+        restart: 1-based.
+        pruned_fraction: share of the entries of A's and B's moments that were set to zero.
+        merged_change: norm of all merged changes over the norm of the weights they went into.
+        merge_error: share of the merged change that rounding to the stored dtype lost (norms).
+        by_layer_type: the same two figures for each kind of layer (q_proj, up_proj, …).
+        seconds: wall time on this rank. parts: of these, into merging with fresh factors, the reset, and comparing.
+        bytes: payload of this restart's collectives on this rank.
+        weights_checksum: of all wrapped layers' weights, the same on all ranks.
+    """
+
+    restart: int
+    pruned_fraction: float
+    merged_change: float
+    merge_error: float
+    seconds: float
+    parts: dict[str, float]
+    bytes: int
+    weights_checksum: str
+    by_layer_type: dict[str, dict[str, float]]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A tensor that is not the same on all ranks.
+
+    Attributes:
+        name: layer and part.
+        ranks: those that differ from ``reference``.
+        reference: a rank of the majority; rank 0 where there is none.
+        is_majority: whether more than half of the ranks agree with ``reference``.
+    """
+
+    name: str
+    ranks: tuple[int, ...]
+    reference: int
+    is_majority: bool
+
+    @classmethod
+    def of(cls, name: str, sums: list[int]) -> Mismatch:
+        """From the checksums of all ranks."""
+        commonest, count = Counter(sums).most_common(1)[0]
+        is_majority = 2 * count > len(sums)
+        reference = sums.index(commonest) if is_majority else 0
+        return cls(name, tuple(r for r, value in enumerate(sums) if value != sums[reference]), reference, is_majority)
+
+    def __str__(self) -> str:
+        return f"{self.name} differs on rank(s) {', '.join(map(str, self.ranks))} from rank {self.reference}"
+
+
+class ReLoRAOptimizer(ZeroProxy):
+    """Wraps DeepSpeed's ZeRO optimizer; put in ``engine.optimizer`` by :func:`relora_ds.initialize`.
+
+    Args:
+        zero: DeepSpeedZeroOptimizer of stage 1 or 2.
+        model: holds the :class:`~relora_ds.method.lora.ReLoRALayer` layers.
+        settings: the recipe's ``relora`` section.
+        seed: of the reinitialisations and of random pruning.
+        rewarm: whether the learning rate re-warms after a restart (the jagged schedule).
+
+    Attributes:
+        updates: calls of :meth:`step` so far, those whose update was skipped for a non-finite gradient included.
+        restarts: restarts so far.
+        last_restart: the record of the newest one in this process, or None.
+        last_reset: what a reset that came without a restart pruned (a share), since the owner last set it to None.
+        repairs: what was found wrong and set right, in words, since the owner last emptied the list.
+        last_lrs: the learning rates that the newest update really used, by group name.
+        saves_frozen: whether :meth:`state_dict` holds the sharded master; not while a checkpoint is saved whose base holds it.
+    """
+
+    OWN = ZeroProxy.OWN | {
+        "model", "settings", "seed", "rewarm", "comm", "masters", "frozen_master",
+        "updates", "restarts", "last_restart", "last_reset", "last_lrs", "repairs", "saves_frozen",
+    }  # fmt: skip
+
+    def __init__(self, zero: Any, model: nn.Module, settings: ReLoRA, *, seed: int = 0, rewarm: bool = True) -> None:
+        super().__init__(zero)
+        self.model = model
+        self.settings = settings
+        self.seed = seed
+        self.rewarm = rewarm
+        self.comm = data_parallel_group(zero, next(model.parameters()).device)
+        factors = {f"{name}.{key}": p for name, layer in relora_layers(model) for key, p in layer.factors().items()}
+        self.masters = ZeroState(zero, factors, self.comm)
+        self.frozen_master = self._shard_master() if settings.frozen.master == "sharded" else None
+        if self.frozen_master is None:
+            self._replicate_frozen()
+        self.updates = 0
+        self.restarts = 0
+        self.last_restart: RestartRecord | None = None
+        self.last_reset: float | None = None
+        self.last_lrs: dict[str, float] = {}
+        self.repairs: list[str] = []
+        self.saves_frozen = True
+        if settings.init == "residual":
+            for name, layer in relora_layers(model):
+                self._reinitialise(name, layer)
+
+    def _replicate_frozen(self) -> None:
+        """Rank 0's frozen weights for all, as DeepSpeed does with parameters: these are buffers, which it leaves alone."""
+        for name, layer in relora_layers(self.model):
+            for _, tensor in stored_tensors(name, layer.weight):
+                self.comm.broadcast(tensor, 0, "start-up")
+
+    def _shard_master(self) -> ShardedMaster:
+        """The fp32 master of the frozen weights; every replica is rounded from it at once, so that all hold the same bits."""
+        master = ShardedMaster(
+            {name: layer.weight for name, layer in relora_layers(self.model) if layer.weight is not None},
+            self.comm.rank,
+            self.comm.world_size,
+            lambda out, mine: self.comm.all_gather(out, mine, "restart"),
+            "cpu" if self.settings.frozen.master_device == "host" else self.comm.device,
+        )
+        master.publish_all()
+        return master
+
+    def step(self, closure: None = None) -> None:
+        """One update, at the learning rates of the groups times the re-warmup, and the restart that is due after it."""
+        if closure is not None:
+            raise ValueError("ZeRO optimizers take no closure")
+        with self._rewarmed_lrs():
+            self.zero.step()
+        self.updates += 1
+        reset, verify_every = self.settings.resets.follows(self.updates), self.settings.frozen.verify_every
+        if self.settings.restarts.follows(self.updates):
+            self.restart(reset=reset)
+            return
+        if reset:
+            self.last_reset = self.reset()
+        if verify_every and self.updates % verify_every == 0:
+            self.verify()
+
+    @contextmanager
+    def _rewarmed_lrs(self) -> Iterator[None]:
+        """Scales the groups' learning rates for one update and puts them back, so that chained schedulers see their own values."""
+        factor = rewarmup_factor(self.updates + 1, self.settings.resets, self.settings.rewarmup) if self.rewarm else 1.0
+        groups = self.zero.param_groups
+        lrs = [group["lr"] for group in groups]
+        for group, lr in zip(groups, lrs, strict=True):
+            group["lr"] = lr * factor
+        self.last_lrs = {str(group.get("name", i)): float(group["lr"]) for i, group in enumerate(groups)}
+        try:
+            yield
+        finally:
+            for group, lr in zip(groups, lrs, strict=True):
+                group["lr"] = lr
+
+    @torch.no_grad()
+    def restart(self, reset: bool = True) -> RestartRecord:
+        """Merge, reinitialise, reset, verify; called by :meth:`step` when the schedule says so, on all ranks alike.
+
+        Args:
+            reset: whether the optimizer is reset, too.
+
+        Raises:
+            RestartError: the ranks disagree afterwards; names the first layer and the ranks that differ.
+        """
+        times, bytes_before = [self._now()], LEDGER.payload_bytes((RESTART, VERIFY))
+        self.restarts += 1
+        stats = self._merge_and_reinitialise()
+        times.append(self._now())
+        pruned = self.reset() if reset else 0.0
+        times.append(self._now())
+        digest = self.verify()
+        times.append(self._now())
+        total = functools.reduce(operator.add, stats.values())
+        self.last_restart = RestartRecord(
+            restart=self.restarts,
+            pruned_fraction=pruned,
+            merged_change=total.relative_change,
+            merge_error=total.merge_error,
+            seconds=times[-1] - times[0],
+            parts={name: after - before for name, before, after in zip(PARTS, times, times[1:], strict=False)},
+            bytes=LEDGER.payload_bytes((RESTART, VERIFY)) - bytes_before,
+            weights_checksum=digest,
+            by_layer_type={
+                kind: {"merged_change": figures.relative_change, "merge_error": figures.merge_error}
+                for kind, figures in stats.items()
+            },
+        )
+        return self.last_restart
+
+    def _now(self) -> float:
+        """When all that was asked of the device is done."""
+        if self.comm.device.type == "cuda":
+            torch.cuda.synchronize(self.comm.device)
+        return time.perf_counter()
+
+    def _merge_and_reinitialise(self) -> dict[str, MergeStats]:
+        """Layer by layer, so that no more than one layer's change exists in fp32 at a time. Returns the figures by layer type."""
+        stats: dict[str, MergeStats] = {}
+        copies_serve = self.masters.copies_serve()
+        for layers in layer_batches(self.model):
+            names = [f"{name}.{key}" for name, layer in layers for key in layer.factors()]
+            masters = (
+                self.masters.gather_by_copies(names) if copies_serve else {name: self.masters.gather(name) for name in names}
+            )
+            for name, layer in layers:
+                figures = self._merge(name, layer, {key: masters[f"{name}.{key}"] for key in layer.factors()})
+                kind = name.rpartition(".")[2]
+                stats[kind] = stats[kind] + figures if kind in stats else figures
+                self._reinitialise(name, layer)
+        return stats if self.frozen_master is None else self._sum_over_ranks(stats)
+
+    def _merge(self, name: str, layer: ReLoRALayer, factors: dict[str, Tensor]) -> MergeStats:
+        """Merges one layer, from its factors' masters: all of it here, or this rank's rows into the master of W, whose rounding
+        all ranks then hold."""
+        assert layer.weight is not None, "refused with the settings"
+        change = layer.change(**factors)
+        return layer.weight.merge(change) if self.frozen_master is None else self.frozen_master.merge(name, change)
+
+    def _reinitialise(self, name: str, layer: ReLoRALayer) -> None:
+        """Fresh factors for one layer, in the masters and in the module's copies."""
+        device, kind = layer.lora_A.device, self.settings.init
+        fresh = initial_A(layer.rank, layer.in_features, name=name, seed=self.seed, restart=self.restarts, kind=kind)
+        lora_A, lora_B = fresh.to(device), torch.zeros(layer.out_features, layer.rank, device=device)
+        if kind == "residual":
+            lora_A, lora_B = self._residual_factors(name, layer, lora_A)
+        self.masters.write(f"{name}.lora_A", lora_A)
+        self.masters.write(f"{name}.lora_B", lora_B)
+        if layer.lora_scaling is not None:
+            # The reference sets it to 0 at a merge; with B = 0 neither of the two would have a gradient from then on.
+            self.masters.write(f"{name}.lora_scaling", torch.ones_like(layer.lora_scaling, dtype=torch.float32))
+
+    def _residual_factors(self, name: str, layer: ReLoRALayer, start: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors whose product is the rank-r part of what rounding lost of this layer; the master notes that they hold it."""
+        master = self.frozen_master
+        assert master is not None, "refused with the settings"
+        lora_A = principal_inputs(
+            lambda: (piece for _, piece in master.residual(name)),
+            start,
+            layer.out_features,
+            lambda total: self.comm.all_reduce(total, "restart"),
+            lambda largest: self.comm.all_reduce(largest, "restart", dist.ReduceOp.MAX),
+        )
+        self.comm.broadcast(lora_A, 0, "restart")  # the same bits, also where the ranks' machines differ
+        scale = float(layer.scale(None if layer.lora_scaling is None else torch.ones(1)))
+        lora_B = torch.zeros(layer.out_features, layer.rank, device=start.device)
+        right = exact.columns(lora_A.t())
+        for rows, piece in master.residual(name):
+            lora_B[rows] += exact.product(piece, right).div_(scale).to(torch.float32)
+        self.comm.all_reduce(lora_B, "restart")  # every row has one owner: the sum is exact
+        if bool(lora_B.any()):
+            master.hold(name, scale * lora_B[master.own(name)], lora_A)
+        return lora_A, lora_B
+
+    def reset(self) -> float:
+        """Prunes the factors' moments and, if asked, restarts their bias correction; returns the share that was zeroed."""
+        pruned = self._prune()
+        if self.settings.reset.restart_bias_correction:
+            self.masters.restart_bias_correction()
+        return pruned
+
+    def _sum_over_ranks(self, stats: dict[str, MergeStats]) -> dict[str, MergeStats]:
+        """Each rank measured its own rows of the master."""
+        table = torch.stack([torch.stack([s.change, s.lost, s.weight]) for s in stats.values()])
+        self.comm.all_reduce(table, "restart")
+        return {kind: MergeStats(*row) for kind, row in zip(stats, table, strict=True)}
+
+    def _prune(self) -> float:
+        """Zeroes the chosen entries of the factors' moments; returns the share of all entries that was zeroed."""
+        reset, keys = self.settings.reset, self.masters.moment_keys()
+        if reset.kind == "none" or not keys:
+            return 0.0
+        if reset.kind == "full":
+            for key in keys:
+                for name in self.masters.params:
+                    if (fragment := self.masters.fragment(name, key)) is not None:
+                        fragment.zero_()
+            return 1.0
+        shared = self._keep_masks(keys[0]) if reset.mask == "joint" else None
+        kept = torch.zeros((), dtype=torch.int64, device=self.comm.device)
+        for key in keys:
+            for name, mask in (shared if shared is not None else self._keep_masks(key)).items():
+                fragment = self.masters.fragment(name, key)
+                assert fragment is not None, "masks exist only for fragments"
+                fragment.masked_fill_(~mask, 0.0)
+                kept += mask.sum().to(kept.device)
+        self.comm.all_reduce(kept, "restart")
+        return 1.0 - int(kept) / (len(keys) * sum(p.numel() for p in self.masters.params.values()))
+
+    def _keep_masks(self, key: str) -> dict[str, Tensor]:
+        """Which entries of this rank's fragments survive, chosen over all ranks: {parameter: (n,) bool}."""
+        names, reset = list(self.masters.params), self.settings.reset
+        if reset.kind == "random" and reset.scope == "tensor":
+            return self._random_masks(key)
+        fragments = []
+        for index, name in enumerate(names):
+            values = self.masters.fragment(name, key)
+            if values is None:
+                continue
+            own = self.masters.own_slice(name)
+            if reset.kind == "magnitude":
+                keys = pruning.magnitude_keys(values)
+            else:
+                everything = pruning.random_keys(self.masters.params[name].numel(), self._random_seed(name, key))
+                keys = everything[own.start : own.start + own.numel].to(values.device)
+            fragments.append(pruning.KeyFragment(index, own.start, keys))
+        masks = pruning.select_largest(
+            fragments,
+            [p.numel() for p in self.masters.params.values()],
+            reset.ratio,
+            lambda counts: self.comm.all_reduce(counts, "restart"),
+            pieces=self.masters.pieces(),
+            across_tensors=reset.scope == "global",
+            device=self.comm.device,
+        )
+        return {names[fragment.tensor]: mask for fragment, mask in zip(fragments, masks, strict=True)}
+
+    def _random_masks(self, key: str) -> dict[str, Tensor]:
+        """The same for random pruning of each tensor by itself: any rank can draw all the keys, so nothing has to travel."""
+        masks = {}
+        for name, param in self.masters.params.items():
+            values = self.masters.fragment(name, key)
+            if values is not None:
+                own = self.masters.own_slice(name)
+                keys = pruning.random_keys(param.numel(), self._random_seed(name, key))
+                mask = pruning.select_largest_of_one(keys, self.settings.reset.ratio)
+                masks[name] = mask[own.start : own.start + own.numel].to(values.device)
+        return masks
+
+    def _random_seed(self, name: str, key: str) -> int:
+        digest = hashlib.sha256(f"{self.seed}/{self.restarts}/{name}/{key}".encode()).digest()
+        return int.from_bytes(digest[:8], "little") >> 1
+
+    def verify(self) -> str:
+        """Compares the bits of every wrapped layer's W, A and B over the ranks; returns a checksum of all W.
+
+        With ``frozen.on_mismatch: repair`` what differs is set right and noted in :attr:`repairs`.
+
+        Raises:
+            RestartError: names the first tensor that differs and the ranks that disagree with the majority.
+        """
+        tensors: dict[str, Tensor] = {}
+        for name, layer in relora_layers(self.model):
+            tensors.update(stored_tensors(name, layer.weight))
+            tensors.update({f"{name}.{key}": factor for key, factor in layer.factors().items()})
+        sums = torch.stack([checksum(tensor.data) for tensor in tensors.values()])
+        if not self.comm.agree(repr(sums.tolist()), "verify"):
+            lowest = self.comm.all_reduce(sums.clone(), "verify", dist.ReduceOp.MIN)
+            highest = self.comm.all_reduce(sums.clone(), "verify", dist.ReduceOp.MAX)
+            differing = (lowest != highest).nonzero().flatten().tolist()
+            names = list(tensors)
+            for mismatch in self._mismatches([names[index] for index in differing], sums[differing]):
+                self._repair(mismatch, tensors[mismatch.name], len(differing))
+            return self.verify()
+        weights = [value for name, value in zip(tensors, sums.tolist(), strict=True) if ".weight" in name]
+        return hashlib.sha256(repr(weights).encode()).hexdigest()[:16]
+
+    def _mismatches(self, names: list[str], sums: Tensor) -> list[Mismatch]:
+        """Who differs from whom: every rank's checksums of the tensors that are not alike."""
+        table = torch.zeros(self.comm.world_size, len(names), dtype=torch.int64, device=sums.device)
+        table[self.comm.rank] = sums
+        by_rank = self.comm.all_reduce(table, "verify").tolist()
+        return [Mismatch.of(name, [row[column] for row in by_rank]) for column, name in enumerate(names)]
+
+    def _repair(self, mismatch: Mismatch, tensor: Tensor, num_differing: int) -> None:
+        """Sets one tensor right on the ranks where it is wrong, or raises RestartError."""
+        layer = mismatch.name.partition(".weight")[0]
+        is_factor = mismatch.name in self.masters.params
+        if self.settings.frozen.on_mismatch == "repair":
+            if is_factor:
+                tensor.data.copy_(self.masters.gather(mismatch.name))
+            elif self.frozen_master is not None:
+                self.frozen_master.publish(layer)
+            elif mismatch.is_majority:
+                self.comm.broadcast(tensor.data, mismatch.reference, "verify")
+        if self.settings.frozen.on_mismatch == "stop" or not (
+            is_factor or self.frozen_master is not None or mismatch.is_majority
+        ):
+            raise RestartError(
+                f"after update {self.updates} the ranks hold different weights: {mismatch} ({num_differing} tensor(s) differ in all)"
+            )
+        self.repairs.append(f"after update {self.updates}: {mismatch}; repaired")
+
+    def state_dict(self) -> dict[str, Any]:
+        """ZeRO's state of this rank, plus how far the restarts have come; saved by ``engine.save_checkpoint``."""
+        own: dict[str, Any] = {"updates": self.updates, "restarts": self.restarts}
+        if self.frozen_master is not None and self.saves_frozen:
+            own["frozen_master"] = self.frozen_master.state()
+        return {**self.zero.state_dict(), STATE_KEY: own}
+
+    @staticmethod
+    def own_state(state: dict[str, Any]) -> dict[str, Any]:
+        """What :meth:`state_dict` added to ZeRO's state; empty for another optimizer's."""
+        return state.get(STATE_KEY) or {}
+
+    def load_state_dict(self, state_dict_list: list[dict[str, Any]], *args: Any, **kwargs: Any) -> None:
+        """The counterpart of :meth:`state_dict`; called by ``engine.load_checkpoint`` with the list of all ranks' states."""
+        self.zero.load_state_dict(state_dict_list, *args, **kwargs)
+        own = self.own_state(state_dict_list[self.comm.rank]) if state_dict_list else None
+        if own:
+            self.updates, self.restarts = own["updates"], own["restarts"]
+            if self.frozen_master is not None:
+                self.frozen_master.load(own.get("frozen_master"))

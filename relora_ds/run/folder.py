@@ -1,0 +1,223 @@
+"""What lies in a run's folder, and how the line-by-line logs in it are written."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import stat
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from relora_ds.config import Config, parse, read_yaml
+from relora_ds.errors import ConfigError
+
+APPEND_TRIES, APPEND_PAUSE_S = 5, 0.2
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run: config.yaml, deepspeed.json, model/ (Hugging Face configuration and tokenizer), metrics.jsonl,
+    restarts.jsonl, traffic.json, ranks.jsonl, faults.jsonl, stacks/ (where every rank hung), checkpoints/, base/ (frozen weights,
+    once per restart), universal/ (conversions), slurm/ (what was submitted, and what became of it), plots/, report.md."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def deepspeed(self) -> Path:
+        return self.path / "deepspeed.json"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def restarts(self) -> Path:
+        return self.path / "restarts.jsonl"
+
+    @property
+    def traffic(self) -> Path:
+        return self.path / "traffic.json"
+
+    @property
+    def ranks(self) -> Path:
+        return self.path / "ranks.jsonl"
+
+    @property
+    def faults(self) -> Path:
+        return self.path / "faults.jsonl"
+
+    @property
+    def stacks(self) -> Path:
+        return self.path / "stacks"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def base(self) -> Path:
+        return self.path / "base"
+
+    @property
+    def universal(self) -> Path:
+        return self.path / "universal"
+
+    @property
+    def slurm(self) -> Path:
+        return self.path / "slurm"
+
+    @property
+    def wandb_id(self) -> Path:
+        return self.path / "wandb_id"
+
+    def exists(self) -> bool:
+        """Whether this folder holds a run, rather than, say, a Hugging Face model."""
+        return self.config.is_file() and self.checkpoints.is_dir()
+
+    def read_config(self) -> Config:
+        """The configuration that the run was started with."""
+        if not self.config.is_file():
+            raise ConfigError("RUN_DIR", str(self.path), "holds no config.yaml", "name the folder given as run.dir")
+        return parse(read_yaml(self.config.read_text(encoding="utf-8"), str(self.config)))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces ``path`` in one step: a reader, or a run that is killed here, sees the old text or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def give_usual_mode(*paths: Path) -> None:
+    """Gives files the mode that `open` would have made them with, by the umask and the folder's own rules.
+
+    For safetensors, which makes them readable for their owner alone. The process's umask cannot be read without a moment in which
+    threads write under another: an empty file tells it.
+    """
+    with suppress(OSError):  # a file system without modes
+        for path in paths:
+            example = path.with_name(f".{path.name}.mode")
+            example.touch()
+            mode = example.stat().st_mode
+            example.unlink()
+            path.chmod(stat.S_IMODE(mode))
+
+
+def read_traffic(path: Path) -> list[dict[str, Any]]:
+    """The starts of a run in its traffic.json; none where the file is missing or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    starts = content.get("starts") if isinstance(content, dict) else None
+    return starts if isinstance(starts, list) else []
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Appends one JSON object as a line, in one write; numbers that JSON cannot hold (NaN, infinities) become null."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(finite(record), allow_nan=False) + "\n")
+
+
+def append_surely(path: Path, record: dict[str, Any]) -> None:
+    """As :func:`append_line`, for a file that several machines append to: NFS lets one write over another's line.
+
+    The file is read back, and the line written again where it is not whole in it.
+    """
+    line = json.dumps(finite(record), allow_nan=False)
+    for _ in range(APPEND_TRIES):
+        append_line(path, record)  # closed, so that NFS has it, and opened anew, so that it is asked again
+        if line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            return
+        time.sleep(random.uniform(0, APPEND_PAUSE_S))  # apart from the others
+
+
+def finite(value: Any) -> Any:
+    """``value`` with None in the place of each number in it that is not finite: Python would write NaN, which is no JSON."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+class Log:
+    """A file of JSON lines that can be kept through times in which it cannot be written: the lines wait in memory.
+
+    Args:
+        path: of the file.
+        tell: is told when it cannot be written, once, and when it can again.
+    """
+
+    def __init__(self, path: Path, tell: Callable[[str], None]) -> None:
+        self.path, self.tell = path, tell
+        self.waiting: list[dict[str, Any]] = []
+        self.has_failed = False
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Appends one object as a line, and those that wait before it."""
+        self.waiting.append(record)
+        try:
+            size = self.path.stat().st_size if self.path.exists() else 0
+            while self.waiting:
+                append_line(self.path, self.waiting[0])
+                self.waiting.pop(0)
+                size = self.path.stat().st_size
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(self.path, size)  # part of a line may have found room
+            if not self.has_failed:
+                self.tell(f"{self.path} cannot be written ({error.strerror}); its lines wait in memory")
+            self.has_failed = True
+        else:
+            if self.has_failed:
+                self.tell(f"{self.path} can be written again")
+            self.has_failed = False
+
+
+def truncate_log(path: Path, last_update: int) -> None:
+    """Drops the lines of later updates than ``last_update``, which a resumed run will write again, and a line cut off by a kill."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["update"] <= last_update:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    write_atomically(path, "".join(kept))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The records of a file with one JSON object a line; a last line that a kill cut off is left out."""
+    lines = path.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            int(record["update"])
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines):
+                break
+            problem = f"line {number} of {path.name} is no JSON object with an update number"
+            raise ConfigError("RUN_DIR", str(path.parent), problem, "mend or remove that line") from None
+        records.append(record)
+    return records

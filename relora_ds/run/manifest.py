@@ -1,0 +1,158 @@
+"""Manifests: JSON files that say what a folder holds, written last. A folder is complete when its manifest is there, and whole when
+every file that the manifest lists has the size and the SHA-256 that it gives."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from relora_ds.run.folder import write_atomically
+
+NAME = "manifest.json"
+FORMAT = 1
+CHUNK = 1 << 22
+UNKNOWN_TO_IT = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
+"""What a file system says of a call that it does not have."""
+Files = dict[str, dict[str, Any]]
+"""{name: {"bytes": size, "sha256": hex digest}}"""
+
+
+class ManifestError(ValueError):
+    """A manifest that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint is.
+
+    Attributes:
+        update, phase, restarts: where the run was: updates done, ``full`` or ``lora``, restarts done.
+        lora_updates: updates of the LoRA phase that the optimizer has counted.
+        world_size, zero_stage, precision: of the engine that wrote it.
+        config_sha256: of the run's config.yaml as it was then.
+        data: {"epoch_seed", "sequences"}: the data order is a function of the seed, and so many sequences have been used.
+        rng: {"seed"}: every random number is a function of it, the update, the rank and the layer.
+        progress: tokens and skipped updates so far.
+        base: {"folder": relative to the run's folder, "sha256": of its manifest}, or None where no frozen weights are needed.
+        versions: of Python and the packages.
+        files: everything in the folder but this manifest.
+    """
+
+    update: int
+    phase: str
+    restarts: int
+    lora_updates: int
+    world_size: int
+    zero_stage: int
+    precision: str
+    config_sha256: str
+    data: dict[str, Any]
+    rng: dict[str, Any]
+    progress: dict[str, Any]
+    base: dict[str, str] | None
+    versions: dict[str, str]
+    files: Files = field(default_factory=dict)
+    format: int = FORMAT
+
+
+def read(folder: Path) -> Manifest:
+    """Raises ManifestError when the manifest is missing, empty, cut off or of another format."""
+    content = read_json(folder)
+    try:
+        return Manifest(**content)
+    except TypeError as error:
+        raise ManifestError(f"{folder / NAME}: is not a manifest of format {FORMAT}: {error}") from None
+
+
+def newest(checkpoints: Path) -> tuple[Path, Manifest] | None:
+    """The newest checkpoint in a run's checkpoints/ whose manifest can be read, and what that says; contents are not looked at."""
+    for path in sorted(checkpoints.glob(f"update_*/{NAME}"), reverse=True):
+        try:
+            return path.parent, read(path.parent)
+        except ManifestError:
+            continue
+    return None
+
+
+def read_json(folder: Path) -> dict[str, Any]:
+    """The content of any manifest. Raises ManifestError."""
+    path = folder / NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ManifestError(f"{path}: {error.strerror}") from None
+    except ValueError:
+        raise ManifestError(f"{path}: is not whole") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ManifestError(f"{path}: is not a manifest of format {FORMAT}")
+    return content
+
+
+def write(folder: Path, content: Manifest | Mapping[str, Any]) -> str:
+    """Writes a manifest durably, in one step; returns its SHA-256."""
+    fields = asdict(content) if isinstance(content, Manifest) else {**content, "format": FORMAT}
+    text = json.dumps(fields, indent=1)
+    write_atomically(folder / NAME, text)
+    flush_folder(folder)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def flush_folder(folder: Path) -> None:
+    """Makes the names in a folder durable, where the file system knows how: some (FUSE, CIFS, object stores) flush files alone."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in UNKNOWN_TO_IT:
+            raise
+    finally:
+        os.close(handle)
+
+
+def flush_and_describe(path: Path) -> dict[str, Any]:
+    """Makes a file's content durable; returns its size and SHA-256."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": digest(path)}
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            total.update(chunk)
+    return total.hexdigest()
+
+
+def faults(folder: Path, files: Files, *, deep: bool = True) -> Iterator[str]:
+    """What is wrong with the files of a folder, one line each, by name.
+
+    Args:
+        folder: holds the files.
+        files: as its manifest lists them.
+        deep: whether contents are read, too, and not only sizes.
+    """
+
+    def fault(item: tuple[str, dict[str, Any]]) -> str | None:
+        name, entry = item
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            if size != entry["bytes"]:
+                return f"{path}: has {size:,} of {entry['bytes']:,} bytes"
+            if deep and digest(path) != entry["sha256"]:
+                return f"{path}: holds other bytes than were written"
+        except OSError as error:
+            return f"{path}: {'is missing' if isinstance(error, FileNotFoundError) else error.strerror}"
+        return None
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        yield from (found for found in pool.map(fault, files.items()) if found is not None)

@@ -1,0 +1,214 @@
+"""What a recipe needs of the model, the data, DeepSpeed and the number of ranks: judged before any process group starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from relora_ds.checkpoint import reader as checkpoints
+from relora_ds.config import Compile, Config
+from relora_ds.data import tokenizer
+from relora_ds.data.token_dataset import TokenDataset, TokenIndex, read_index
+from relora_ds.ds_config import fit as ds_config
+from relora_ds.errors import ConfigError
+from relora_ds.method import lora
+from relora_ds.method.full_rank import full_rank_line
+from relora_ds.models import adapters, compiling, generation
+from relora_ds.models import build as models
+from relora_ds.run import unpickle
+from relora_ds.run.folder import RunFolder
+from relora_ds.run.lock import WAY_OUT, RunLock
+from relora_ds.run.manifest import Manifest
+
+MATTERS = ("run.seed", "method", "model", "data", "relora", "optimizer", "traffic", "train.global_batch")
+"""Settings that a resumed run must share with the run that it goes on with, unless the user insists …"""
+HARMLESS = (
+    "model.attention",
+    "model.gradient_checkpointing",
+    "model.compile",
+    "relora.linear",
+    "relora.frozen.verify_every",
+    "relora.frozen.on_mismatch",
+    "relora.frozen.master_device",
+)
+"""… but for these."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A recipe that can run here.
+
+    Attributes:
+        config: the recipe.
+        deepspeed: DeepSpeed's configuration, fitted to the recipe and the number of ranks.
+        architecture: the Hugging Face configuration of the model.
+        index: of the token folder.
+        trust: whether the user trusts whoever wrote the checkpoints that it begins from, so that pickles are opened that could run
+            something.
+        remarks: lines that the user should hear before it starts, once.
+    """
+
+    config: Config
+    deepspeed: dict[str, Any]
+    architecture: PretrainedConfig
+    index: TokenIndex
+    trust: bool = False
+    remarks: tuple[str, ...] = ()
+
+
+def check(
+    config: Config,
+    recipe: Path,
+    world_size: int,
+    allow_changed: Sequence[str] = (),
+    trust: bool = False,
+    on_cuda: bool | None = None,
+) -> Checked:
+    """Raises ConfigError for the first thing that could not be trained, or not be trained right.
+
+    Args:
+        config: the recipe as it was read.
+        recipe: its file; DeepSpeed's JSON is also looked for beside it and one folder up.
+        world_size: ranks of the job.
+        allow_changed: settings, or sections, in which a resumed run may differ from what it was, because the user insists.
+        trust: as in :class:`Checked`.
+        on_cuda: whether the ranks have GPUs; None: as this machine, which will run them.
+    """
+    resumed = _check_resume(config, world_size, allow_changed)
+    if resumed is not None:  # whatever number of ranks wrote the newest checkpoint: it may be one that had to adapt as well
+        config = ds_config.adapt(config, world_size)
+    content = ds_config.of_recipe(config, recipe.resolve().parent, recipe.resolve().parent.parent)
+    fitted = ds_config.fit(content, config, world_size)
+    if on_cuda is None and not torch.cuda.is_available():  # asked of a GPU, it would start CUDA in the launching process
+        ds_config.refuse_unrunnable(ds_config.precision(fitted))
+    index = read_index(Path(config.data.path))
+    architecture = models.hf_config(config.model, index.vocab_size)
+    _check_data(config, index, architecture)
+    if resumed is None:
+        _check_tokenizer(config, index)
+    generation.name_tokens(architecture, config.model, index.folder)
+    here, uncompiled = torch.cuda.is_available(), None
+    if on_cuda in (None, here):  # a login node cannot judge what runs on the GPUs of others
+        dtype, device = ds_config.DTYPES[ds_config.precision(fitted)], torch.device("cuda" if here else "cpu")
+        models.attention_implementation(config.model.attention, architecture, dtype=dtype, device=device)  # or raises
+        uncompiled = _check_compile(config.model.compile, device)
+    full_rank = None
+    if config.method != "full":
+        model = models.build_meta(architecture)
+        layers = lora.find_targets(model, config.relora.targets)
+        lora.check_rank(layers, config.relora.rank)
+        full_rank = full_rank_line(model) if config.has_lora_phase else None
+        if config.method == "control":
+            architecture = models.control_config(architecture, lora.num_trainable(model, layers, config.relora.rank))
+    if resumed is not None and resumed.precision != ds_config.precision(fitted):
+        _refuse_changes([("deepspeed", resumed.precision, ds_config.precision(fitted))], config.run.dir, allow_changed)
+    if resumed is None:
+        _check_start(config, trust)
+    slow = models.slow_widths(architecture) if on_cuda or (on_cuda is None and here) else None
+    remarks = (ds_config.idle(content), full_rank, config.short_last_interval(), slow, uncompiled)
+    return Checked(config, fitted, architecture, index, trust, tuple(filter(None, remarks)))
+
+
+def _check_compile(choice: Compile, device: torch.device) -> str | None:
+    """One line where ``auto`` compiles nothing on a GPU. Raises ConfigError where it was asked for and cannot be."""
+    problem = compiling.obstacle(device) if choice is True or (choice == "auto" and device.type == "cuda") else None
+    if problem is not None and choice is True:
+        raise ConfigError("model.compile", True, problem, "install it, or leave compile out")
+    return None if problem is None else f"model.compile: auto compiles nothing, since {problem}; updates take longer"
+
+
+def _check_start(config: Config, trust: bool) -> None:
+    """Raises ConfigError where the weights that a new run starts from are a checkpoint that could run something."""
+    if config.model.weights is not None:
+        adapters.check_deepspeed(Path(config.model.weights), trust=trust)
+    start = checkpoints.newest(RunFolder(Path(config.model.path))) if config.model.path is not None else None
+    if start is not None:
+        unpickle.check([start / checkpoints.MODEL_STATES], trust=trust, key="model.path")
+
+
+def _check_data(config: Config, index: TokenIndex, architecture: PretrainedConfig) -> None:
+    length = config.data.sequence_length
+    for split in ("train", "validation"):
+        TokenDataset(index.folder, split, length)  # raises when a split is shorter than one sample
+    positions = getattr(architecture, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise ConfigError("data.sequence_length", length, f"longer than the model's {positions} positions")
+    if index.encoder_size > architecture.vocab_size:
+        raise ConfigError(
+            "data.path",
+            config.data.path,
+            f"its tokenizer has {index.encoder_size} entries, the model's vocabulary {architecture.vocab_size}",
+            "leave the model's vocab_size out, or prepare the data with the model's tokenizer",
+        )
+
+
+def _check_tokenizer(config: Config, index: TokenIndex) -> None:
+    """The tokens of the data must mean to the model that a run starts from what they meant to it so far, as far as it says."""
+    source = generation.origin(config.model)
+    ours = tokenizer.find(str(index.folder)) if source is not None else None
+    theirs = tokenizer.find(source) if source is not None else None
+    problem = tokenizer.difference(ours, theirs) if ours is not None and theirs is not None else None
+    if problem is not None:
+        raise ConfigError(
+            "data.path",
+            config.data.path,
+            f"its tokenizer is not that of model.path={config.model.path!r}: {problem}",
+            f"prepare the data with --tokenizer {source}",
+        )
+
+
+def _check_resume(config: Config, world_size: int, allow_changed: Sequence[str]) -> Manifest | None:
+    """A run's folder that holds a checkpoint can only be gone on with by the same run; returns the newest checkpoint's manifest."""
+    folder = RunFolder(Path(config.run.dir))
+    newest = checkpoints.newest(folder)
+    if newest is None:
+        return None
+    _refuse_changes(differences(folder.read_config(), config), config.run.dir, allow_changed)
+    return checkpoints.read_manifest(newest)
+
+
+def refuse_busy(config: Config, attempt: str = "") -> None:
+    """Raises ConfigError when another job has the run's folder: asked before the ranks are started, of which rank 0 then takes it.
+
+    Args:
+        config: the recipe.
+        attempt: this start of a SLURM job, which may take the folder from an earlier one; empty outside of one.
+    """
+    folder = Path(config.run.dir)
+    other = RunLock(folder, attempt).holder() if folder.is_dir() else None
+    if other is not None:
+        raise ConfigError("run.dir", config.run.dir, f"in use by {other}", WAY_OUT)
+
+
+def differences(before: Config, now: Config) -> list[tuple[str, Any, Any]]:
+    """The settings that matter and are not the same: (key, before, now)."""
+    old, new = (dict(_flat(settings.model_dump(mode="json"))) for settings in (before, now))
+    keys = [key for key in {**old, **new} if _is_under(key, MATTERS) and not _is_under(key, HARMLESS)]
+    return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
+
+
+def _flat(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in content.items():
+        if isinstance(value, dict) and prefix + name != "model.config":
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _is_under(key: str, sections: Sequence[str]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+
+def _refuse_changes(changes: list[tuple[str, Any, Any]], run_dir: str, allowed: Sequence[str]) -> None:
+    """Raises ConfigError with all the differences that the user does not insist on."""
+    refused = [(key, before, now) for key, before, now in changes if not _is_under(key, allowed)]
+    if refused:
+        (key, before, now), others = refused[0], refused[1:]
+        more = "".join(f"; {key} was {before!r} and is {now!r}" for key, before, now in others)
+        insist = " ".join(f"--allow-changed {key}" for key, _, _ in refused)
+        raise ConfigError(key, now, f"the run in {run_dir} has {before!r}{more}", f"name another run.dir, or insist: {insist}")

@@ -1,0 +1,80 @@
+"""A run on Weights & Biases. Whatever wandb does, the run goes on: what fails is told once, and left out from then on."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from relora_ds.config import Config
+from relora_ds.run.folder import RunFolder, write_atomically
+
+MODES = {"run": "online", "dryrun": "offline"}
+"""What WANDB_MODE may still say of an older wandb."""
+
+
+class Tracker:
+    """One run of wandb, which keeps its id over resumes.
+
+    Args:
+        config: of the run. What it leaves open (``wandb.mode: auto``, no project, no name) the variables of wandb decide, if they are
+            set: WANDB_MODE, WANDB_PROJECT, WANDB_NAME.
+        folder: of the run.
+        environment: where those variables are; an empty one is none.
+        tell: one line to the user.
+    """
+
+    def __init__(self, config: Config, folder: RunFolder, environment: Mapping[str, str], tell: Callable[[str], None]) -> None:
+        self.tell = tell
+        self.run: Any = None
+        given, chosen = environment.get("WANDB_MODE", ""), config.wandb.mode
+        mode = MODES.get(given, given) if chosen == "auto" and given else chosen
+        if mode != "disabled":
+            self.run = self._guarded("does not start", lambda: self._start(config, folder, environment, mode))
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        if self.run is not None:
+            self._guarded("takes no more figures", lambda: self.run.log(values, step=step))
+
+    def finish(self, exit_code: int) -> None:
+        if self.run is not None:
+            self._guarded("did not end well", lambda: self.run.finish(exit_code=exit_code))
+
+    def _guarded(self, what: str, work: Callable[[], Any]) -> Any:
+        """What ``work`` gives; None, and no wandb from then on, where it fails."""
+        try:
+            return work()
+        except Exception as error:
+            self.run = None
+            self.tell(f"wandb {what} ({_reason(error)}): the run goes on without")
+            return None
+
+    def _start(self, config: Config, folder: RunFolder, environment: Mapping[str, str], mode: Any) -> Any:
+        """Offline without an API key, and where the server does not let it in, as on compute nodes without the internet."""
+        import wandb
+
+        if mode == "auto":
+            mode = "online" if wandb.api.api_key else "offline"  # from WANDB_API_KEY or a netrc file
+        if not folder.wandb_id.exists():
+            write_atomically(folder.wandb_id, uuid.uuid4().hex[:8])
+        project, settings = config.wandb.project, config.wandb
+        if "project" not in settings.model_fields_set:
+            project = environment.get("WANDB_PROJECT") or project
+        begin = partial(
+            wandb.init, project=project, name=settings.name or environment.get("WANDB_NAME") or folder.path.name,
+            id=folder.wandb_id.read_text(encoding="utf-8").strip(), resume="allow", dir=str(folder.path),
+            config=config.model_dump(mode="json"), settings=wandb.Settings(silent=True),
+        )  # fmt: skip
+        try:
+            return begin(mode=mode)
+        except Exception as error:
+            if mode == "offline":
+                raise
+            self.tell(f"wandb goes on offline ({_reason(error)}); later: wandb sync {folder.path}/wandb/offline-run-*")
+            wandb.teardown()  # its service holds the id for the run that failed (wandb/wandb#9865)
+            return begin(mode="offline")
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

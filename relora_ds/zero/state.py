@@ -1,0 +1,484 @@
+"""The inside of DeepSpeed's ZeRO optimizer (stages 1 and 2), which only this file and zero_vocabulary.py touch.
+
+ZeRO keeps, for every parameter group, one flat fp32 master of all its parameters, cut into equal partitions: each rank owns one, with
+Adam's moments beside it. A parameter is therefore a *fragment* on the ranks that own a piece of it, and absent on the others. After
+each step the masters are copied over the module's parameters, so whoever changes a parameter must write the master as well as the
+module's copy, or the change is undone at the next step.
+
+Gradients take the shortest way to the owners of their pieces, once per update: :class:`GradientRoute`.
+
+What is relied on, and checked at start-up by :func:`check_internals`: ``single_partition_of_fp32_groups``, ``bit16_groups``,
+``optimizer``, ``dp_process_group`` and, on each parameter, ``_hp_mapping`` with its two fragment addresses.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor, nn
+
+from relora_ds.comm.counter import CountedGroup
+from relora_ds.errors import ConfigError
+from relora_ds.method.frozen_weights import checksum
+from relora_ds.run import unpickle
+from relora_ds.zero import rounding
+from relora_ds.zero.gradient_reduction import means_of_own
+
+TESTED_DEEPSPEED = "0.19.8"
+FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
+INTERNALS = ("single_partition_of_fp32_groups", "bit16_groups", "optimizer", "dp_process_group", "overflow", "step")
+REDUCTION = (
+    "average_tensor", "allreduce_and_scatter", "buffered_reduce_fallback", "_buffered_reduce_fallback_preserving_fp32",
+    "use_multi_rank_bucket_allreduce", "gradient_average", "sequence_parallel_size",
+    "partition_gradients", "gradient_accumulation_steps", "process_gradients", "get_gradient_for_reduction",
+    "overlapping_partition_gradients_reduce_epilogue",
+    "_fill_param_grad_accum_attribute", "use_separate_grad_accum", "use_grad_accum_attribute", "_coalesce_grad_reduction",
+)  # fmt: skip
+"""What :class:`GradientRoute` replaces, calls or sets."""
+
+
+class ZeroProxy:
+    """Stands in for a ZeRO optimizer: what is not overridden here or in a subclass reads from, and writes to, the wrapped one.
+
+    ``isinstance`` answers as the wrapped optimizer does, because DeepSpeed's engine asks whether its optimizer is a ZeRO one before
+    it scales a loss. Subclasses list their own attributes in ``OWN``.
+    """
+
+    OWN: frozenset[str] = frozenset({"zero"})
+
+    def __init__(self, zero: DeepSpeedZeroOptimizer) -> None:
+        self.zero = zero
+
+    def __getattr__(self, name: str) -> Any:
+        if name in type(self).OWN:  # not set yet: asking the wrapped optimizer would recurse
+            raise AttributeError(name)
+        return getattr(self.zero, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in type(self).OWN:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.zero, name, value)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self.zero)
+
+
+def check_internals(zero: Any) -> None:
+    """Refuses an optimizer whose inside is not the one that this file was written against.
+
+    Raises:
+        ConfigError: in one line, with the DeepSpeed version that is installed and the one that is known to work.
+    """
+
+    def refuse(problem: str) -> None:
+        raise ConfigError("deepspeed", deepspeed.__version__, problem, f"install deepspeed=={TESTED_DEEPSPEED}")
+
+    if type(zero) is not DeepSpeedZeroOptimizer:
+        refuse(f"the engine's optimizer is {type(zero).__name__}, ReLoRA needs DeepSpeedZeroOptimizer (ZeRO stage 1 or 2)")
+    missing = [name for name in INTERNALS if not hasattr(zero, name)]
+    if missing:
+        refuse(f"DeepSpeedZeroOptimizer has no {', '.join(missing)}")
+    for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+        for param in group:
+            if not hasattr(param, "_hp_mapping"):
+                refuse("parameters have no _hp_mapping")
+            mapping = param._hp_mapping
+            if mapping is None:
+                continue
+            if not all(hasattr(mapping, name) for name in ("lp_fragment_address", "hp_fragment_address", "hp_fragment")):
+                refuse("_hp_mapping has no fragment addresses")
+            address = mapping.hp_fragment_address
+            if flat[address.start : address.start + address.numel].data_ptr() != mapping.hp_fragment.data_ptr():
+                refuse("a parameter's fragment is not where its address says in the flat fp32 partition")
+            piece = mapping.lp_fragment_address
+            copy = param.data.reshape(-1)[piece.start : piece.start + piece.numel]
+            if not bool(torch.stack(torch.aminmax(copy)).isfinite().all()):  # NaN passes on; no copy is made
+                name = zero.param_names.get(param, "a parameter") if hasattr(zero, "param_names") else "a parameter"
+                raise ConfigError("model", name, "its weights are not finite", "begin with others")
+            if not torch.equal(mapping.hp_fragment.to(copy.device, copy.dtype), copy):
+                refuse("a parameter's master is not where its address says: the module's copy holds other values")
+    if zero.single_partition_of_fp32_groups[0].dtype != torch.float32:
+        refuse("the master weights are not fp32")
+
+
+def route_gradients(engine: Any) -> GradientRoute | None:
+    """Gives a fresh engine of ZeRO stage 1 or 2 the shortest way for its gradients; leaves any other engine as it is.
+
+    ``zero_optimization.reduce_scatter: false`` keeps DeepSpeed's all-reduce. An engine with parts that the route does not know keeps
+    it, too, with a warning.
+    """
+    zero = engine.optimizer
+    if type(zero) is not DeepSpeedZeroOptimizer or not getattr(zero, "reduce_scatter", False):
+        return None
+    problem = unroutable(zero, engine)
+    if problem:
+        warnings.warn(f"gradients go DeepSpeed's way, which sends 1.5 times the bytes or more: {problem}", stacklevel=3)
+        return None
+    return GradientRoute(zero, on_cpu=get_accelerator().device_name() == "cpu", defer=engine.managed_gradient_accumulation())
+
+
+def unroutable(zero: Any, engine: Any) -> str:
+    """Why the gradients of this optimizer have to go DeepSpeed's way; empty when they need not."""
+    missing = [name for name in REDUCTION if not hasattr(zero, name)]
+    if missing:
+        return f"DeepSpeedZeroOptimizer {deepspeed.__version__} has no {', '.join(missing)}"
+    others = {
+        "mixture of experts": zero.has_moe_layers,
+        "ZenFlow": zero.zenflow,
+        "sequence parallelism": zero.sequence_parallel_size > 1,
+        "pipeline parallelism": engine.pipeline_parallelism,
+        "DeepCompile": engine.is_deepcompile_enabled(),
+        "Muon": "Muon" in type(zero.optimizer).__name__,
+    }
+    return ", ".join(name for name, is_on in others.items() if is_on)
+
+
+class GradientRoute:
+    """The way of the gradients from the backward pass to the rank that owns them: once per update, each piece to its owner alone.
+
+    DeepSpeed all-reduces them, which sends twice the bytes, and under stage 2 does so after every micro-batch. Two things change:
+
+    - ``average_tensor`` still says which slice of a bucket belongs to which rank. On a CPU its all-reduce is
+      :func:`relora_ds.zero.gradient_reduction.means_of_own`, since gloo's own reduce sends up to twice the bytes; buckets that
+      are not contiguous
+      pass through it as well. Elsewhere it is DeepSpeed's own reduce to each owner, which NCCL serves at the ring's bytes.
+    - Under stage 2 with accumulation, gradients gather in ``param.grad``, as under stage 1 (in ``param.grad_accum`` where they are
+      to be summed in another dtype), until the last micro-batch, which reduces them while it goes backward, as a lone one does.
+
+    What DeepSpeed does with the reduced slices is untouched: its own partition is complete, the rest of a bucket is thrown away.
+
+    Args:
+        zero: DeepSpeed's optimizer, before its first backward pass.
+        on_cpu: whether gradients travel by gloo.
+        defer: whether gradients may wait for the last micro-batch, which the engine has to announce.
+    """
+
+    def __init__(self, zero: Any, *, on_cpu: bool, defer: bool) -> None:
+        self.zero = zero
+        self.average = zero.gradient_average
+        self.waiting: dict[nn.Parameter, int] = {}
+        if on_cpu:
+            zero.gradient_average = False  # divided after the sum, which one rounding less has
+            zero.use_multi_rank_bucket_allreduce = True  # the branch that hands over all slices of a bucket at once
+            zero.allreduce_and_scatter = self.scatter
+            zero.buffered_reduce_fallback = lambda rank, grads, wire, **others: self.reduce_apart(grads, wire)
+            zero._buffered_reduce_fallback_preserving_fp32 = lambda grads, params, wire, **others: self.reduce_apart(grads, wire)
+        else:
+            zero.use_multi_rank_bucket_allreduce = False
+        if defer and zero.partition_gradients and zero.gradient_accumulation_steps > 1:
+            zero.use_grad_accum_attribute = zero.use_separate_grad_accum
+            self.process, zero.process_gradients = zero.process_gradients, self.gather
+            self.finish = zero.overlapping_partition_gradients_reduce_epilogue
+            zero.overlapping_partition_gradients_reduce_epilogue = self.reduce_gathered
+
+    def scatter(self, bucket: Sequence[Any], wire: torch.dtype, *, process_group: Any, **others: Any) -> None:
+        """Reduces the slices of a bucket, (owners, slice, fp32 accumulator or None) each, to their owners."""
+        owners = [next(iter(ranks)) for ranks, _, _ in bucket]
+        pieces = [piece for _, piece, _ in bucket]
+        for cut, mean in means_of_own(pieces, owners, wire, process_group, average=self.average):
+            _, piece, accumulator = bucket[cut.index]
+            piece.narrow(0, cut.start, cut.numel).copy_(mean)
+            if accumulator is not None:
+                accumulator.narrow(0, cut.start, cut.numel).add_(mean)
+
+    def reduce_apart(self, grads: Sequence[Tensor], wire: torch.dtype) -> None:
+        """Reduces a bucket of gradients that lie apart (``contiguous_gradients: false``) in a copy of them."""
+        if not grads:
+            return
+        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        self.zero.average_tensor(flat, wire)
+        for grad, reduced in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(reduced.view_as(grad))
+
+    def gather(self, param: nn.Parameter, group: int) -> None:
+        """Stands for ``process_gradients``, called with every gradient that is ready."""
+        if self.zero._coalesce_grad_reduction or self.zero.is_gradient_accumulation_boundary():
+            self.waiting.pop(param, None)
+            self.process(param, group)
+            return
+        self.waiting[param] = group
+        if self.zero.use_grad_accum_attribute:
+            self.zero._fill_param_grad_accum_attribute(param)
+
+    def reduce_gathered(self) -> None:
+        """Stands for the end of a backward pass: only that of the last micro-batch has something to reduce."""
+        if not self.zero.is_gradient_accumulation_boundary():
+            return
+        for param, group in self.waiting.items():  # those without a gradient in the last micro-batch
+            if self.zero.get_gradient_for_reduction(param) is not None:
+                self.process(param, group)
+        self.waiting.clear()
+        self.finish()
+
+
+def data_parallel_group(zero: Any, device: torch.device) -> CountedGroup:
+    """The ranks over which ZeRO shards, with its traffic counted; ``device`` is the model's."""
+    return CountedGroup(zero.dp_process_group, device)
+
+
+def load_universal(zero: DeepSpeedZeroOptimizer, folder: Path, device: torch.device, *, trust: bool = False) -> None:
+    """Fills masters, module, moments and step counts of all parameters from DeepSpeed's universal checkpoint, on any number of ranks.
+
+    Args:
+        zero: DeepSpeed's optimizer.
+        folder: what ``ds_to_universal`` wrote: zero/<parameter>/{fp32,exp_avg,exp_avg_sq,step}.pt.
+        device: the model's.
+        trust: whether the user trusts whoever wrote it.
+
+    Raises:
+        ConfigError: a file could run something.
+    """
+    params = {zero.param_names[param]: param for group in zero.bit16_groups for param in group}
+    state = ZeroState(zero, params, data_parallel_group(zero, device))
+    for name in params:
+        place = folder / "zero" / name
+        state.write(name, _universal(place / "fp32.pt", trust).view(params[name].shape))
+        if (place / "step.pt").is_file():
+            state.start_adam_state(name, int(_universal(place / "step.pt", trust)))
+        for key in state.moment_keys_of(name):
+            state.write_fragment(name, key, _universal(place / f"{key}.pt", trust))
+    zero._load_global_state(unpickle.read(folder / "zero" / "optimizer_state.pt", trust=trust))
+
+
+def _universal(path: Path, trust: bool) -> Any:
+    content = unpickle.read(path, trust=trust)
+    return content["param"] if isinstance(content, dict) else content
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A contiguous piece of a parameter: flat indices ``start`` to ``start + numel``."""
+
+    start: int
+    numel: int
+
+
+class ZeroState:
+    """Masters and moments of chosen parameters, wherever their shards lie.
+
+    Args:
+        zero: DeepSpeed's optimizer of stage 1 or 2.
+        params: the parameters to serve, by name, in the same order on all ranks.
+        comm: the data-parallel group.
+    """
+
+    def __init__(self, zero: DeepSpeedZeroOptimizer, params: Mapping[str, nn.Parameter], comm: CountedGroup) -> None:
+        check_internals(zero)
+        self.zero = zero
+        self.comm = comm
+        self.params = dict(params)
+        self._group_of = {id(p): index for index, group in enumerate(zero.bit16_groups) for p in group}
+        outside = [name for name, p in self.params.items() if id(p) not in self._group_of]
+        if outside:
+            raise ConfigError("optimizer", outside[0], "this trainable parameter is in no group of the optimizer")
+        self._slices = self._exchange_slices()
+
+    def _exchange_slices(self) -> dict[str, list[Slice]]:
+        """Which piece of each parameter each rank owns: one small all-reduce, so no layout has to be derived from ZeRO's code."""
+        table = torch.zeros(self.comm.world_size, len(self.params), 2, dtype=torch.int64, device=self.comm.device)
+        for row, param in enumerate(self.params.values()):
+            if param._hp_mapping is not None:
+                address = param._hp_mapping.lp_fragment_address
+                table[self.comm.rank, row] = torch.tensor([address.start, address.numel])
+        rows = self.comm.all_reduce(table, "restart").tolist()
+        return {name: [Slice(*rank_rows[row]) for rank_rows in rows] for row, name in enumerate(self.params)}
+
+    def pieces(self) -> list[tuple[int, int]]:
+        """All ranks' pieces in order, as (index of the parameter, start)."""
+        return [
+            (index, start)
+            for index, slices in enumerate(self._slices.values())
+            for start in sorted(piece.start for piece in slices if piece.numel)
+        ]
+
+    def own_slice(self, name: str) -> Slice:
+        """This rank's piece of a parameter; of length 0 where it owns none."""
+        return self._slices[name][self.comm.rank]
+
+    def fragment(self, name: str, key: str | None = None) -> Tensor | None:
+        """This rank's piece of the fp32 master (``key`` None) or of a moment: (n,) float32, a view that may be written to.
+
+        None where this rank owns nothing of the parameter, or the optimizer has not made that moment yet.
+        """
+        param = self.params[name]
+        if param._hp_mapping is None:
+            return None
+        flat = self._flat(name)
+        # Read from the optimizer's own state: DeepSpeed's links to it go stale when a checkpoint is loaded.
+        source = flat.data if key is None else self.zero.optimizer.state[flat].get(key)
+        address = param._hp_mapping.hp_fragment_address
+        return None if source is None else source.narrow(0, address.start, address.numel)
+
+    def moment_keys(self) -> list[str]:
+        """Names of the optimizer's per-entry state, the first moment first (Adam: exp_avg, exp_avg_sq); [] before the first step."""
+        return self.moment_keys_of(next(iter(self.params)))
+
+    def moment_keys_of(self, name: str) -> list[str]:
+        """The same for the group of one parameter: groups begin to have state at different times."""
+        flat = self._flat(name)
+        state = self.zero.optimizer.state.get(flat, {})
+        keys = [key for key, value in state.items() if torch.is_tensor(value) and value.shape == flat.shape]
+        return sorted(keys, key=lambda key: (key not in FIRST_MOMENTS, key))
+
+    def gather(self, name: str, key: str | None = None) -> Tensor:
+        """The whole fp32 master, or moment, of a parameter on every rank: its shape, on the group's device.
+
+        Each owner broadcasts its piece: 4 bytes an entry reach each rank, and all ranks get the same bits.
+        """
+        full = torch.empty(self.params[name].numel(), dtype=torch.float32, device=self.comm.device)
+        for owner, piece in enumerate(self._slices[name]):
+            if piece.numel:
+                part = full.narrow(0, piece.start, piece.numel)
+                if owner == self.comm.rank:
+                    part.copy_(self.fragment(name, key))
+                self.comm.broadcast(part, owner, "restart")
+        return full.view(self.params[name].shape)
+
+    @torch.no_grad()
+    def copies_serve(self) -> bool:
+        """Whether :meth:`gather_by_copies` may build on the module's copies: the same bits on all ranks, and near the masters.
+
+        They are after every step and every load. They are not where a copy was changed by hand or by a fault, nor where fp16 is too
+        coarse for a quarter of the entries, which would take more bytes than the masters. The answer is the same on all ranks;
+        16 bytes travel for it.
+        """
+        num_far = 0
+        for name, param in self.params.items():
+            own, fragment = self.own_slice(name), self.fragment(name)
+            if fragment is not None:
+                copy = param.data.reshape(-1).narrow(0, own.start, own.numel)
+                num_far += rounding.num_far(fragment.to(copy.device), copy)
+        is_exact = any(param.dtype == torch.float32 for param in self.params.values())
+        num_entries = sum(param.numel() for param in self.params.values())
+        near = num_far == 0 if is_exact else 4 * self.comm.world_size * num_far <= num_entries
+        sums = torch.stack([checksum(param.data) for param in self.params.values()]).tolist()
+        return self.comm.agree(repr((near, sums)), "restart") and near
+
+    @torch.no_grad()
+    def gather_by_copies(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """:meth:`gather` for several masters, to the same bits, for what the module's copies lack; only where :meth:`copies_serve`.
+
+        An fp32 copy lacks nothing. A 16-bit one lacks 2 bytes an entry, which each owner broadcasts for all these parameters at once,
+        and 4 more where :mod:`relora_ds.zero.rounding` marks the entry (one in 65,536 of a bf16 copy): these are summed over the
+        ranks,
+        of which only the owner has more than 0.
+
+        Returns:
+            {name: float32, the parameter's shape}, on the group's device.
+        """
+        params = [self.params[name] for name in names]
+        full = torch.cat([rounding.bits(param.data.reshape(-1)) for param in params]).to(self.comm.device)
+        if any(param.dtype != torch.float32 for param in params):
+            places = self._places(names)
+            masters = [part for name in names if (part := self.fragment(name)) is not None]
+            self._add_what_copies_lack(full, places, [part.to(full.device) for part in masters])
+        values = full.view(torch.float32).split([param.numel() for param in params])
+        return {name: value.view(param.shape) for name, value, param in zip(names, values, params, strict=True)}
+
+    def _places(self, names: Sequence[str]) -> list[list[slice]]:
+        """Where the pieces of each rank lie when these parameters are laid end to end."""
+        places: list[list[slice]] = [[] for _ in range(self.comm.world_size)]
+        start = 0
+        for name in names:
+            for owner, piece in enumerate(self._slices[name]):
+                if piece.numel:
+                    places[owner].append(slice(start + piece.start, start + piece.start + piece.numel))
+            start += self.params[name].numel()
+        return places
+
+    def _add_what_copies_lack(self, full: Tensor, places: list[list[slice]], masters: list[Tensor]) -> None:
+        """Turns the bit patterns of copies, (n,) int32, into those of their masters, of which this rank's pieces are given."""
+        lacking = torch.empty(full.numel(), dtype=torch.int16, device=full.device)
+        own = places[self.comm.rank]
+        for place, master in zip(own, masters, strict=True):
+            lacking[place] = rounding.differences(master, full[place].view(torch.float32))
+        for owner, parts in enumerate(places):
+            if parts:
+                packed = torch.cat([lacking[part] for part in parts])
+                self.comm.broadcast(packed.view(torch.uint8), owner, "restart")
+                for part, values in zip(parts, packed.split([part.stop - part.start for part in parts]), strict=True):
+                    lacking[part] = values
+        full += lacking
+        marked = lacking == rounding.MARK
+        if bool(marked.any()):
+            full.masked_fill_(marked, 0)
+            for place, master in zip(own, masters, strict=True):
+                full[place] = rounding.bits(master)
+            full[marked] = self.comm.all_reduce(full[marked], "restart")
+
+    @torch.no_grad()
+    def write(self, name: str, value: Tensor) -> None:
+        """Sets a parameter everywhere it lives: the module's copy on this rank, and this rank's piece of the fp32 master.
+
+        Args:
+            name: of the parameter.
+            value: fp32, the parameter's shape, the same bits on all ranks.
+        """
+        self.params[name].data.copy_(value)
+        self.write_fragment(name, None, value)
+
+    @torch.no_grad()
+    def write_fragment(self, name: str, key: str | None, value: Tensor) -> None:
+        """Writes this rank's piece of ``value`` (the parameter's shape) into the master (``key`` None) or a moment."""
+        own, fragment = self.own_slice(name), self.fragment(name, key)
+        if fragment is not None:
+            fragment.copy_(value.reshape(-1)[own.start : own.start + own.numel])
+
+    def restart_bias_correction(self) -> None:
+        """Sets Adam's step count to 0 for the groups of these parameters, which must hold nothing else."""
+        for flat, group in self._own_groups():
+            self._set_step(flat, group, 0)
+
+    def step_count(self, name: str) -> int:
+        """Adam's step count for the group of a parameter; 0 before the first step."""
+        flat, group = self._flat(name), self._group(name)
+        return int(self.zero.optimizer.state.get(flat, {}).get("step", group.get("step", 0)))
+
+    def start_adam_state(self, name: str, steps: int) -> None:
+        """Makes Adam's state for the group of a parameter before its first step: zero moments and ``steps`` as its step count."""
+        flat, group = self._flat(name), self._group(name)
+        state = self.zero.optimizer.state[flat]
+        if not state:
+            on_device = group.get("fused") or group.get("capturable")
+            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device if on_device else "cpu")
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat.data), torch.zeros_like(flat.data)
+        self._set_step(flat, group, steps)
+
+    def _flat(self, name: str) -> Tensor:
+        return self.zero.single_partition_of_fp32_groups[self._group_of[id(self.params[name])]]
+
+    def _group(self, name: str) -> dict[str, Any]:
+        return self.zero.optimizer.param_groups[self._group_of[id(self.params[name])]]
+
+    def _own_groups(self) -> Sequence[tuple[Tensor, dict[str, Any]]]:
+        served = {id(p) for p in self.params.values()}
+        indices = sorted({self._group_of[key] for key in served})
+        for index in indices:
+            if any(id(p) not in served for p in self.zero.bit16_groups[index]):
+                raise ConfigError(
+                    "relora.reset.restart_bias_correction",
+                    True,
+                    "the LoRA factors share an optimizer group with other parameters",
+                    "let relora_ds.initialize make the groups",
+                )
+        return [(self.zero.single_partition_of_fp32_groups[i], self.zero.optimizer.param_groups[i]) for i in indices]
+
+    def _set_step(self, flat: Tensor, group: dict[str, Any], steps: int) -> None:
+        """torch keeps the count in the state, as a tensor or a number; fused implementations keep it in the group."""
+        state = self.zero.optimizer.state.get(flat, {})
+        if torch.is_tensor(state.get("step")):
+            state["step"].fill_(steps)
+        elif "step" in state:
+            state["step"] = steps
+        if "step" in group:
+            group["step"] = steps

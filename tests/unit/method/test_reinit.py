@@ -1,0 +1,109 @@
+"""First values of the factors: orthonormal rows, and what a store has lost of its master."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from relora_ds.method.frozen_weights import FrozenWeight
+from relora_ds.method.reinit import initial_A, initial_B, principal_inputs
+from tests.products import ExactProducts
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("rank", "columns"), [(1, 8), (5, 8), (8, 8), (16, 100)])
+def test_orthonormal_rows(rank: int, columns: int) -> None:
+    rows = initial_A(rank, columns, name="layer", seed=1, restart=2, kind="orthonormal")
+    assert rows.dtype == torch.float32 and rows.is_contiguous()
+    torch.testing.assert_close(rows @ rows.t(), torch.eye(rank), rtol=0, atol=1e-6)
+    assert torch.equal(initial_A(rank, columns, name="layer", seed=1, restart=2, kind="orthonormal"), rows)
+    assert not torch.equal(initial_A(rank, columns, name="layer", seed=1, restart=3, kind="orthonormal"), rows)
+
+
+def test_initial_B_is_uniform_within_one_over_the_root_of_the_rank() -> None:
+    values = initial_B(400, 16, name="layer", seed=1)
+    assert 0.24 < float(values.abs().max()) <= 0.25
+    assert float(values.mean()) == pytest.approx(0.0, abs=0.01)
+    assert not torch.equal(initial_B(400, 16, name="other", seed=1), values)
+
+
+def energy(matrix: Tensor, rows: Tensor) -> float:
+    """Share of the squared norm of ``matrix`` that its projection onto the row space keeps."""
+    return float((matrix @ rows.t()).square().sum() / matrix.square().sum())
+
+
+def principal(matrix: Tensor, start: Tensor, num: int = 1) -> Tensor:
+    """Of a matrix whose rows come in so many pieces."""
+    return principal_inputs(lambda: matrix.chunk(num), start, matrix.shape[0], lambda total: total, lambda largest: largest)
+
+
+def test_a_low_rank_matrix_is_held_whole() -> None:
+    matrix = normal(60, 4) @ normal(4, 40, seed=1)
+    rows = principal(matrix, initial_A(4, 40, name="layer", seed=0, restart=0), 3)
+    torch.testing.assert_close(rows @ rows.t(), torch.eye(4), rtol=0, atol=1e-6)
+    torch.testing.assert_close(matrix @ rows.t() @ rows, matrix, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_of_a_rounding_error_as_much_as_an_exact_svd_holds(dtype: str) -> None:
+    """Its spectrum is flat: the hardest case. Within 2% of the best that any factors of this rank could hold."""
+    weight = 0.02 * normal(384, 256)
+    residual = weight - FrozenWeight(weight, dtype).read()
+    rows = principal(residual, initial_A(64, 256, name="layer", seed=0, restart=0), 5)
+    best = torch.linalg.svdvals(residual.double())[:64].square().sum() / residual.double().square().sum()
+    assert 0.98 * float(best) < energy(residual, rows) <= float(best) * 1.0001
+    assert float(best) > 0.3
+
+
+@pytest.mark.parametrize("num", [2, 3, 61])
+def test_the_split_of_the_rows_changes_no_bit(num: int) -> None:
+    """By construction: all sums that a split could reorder are exact."""
+    matrix, start = normal(61, 40), initial_A(8, 40, name="layer", seed=0, restart=0)
+    with ExactProducts() as asked:
+        split = principal(matrix, start, num)
+    assert asked.num == 8 * 2 * num
+    assert torch.equal(split, principal(matrix, start))
+
+
+def test_sums_over_all_rows_are_exact() -> None:
+    """The largest there can be: whole numbers of one sign, up to their bound; what ranks add up stays within 2**53."""
+    sums: list[float] = []
+
+    def largest_so_far(total: Tensor) -> Tensor:
+        sums.append(float(total.abs().max()))
+        return total
+
+    matrix, start = torch.full((512, 8), 2 - 2**-23), torch.full((1, 8), 8**-0.5)
+    principal_inputs(lambda: matrix.split(3), start, 512, largest_so_far, lambda largest: largest)
+    assert 2**49 < max(sums) <= 2**53
+
+
+@pytest.mark.parametrize("of", [lambda: initial_A(96, 1500, name="a", seed=1, restart=0, kind="orthonormal"), None])
+def test_the_number_of_threads_changes_no_bit(of: Callable[[], Tensor] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A QR decomposition of this size has other bits with other threads; so it is asked of one, however many there are."""
+    seen: list[int] = []
+    qr = torch.linalg.qr
+    monkeypatch.setattr(torch.linalg, "qr", lambda matrix: (seen.append(torch.get_num_threads()), qr(matrix))[1])
+    matrix = normal(300, 1500)
+    of = of or (lambda: principal(matrix, initial_A(96, 1500, name="a", seed=1, restart=0)))
+    before = torch.get_num_threads()
+    found = []
+    for num in (1, 2):
+        torch.set_num_threads(num)
+        found.append(of())
+        assert torch.get_num_threads() == num
+    torch.set_num_threads(before)
+    assert torch.equal(*found)
+    assert set(seen) == {1}
+
+
+def test_of_nothing_the_start_is_kept() -> None:
+    start = initial_A(3, 10, name="layer", seed=0, restart=0)
+    assert torch.equal(principal(torch.zeros(7, 10), start, 2), start)
+    assert torch.equal(principal_inputs(tuple, start, 0, lambda total: total, lambda largest: largest), start), "no rows at all"

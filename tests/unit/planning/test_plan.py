@@ -1,0 +1,218 @@
+"""What ``relora-ds plan`` says of recipes; that it is what engines do is tested in tests/distributed/test_plan.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from relora_ds.bandwidth.formulas import Bytes
+from relora_ds.cli import main as cli
+from relora_ds.config import Frozen, Model, ReLoRA
+from relora_ds.models.build import build, hf_config, preset_config
+from relora_ds.planning import rehearsal
+from relora_ds.planning.plan import Machine, Phase
+from tests.memory import PeakMemory
+from tests.products import counter
+
+MODEL = {
+    "model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+}  # fmt: skip
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    content: dict[str, Any] = {
+        "run": {"dir": str(tmp_path / "run")}, "method": "relora", "model": {"config": MODEL},
+        "data": {"path": str(tmp_path / "none"), "sequence_length": 32},
+        "relora": {"rank": 4, "warm_start": 10, "restart_every": 10, "restart_warmup": 2},
+        "train": {"updates": 100, "global_batch": 16, "micro_batch": 2},
+        "deepspeed": {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2, "reduce_bucket_size": 50000}},
+    }  # fmt: skip
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def plan(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    assert cli.main(["plan", *words, "--json"]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+def test_both_phases_and_what_rules(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = plan(capsys, str(recipe), "--gpus", "4", "--gpus-per-node", "2", "--link", "1Gbit")
+    totals = {
+        (phase, moment): sum(parts.values()) for phase, moments in answer["memory"].items() for moment, parts in moments.items()
+    }
+    peak = answer["peak"]
+    assert {phase for phase, _ in totals} == {"full", "lora"}
+    assert totals[peak["phase"], peak["moment"]] == peak["bytes"] == max(totals.values())
+    assert answer["accumulation"] == 2
+    slow, fast = answer["full_rank_by_defaults"], answer["update"]["lora"]
+    assert slow["gradient_bytes"] == pytest.approx(4 * answer["update"]["full"]["gradient_bytes"]), "two all-reduces"
+    assert fast["link_s"] == pytest.approx((fast["gradient_bytes"] + fast["parameter_bytes"] + fast["scalar_bytes"]) * 8 / 1e9)
+    assert fast["at_most_s"] == fast["compute_s"] + fast["link_s"] and fast["overlapped_s"] == max(
+        fast["compute_s"], fast["link_s"]
+    )
+    assert answer["restart"]["every"] == 10
+
+
+@pytest.mark.parametrize(
+    ("method", "phases"), [("full", {"full"}), ("control", {"full"}), ("low_rank", {"lora"}), ("lora", {"full", "lora"})]
+)
+def test_methods(method: str, phases: set[str], recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = plan(capsys, str(recipe), f"method={method}", "--gpus", "2", "--gpu-memory", "1GB")
+    assert set(answer["memory"]) == phases
+    assert answer["restart"] is None
+    assert ("frozen weights" in str(answer["memory"])) == (method == "lora")
+
+
+def test_what_can_get_no_factors_is_told(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = "model.config={model_type: mixtral, vocab_size: 512, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, "
+    mixture = f"{few}num_attention_heads: 4, num_key_value_heads: 4, num_local_experts: 4}}"
+    hints = plan(capsys, str(recipe), mixture, "--gpus", "2", "relora.warm_start=0")["advice"]["hints"]
+    assert any("can get no factors and stay full-rank: 3-D parameters (model.layers.*.mlp.experts" in hint for hint in hints)
+    assert not any("full-rank:" in hint for hint in plan(capsys, str(recipe), "--gpus", "2")["advice"]["hints"])
+
+
+def test_ten_thousand_gpus_hold_less_each(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = plan(capsys, str(recipe), "--gpus", "1", "train.global_batch=10000", "train.micro_batch=1", "method=full")
+    many = plan(capsys, str(recipe), "--gpus", "10000", "train.global_batch=10000", "train.micro_batch=1", "method=full")
+    for part in ("fp32 masters", "moments"):
+        assert many["memory"]["full"]["step"][part] < few["memory"]["full"]["step"][part] / 1000
+
+
+def test_advice_is_the_largest_that_fits(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A GPU that is just large enough for four samples gets four, and one byte less, two."""
+    words = [str(recipe), "--gpus", "2", "relora.warm_start=0", "relora.frozen.dtype=int8", "train.micro_batch=4"]
+    needed = plan(capsys, *words)["peak"]["bytes"] / 0.9
+    for memory, expected in ((needed * 1.0001, 4), (needed * 0.9999, 2)):
+        choices = plan(capsys, *words, "--gpu-memory", f"{memory / 1e3:.6f}KB")["advice"]["choices"]
+        assert next(c["micro_batch"] for c in choices if c["stage"] == 2 and not c["gradient_checkpointing"]) == expected
+
+
+def test_a_recipe_fits_only_when_its_change_of_phase_does(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a CPU, where what waits is in the same memory: with moments and exact rows to carry over, the change needs the most."""
+    words = [
+        str(recipe),
+        "--gpus",
+        "1",
+        "--device",
+        "cpu",
+        "train.micro_batch=1",
+        "data.sequence_length=4",
+        "deepspeed.bf16.enabled=false",
+    ]
+    words += ["relora.keep_moments=true", "relora.frozen={dtype: int8, master: sharded}"]
+    answer = plan(capsys, *words)
+    assert (answer["peak"]["phase"], answer["peak"]["moment"]) == ("lora", "change of phase")
+    others = max(
+        sum(parts.values())
+        for moments in answer["memory"].values()
+        for moment, parts in moments.items()
+        if moment != "change of phase"
+    )
+    assert others < answer["peak"]["bytes"]
+    for memory, fits in ((others * 1.001, False), (answer["peak"]["bytes"] * 1.001, True)):
+        advice = plan(capsys, *words, "--gpu-memory", f"{memory / 0.9 / 1e3:.6f}KB")["advice"]
+        assert advice["fits"] == fits
+        choice = next(c for c in advice["choices"] if c["stage"] == 2 and not c["gradient_checkpointing"])
+        assert (choice["micro_batch"] is not None) == fits
+    assert "change of phase" not in plan(capsys, *words, "relora.warm_start=0")["memory"]["lora"]
+
+
+def test_where_nothing_fits_it_says_what_to_change(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", str(recipe), "--gpus", "2", "--gpu-memory", "10KB"]) == 0
+    out = capsys.readouterr().out
+    assert "does not fit" in out and "nothing fits: more GPUs" in out and "gradient checkpointing" in out
+    assert "not measured on a GPU" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["--gpus", "0"], "--gpus"),
+        (["--gpus", "2", "--link", "fast"], "--link"),
+        (["--gpus", "2", "--gpu-memory", "80"], "--gpu-memory"),
+        (["--gpus", "2", "--gpu", "h1000"], "--gpu"),
+        (["--gpus", "2", "--mfu", "40"], "--mfu"),
+        (["--gpus", "3"], "train.global_batch"),
+        (["--gpus", "2", "model.config=null", "model.preset=llama_60m"], "data.path"),
+        (
+            ["--gpus", "2", "deepspeed.zero_optimization.contiguous_gradients=false"],
+            "deepspeed.zero_optimization.contiguous_gradients",
+        ),
+    ],
+)
+def test_bad_input_is_one_line(words: list[str], key: str, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", str(recipe), *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"relora-ds: error: {key}=") and error.count("\n") == 1
+
+
+def test_a_link_carries_what_one_rank_sends_and_gloo_more() -> None:
+    sent = Bytes(gradient=700.0, parameters=300.0, norm=0.0, loss=0.0)
+    machine = Machine(gpus=8, gpus_per_node=4, link=1000.0, memory=1.0, flops=1.0)
+    assert machine.link_seconds(sent, "owner") == 1.0
+    assert Machine(8, 8, 1000.0, 1.0, 1.0).link_seconds(sent, "owner") == 0.0, "one node"
+    on_cpu = Machine(8, 4, 1000.0, 1.0, 1.0, on_cuda=False)
+    assert on_cpu.link_seconds(sent, "owner") == pytest.approx((4 * 4 * 100 + 300) / 1000), "100 to each of 4 from each of 4"
+    assert on_cpu.link_seconds(sent, "all-reduce") == 1.0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [None, ReLoRA(rank=4, frozen=Frozen(dtype="bf16"), linear="split"), ReLoRA(rank=16, linear="merged")],
+    ids=["full", "split", "merged"],
+)
+def test_operations_are_those_of_the_model(settings: ReLoRA | None) -> None:
+    """PyTorch's own counter over the model's code, where attention is spelt out."""
+    built = rehearsal.build(hf_config(Model(config=MODEL), 1), dtype=torch.float32, settings=settings, attention="eager")
+    with counter() as counted:
+        built.run(2, 32)
+    foretold = Phase(settings, built, 32).flops(2 * 32, per_pass=2 * 32, recomputes=False)
+    assert counted.get_total_flops() == pytest.approx(foretold, rel=0.02)
+
+
+@pytest.mark.parametrize("micro_batch", [4, 7])
+def test_the_form_of_a_linear_layer_is_that_of_the_micro_batch(micro_batch: int) -> None:
+    """Merged from as many tokens on as pay for W + s·B·A, although micro batches of 2 and 3 stand for it."""
+    built = rehearsal.build(hf_config(Model(config=MODEL), 1), dtype=torch.float32, settings=ReLoRA(rank=16), on_cuda=False)
+    phase = Phase(ReLoRA(rank=16), built, 32)
+    assert set(phase._forms(micro_batch * 32)) == ({"split", "merged"} if micro_batch == 4 else {"merged"})
+    foretold = phase.trace(micro_batch)
+    for layer in phase._linears():
+        layer.form = "auto"
+    assert foretold == built.run(micro_batch, 32)
+
+
+def test_a_rehearsal_is_exact_and_a_line() -> None:
+    """The peak of the real model to the byte; and micro batches of 2 and 3 foretell one of 7."""
+    config = hf_config(Model(config=MODEL), 1)
+    rehearsed = rehearsal.build(config, dtype=torch.float32, settings=None, on_cuda=False)
+    phase, direct = Phase(None, rehearsed, 32), rehearsed.run(7, 32)
+    assert phase.trace(7) == direct
+    model = build(config, attention="sdpa", dtype=torch.float32, device=torch.device("cpu")).train()
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    with PeakMemory() as memory:
+        ids = torch.zeros(7, 32, dtype=torch.int64)
+        model(input_ids=ids, labels=ids).loss.backward()
+    live = peak = 0
+    for step in direct.steps:
+        if not isinstance(step, str):
+            live += direct.sizes[step - 1] if step > 0 else -direct.sizes[-step - 1]
+            peak = max(peak, live)
+    assert peak == pytest.approx(memory.peak, rel=0.001)
+
+
+def test_llama_7b_takes_no_memory_and_seconds() -> None:
+    rehearsed = rehearsal.build(preset_config("llama_7b", 32100), dtype=torch.bfloat16, settings=None)
+    weights = sum(p.numel() for p in rehearsed.model.parameters())
+    assert 6.5e9 < weights < 7e9
+    assert all(type(p.data).__name__ == "FakeTensor" for p in rehearsed.model.parameters())

@@ -1,0 +1,205 @@
+"""What a recipe may change, and what not, when it goes on with a run."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, LlamaConfig
+
+from relora_ds import config
+from relora_ds.data.prepare import train_tokenizer
+from relora_ds.data.tokenizer import Given
+from relora_ds.data.tokenizer import write as write_tokenizer
+from relora_ds.errors import ConfigError
+from relora_ds.run import manifest as manifests
+from relora_ds.run.folder import RunFolder
+from relora_ds.run.lock import RunLock
+from relora_ds.run.manifest import Manifest
+from relora_ds.training.preflight import check, refuse_busy
+from tests.conftest import TINY_LLAMA
+from tests.unit.test_config import judge, refusal
+
+
+@pytest.fixture
+def checkpointed(recipe: Path) -> Path:
+    """``recipe``, of which two ranks have written a checkpoint."""
+    started = config.load(recipe)
+    Path(started.run.dir).mkdir()
+    (Path(started.run.dir) / "config.yaml").write_text(config.dump(started))
+    write_checkpoint(Path(started.run.dir), update=8, ranks=2)
+    return recipe
+
+
+def write_checkpoint(run: Path, *, update: int, ranks: int) -> None:
+    """As far as the checks before a start look at it."""
+    folder = run / "checkpoints" / f"update_{update:07}"
+    folder.mkdir(parents=True)
+    content = Manifest(
+        update=update, phase="lora", restarts=1, lora_updates=update, world_size=ranks, zero_stage=2, precision="fp32",
+        config_sha256="", data={}, rng={}, progress={}, base=None, versions={},
+    )  # fmt: skip
+    manifests.write(folder, content)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["train.updates=40"],
+        ["train.eval_every=5"],
+        ["wandb.mode=disabled"],
+        ["train.micro_batch=4"],
+        ["model.gradient_checkpointing=true"],
+        ["relora.frozen.verify_every=3"],
+        ["checkpoint={async: false, self_contained: true}"],
+    ],
+)
+def test_a_run_goes_on_with_what_may_change(checkpointed: Path, overrides: list[str]) -> None:
+    judge(checkpointed, *overrides, ranks=2)
+
+
+@pytest.mark.parametrize(
+    ("override", "key_and_value", "before"),
+    [
+        ("run.seed=2", "run.seed=2", "has 1"),
+        ("relora.rank=8", "relora.rank=8", "has 4"),
+        ("relora.frozen.dtype=int8", "relora.frozen.dtype='int8'", "has 'auto'"),
+        ("optimizer.lr=0.5", "optimizer.lr=0.5", "has 0.002"),
+        ("train.global_batch=16", "train.global_batch=16", "has 8"),
+        ("method=lora", "method='lora'", "has 'relora'"),
+        ("deepspeed.bf16={enabled: true}", "deepspeed='bf16'", "has 'fp32'"),
+    ],
+)
+def test_a_run_does_not_go_on_as_another_one(checkpointed: Path, override: str, key_and_value: str, before: str) -> None:
+    line = refusal(checkpointed, override, ranks=2)
+    key = key_and_value.partition("=")[0]
+    assert line.startswith(f"{key_and_value}: ")
+    assert before in line
+    assert line.endswith(f"name another run.dir, or insist: --allow-changed {key}")
+    read = config.load(checkpointed, [override])
+    assert check(read, checkpointed, 2, [key]).config == read
+    assert check(read, checkpointed, 2, [key.partition(".")[0]]).config == read, "a section insists on all that is in it"
+
+
+def test_all_the_differences_are_listed(checkpointed: Path) -> None:
+    line = refusal(checkpointed, "relora.rank=8", "optimizer.lr=0.5", "train.eval_every=3", ranks=2)
+    assert "relora.rank=8: the run in" in line and "; optimizer.lr was 0.002 and is 0.5;" in line
+    assert line.endswith("insist: --allow-changed relora.rank --allow-changed optimizer.lr")
+    assert "eval_every" not in line
+    with pytest.raises(ConfigError, match=r"^optimizer\.lr=0\.5: .*has 0\.002; name another"):
+        check(config.load(checkpointed, ["relora.rank=8", "optimizer.lr=0.5"]), checkpointed, 2, ["relora.rank"])
+
+
+@pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 2), (2, 2), (4, 2), (8, 1)])
+def test_a_run_goes_on_with_another_number_of_ranks(checkpointed: Path, ranks: int, micro_batch: int) -> None:
+    """The global batch of 8 stays; the micro batch of 2 gives way where it must."""
+    checked = judge(checkpointed, ranks=ranks)
+    assert checked.config.train.micro_batch == micro_batch
+    assert checked.deepspeed["train_batch_size"] == 8
+    assert checked.deepspeed["gradient_accumulation_steps"] * micro_batch * ranks == 8
+    write_checkpoint(Path(checked.config.run.dir), update=12, ranks=ranks)
+    assert judge(checkpointed, ranks=ranks).config == checked.config, "and once more with as many, whose checkpoint is the newest"
+
+
+@pytest.mark.parametrize("ranks", [3, 16])
+def test_ranks_over_which_the_global_batch_does_not_divide(checkpointed: Path, ranks: int) -> None:
+    line = refusal(checkpointed, ranks=ranks)
+    assert line == f"--nproc={ranks}: train.global_batch=8 does not divide over so many ranks; go on with 1, 2, 4, 8"
+
+
+# The tokenizer of the data, and the model's
+
+
+def others_model(folder: Path, size: int) -> Path:
+    """A model made elsewhere, with a tokenizer of its own."""
+    LlamaConfig(**{**TINY_LLAMA, "vocab_size": size}).save_pretrained(folder)
+    write_tokenizer(Given(train_tokenizer([f"{i} is the number {i}" for i in range(99)], size), "<|endoftext|>"), folder)
+    return folder
+
+
+def as_adapter(folder: Path, model: Path) -> Path:
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(model)}))
+    return folder
+
+
+def as_run(folder: Path, model: Path) -> Path:
+    folder.mkdir()
+    (folder / "config.yaml").write_text("")
+    (folder / "checkpoints").mkdir()
+    model.rename(folder / "model")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter", "run"])
+def test_data_of_another_tokenizer_than_the_models(recipe: Path, tmp_path: Path, kind: str) -> None:
+    """Although all of its ids are rows of the model."""
+    model = others_model(tmp_path / "model", 310)
+    start = {
+        "model": lambda: model,
+        "adapter": lambda: as_adapter(tmp_path / "lora", model),
+        "run": lambda: as_run(tmp_path / "r", model),
+    }
+    path = start[kind]()
+    line = refusal(recipe, "model.config=null", f"model.path={path}")
+    own = path / "model" if kind == "run" else model
+    assert re.match(rf"data\.path='.*': its tokenizer is not that of model\.path='{path}': \d+ tokens differ, such as ", line)
+    assert line.endswith(f"prepare the data with --tokenizer {own}")
+
+
+def test_data_of_the_models_tokenizer_or_of_a_model_that_has_none(recipe: Path, tmp_path: Path, token_folder: Path) -> None:
+    model = others_model(tmp_path / "model", 310)
+    overrides = ["model.config=null", f"model.path={model}"]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+    judge(recipe, *overrides)
+    AutoTokenizer.from_pretrained(token_folder).save_pretrained(model)  # other bytes
+    assert (model / "tokenizer.json").read_bytes() != (token_folder / "tokenizer.json").read_bytes()
+    judge(recipe, *overrides)
+
+
+def test_a_token_that_no_document_has_needs_no_row_of_the_models(recipe: Path, tmp_path: Path, token_folder: Path) -> None:
+    """As of published models whose tokenizer names a pad token for which they have no row; a new model gets one."""
+    data = tmp_path / "data"
+    shutil.copytree(token_folder, data)
+    index = json.loads((data / "index.json").read_text())
+    index["tokenizer"]["vocab_size"] += 1
+    (data / "index.json").write_text(json.dumps(index))
+    (tmp_path / "model").mkdir()
+    LlamaConfig(**{**TINY_LLAMA, "vocab_size": 300}).save_pretrained(tmp_path / "model")
+    given = ["model.config=null", f"model.path={tmp_path / 'model'}", f"data.path={data}"]
+    assert judge(recipe, *given).architecture.vocab_size == 300
+    assert judge(recipe, f"data.path={data}").architecture.vocab_size == 301
+    index["tokenizer"]["encoder_size"] += 1
+    (data / "index.json").write_text(json.dumps(index))
+    assert "its tokenizer has 301 entries, the model's vocabulary 300" in refusal(recipe, *given)
+
+
+def test_a_run_that_goes_on_is_not_asked_for_its_tokenizer_again(checkpointed: Path, tmp_path: Path) -> None:
+    overrides = ["model.config=null", f"model.path={others_model(tmp_path / 'model', 310)}"]
+    read = config.load(checkpointed, overrides)
+    check(read, checkpointed, 2, ["model"])
+
+
+def test_what_is_left_of_an_earlier_start_of_this_job_does_not_keep_it_out(recipe: Path, run: RunFolder) -> None:
+    """Its node was cut off and lives on: also where the command that starts the ranks looks, before rank 0 does."""
+    run.path.mkdir(parents=True)
+    settings = config.load(recipe)
+    with RunLock(run.path, job="17.0"):
+        refuse_busy(settings, "17.1")
+        for attempt in ("", "18.0"):
+            with pytest.raises(ConfigError, match="in use by"):
+                refuse_busy(settings, attempt)
+
+
+def test_widths_that_gpus_multiply_slowly_are_told_where_the_ranks_have_gpus(recipe: Path) -> None:
+    read = config.load(recipe, ["model.config.intermediate_size=49"])
+    on_gpus, on_cpus = (check(read, recipe, 1, on_cuda=on_cuda).remarks for on_cuda in (True, False))
+    assert any(line.startswith("intermediate_size 49") for line in on_gpus)
+    assert not any("intermediate_size" in line for line in on_cpus)
+    rounded = config.load(recipe, ["model.config.intermediate_size=49", "model.multiple_of=8"])
+    assert not any("multiply slowly" in line for line in check(rounded, recipe, 1, on_cuda=True).remarks)

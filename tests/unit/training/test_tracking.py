@@ -1,0 +1,119 @@
+"""wandb, by a stand-in: what it is told, and that nothing that it does ends a run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from relora_ds.config import parse
+from relora_ds.run.folder import RunFolder
+from relora_ds.training.tracking import Tracker
+
+
+class Wandb:
+    """Its service holds the id of a run that failed until it is ended."""
+
+    def __init__(self, key: str | None = "k", fails: tuple[str, ...] = ()) -> None:
+        self.api, self.fails = SimpleNamespace(api_key=key), fails
+        self.calls: list[str] = []
+        self.options: dict[str, Any] = {}
+        self.logged: list[tuple[dict[str, Any], int]] = []
+
+    def Settings(self, **_: object) -> None:
+        return None
+
+    def init(self, *, mode: str, **options: object) -> Wandb:
+        self.calls.append(mode)
+        self.options = options
+        if mode in self.fails:
+            raise RuntimeError("context deadline exceeded\nwhile retrying")
+        if "online" in self.calls[:-1] and "teardown" not in self.calls:
+            raise RuntimeError("run ID is in use")
+        return self
+
+    def teardown(self) -> None:
+        self.calls.append("teardown")
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        if "log" in self.fails:
+            raise BrokenPipeError("the service is gone")
+        self.logged.append((values, step))
+
+    def finish(self, exit_code: int) -> None:
+        self.calls.append(f"finish {exit_code}")
+        if "finish" in self.fails:
+            raise OSError("no space left on device")
+
+
+@pytest.fixture
+def start(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Starts a tracker over a stand-in; gives it and the lines to the user."""
+
+    def begin(stand_in: Wandb, wandb: dict[str, Any] | None = None, **environment: str) -> tuple[Tracker, list[str]]:
+        monkeypatch.setitem(sys.modules, "wandb", stand_in)
+        lines: list[str] = []
+        return Tracker(parse({**settings, "wandb": wandb or {}}), RunFolder(tmp_path), environment, lines.append), lines
+
+    return begin
+
+
+@pytest.mark.parametrize(
+    ("key", "mode", "variable", "calls"),
+    [
+        ("k", "auto", "", ["online"]),
+        (None, "auto", "", ["offline"]),
+        ("k", "auto", "offline", ["offline"]),
+        ("k", "auto", "dryrun", ["offline"]),
+        ("k", "auto", "disabled", []),
+        ("k", "online", "offline", ["online"]),
+        ("k", "disabled", "online", []),
+    ],
+)
+def test_the_recipe_decides_then_the_variable_then_the_key(
+    start: Any, key: str | None, mode: str, variable: str, calls: list[str]
+) -> None:
+    stand_in = Wandb(key)
+    start(stand_in, {"mode": mode}, WANDB_MODE=variable)
+    assert stand_in.calls == calls
+
+
+def test_project_and_name(start: Any, tmp_path: Path) -> None:
+    stand_in = Wandb()
+    start(stand_in)
+    assert (stand_in.options["project"], stand_in.options["name"]) == ("relora_ds", tmp_path.name)
+    start(stand_in, None, WANDB_PROJECT="p", WANDB_NAME="n")
+    assert (stand_in.options["project"], stand_in.options["name"]) == ("p", "n")
+    start(stand_in, {"project": "mine", "name": "own"}, WANDB_PROJECT="p", WANDB_NAME="n")
+    assert (stand_in.options["project"], stand_in.options["name"]) == ("mine", "own")
+
+
+@pytest.mark.parametrize("mode", ["auto", "online"])
+def test_a_server_that_is_not_reached_ends_no_run(start: Any, mode: str, tmp_path: Path) -> None:
+    stand_in = Wandb(fails=("online",))
+    tracker, lines = start(stand_in, {"mode": mode})
+    assert stand_in.calls == ["online", "teardown", "offline"]
+    assert stand_in.options["id"] == (tmp_path / "wandb_id").read_text()
+    assert lines == [f"wandb goes on offline (context deadline exceeded); later: wandb sync {tmp_path}/wandb/offline-run-*"]
+    tracker.log({"loss": 1.0}, step=3)
+    tracker.finish(0)
+    assert stand_in.logged == [({"loss": 1.0}, 3)] and stand_in.calls[-1] == "finish 0"
+
+
+@pytest.mark.parametrize(
+    ("fails", "told"),
+    [
+        (("online", "offline"), "wandb does not start (context deadline exceeded): the run goes on without"),
+        (("log",), "wandb takes no more figures (the service is gone): the run goes on without"),
+        (("finish",), "wandb did not end well (no space left on device): the run goes on without"),
+    ],
+)
+def test_whatever_wandb_does_is_told_once(start: Any, fails: tuple[str, ...], told: str) -> None:
+    tracker, lines = start(Wandb(fails=fails), {"mode": "online"})
+    for step in (1, 2):
+        tracker.log({"loss": 1.0}, step=step)
+    tracker.finish(0)
+    assert lines[-1] == told and lines.count(told) == 1
