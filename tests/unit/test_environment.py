@@ -16,24 +16,6 @@ def test_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
     assert allocation() == "node[1-2]"
 
 
-# Leaving together: two processes over gloo
-
-LEAVER = """
-import os, sys, time
-from datetime import timedelta
-import torch.distributed as dist
-from relora_ds.launch import start as launch
-MEETING_S = 1.0
-dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-{before}
-began = time.monotonic()
-leave_process_group()
-print(f"{{time.monotonic() - began:.3f}}", flush=True)
-os.kill(os.getpid(), 15)  # as srun does to the rest when the first has ended
-os._exit(0)
-"""
-
-
 @pytest.mark.parametrize(
     ("environment", "name"),
     [({}, ""), ({"SLURM_JOB_ID": "12"}, "12.0"), ({"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "3"}, "12.3")],

@@ -3,49 +3,59 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "relora_ds"
-MODULES = sorted(PACKAGE.glob("*.py"))
+MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.name)
-def test_no_module_above_500_lines(module: Path) -> None:
-    assert len(module.read_text(encoding="utf-8").splitlines()) <= 500
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_above_500_lines(module: str) -> None:
+    assert len((PACKAGE / module).read_text(encoding="utf-8").splitlines()) <= 500
+
+
+def test_rooms_are_small() -> None:
+    files = Counter(module.rpartition("/")[0] for module in MODULES if not module.endswith("__init__.py"))
+    assert files.pop("") <= 10, "loose files"
+    assert max(files.values()) <= 12 and all(room.count("/") == 0 for room in files), files
 
 
 @pytest.mark.parametrize(
-    ("pattern", "home"),
+    ("pattern", "homes"),
     [
-        (r"\bos\.environ\b|\bgetenv\b", "launch.py"),
-        (r"deepspeed\.runtime\.zero|_hp_mapping|single_partition_of_fp32_groups|bit16_groups|dp_process_group", "zero*.py"),
-        (r"\.follows\(", "optimizer.py"),
+        (r"\bos\.environ\b|\bgetenv\b", ["environment.py", "launch/start.py"]),
+        (
+            r"deepspeed\.runtime\.zero|_hp_mapping|single_partition_of_fp32_groups|bit16_groups|dp_process_group",
+            ["zero/state.py", "zero/vocabulary_route.py"],
+        ),
+        (r"\.follows\(", ["optimizer/wrapper.py"]),
     ],
     ids=["the environment", "the inside of ZeRO", "the trigger of a restart"],
 )
-def test_one_place_alone(pattern: str, home: str) -> None:
-    users = {path.name for path in MODULES if re.search(pattern, path.read_text(encoding="utf-8"))}
-    assert users - {"schedule.py"} == {path.name for path in PACKAGE.glob(home)}, "schedule.py defines is_restart"
+def test_one_place_alone(pattern: str, homes: list[str]) -> None:
+    users = [module for module in MODULES if re.search(pattern, (PACKAGE / module).read_text(encoding="utf-8"))]
+    assert users == homes
 
 
 @pytest.mark.parametrize(
     "module",
     [
         "schedule.py",
-        "pruning.py",
-        "rounding.py",
-        "reinit.py",
-        "exact.py",
-        "lora.py",
-        "frozen.py",
+        "method/pruning.py",
+        "zero/rounding.py",
+        "method/reinit.py",
+        "method/exact.py",
+        "method/lora.py",
+        "method/frozen_weights.py",
         "config.py",
-        "manifest.py",
-        "slurm_script.py",
-        "formulas.py",
-        "full_rank.py",
-        "linear.py",
+        "run/manifest.py",
+        "slurm/script.py",
+        "bandwidth/formulas.py",
+        "method/full_rank.py",
+        "method/linear.py",
     ],
 )
 def test_pure_modules_know_of_no_ranks(module: str) -> None:

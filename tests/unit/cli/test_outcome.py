@@ -126,7 +126,7 @@ def test_what_one_rank_refuses_in_the_middle_is_its_own(
 ) -> None:
     run.path.mkdir()
     monkeypatch.setattr(launch, "discover", lambda: launch.Place(3, 4, 0, 1, "node1", 29500, "srun"))
-    monkeypatch.setattr(environment, "node_name", lambda: "node2")
+    monkeypatch.setattr(launch, "node_name", lambda: "node2")
 
     def ends(*_: object) -> NoReturn:
         raise ConfigError("data.path", "/data", "is not there")

@@ -177,7 +177,7 @@ LAUNCHERS = {
 """What is run, and how many children it has."""
 LAUNCHER = (
     "import signal, subprocess, sys, threading; signal.signal(signal.SIGHUP, signal.SIG_DFL); "  # ignored under nohup
-    "from relora_ds import launch; sys.executable = sys.argv[1]; "
+    "from relora_ds.launch import start as launch; sys.executable = sys.argv[1]; "
 )
 
 

@@ -193,6 +193,24 @@ def test_the_master_of_srun_is_looked_up_at_the_start(monkeypatch: pytest.Monkey
     assert launch.find_master(ONE_NODE) is ONE_NODE
 
 
+# Leaving together: two processes over gloo
+
+LEAVER = """
+import os, sys, time
+from datetime import timedelta
+import torch.distributed as dist
+from relora_ds.launch import start as launch
+launch.MEETING_S = 1.0
+dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+{before}
+began = time.monotonic()
+launch.leave_process_group()
+print(f"{{time.monotonic() - began:.3f}}", flush=True)
+os.kill(os.getpid(), 15)  # as srun does to the rest when the first has ended
+os._exit(0)
+"""
+
+
 def leave(before: str) -> tuple[list[subprocess.Popen], list[str]]:
     """Two ranks that run ``before`` and then leave; with the seconds that each took to leave."""
     port = str(network.free_port())
