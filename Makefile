@@ -37,10 +37,11 @@ test: $(STAMP)
 	echo "==> waiting for the jobs"; wait $$jobs; jobs=$$?; cat .jobs.log; exit $$((rest | jobs))
 
 check: $(STAMP)
-	@echo "==> format, lint, types"
+	@echo "==> format, lint, types, the order of the rooms"
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 format: $(STAMP)
 	$(BIN)/ruff format .

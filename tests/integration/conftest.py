@@ -52,8 +52,8 @@ def relora(*arguments: object, expect: int = 0, **env: str) -> subprocess.Comple
     return command([sys.executable, "-m", "relora_ds", *arguments], expect=expect, **env)
 
 
-def command(words: list[object], expect: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run(list(map(str, words)), env=environment(**env), cwd=ROOT, capture_output=True, text=True, timeout=300)
+def command(words: list[object], expect: int = 0, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(list(map(str, words)), env=environment(**env), cwd=cwd, capture_output=True, text=True, timeout=300)
     assert result.returncode == expect, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result
 

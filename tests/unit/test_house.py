@@ -17,6 +17,18 @@ def test_no_module_above_500_lines(module: str) -> None:
     assert len((PACKAGE / module).read_text(encoding="utf-8").splitlines()) <= 500
 
 
+def test_the_design_names_every_file_in_its_room() -> None:
+    text = (PACKAGE.parent / "docs" / "design.md").read_text(encoding="utf-8")
+    said = {
+        room: re.sub(r"\s+", " ", files)
+        for room, files in re.findall(r"^- \*\*(\w+)\*\* (.*?)(?=^- \*\*|\n\n)", text, re.MULTILINE | re.DOTALL)
+    }
+    for module in MODULES:
+        room, _, file = module.rpartition("/")
+        if room and file != "__init__.py":
+            assert f"`{file}`" in said[room], f"docs/design.md, {room}: {file}"
+
+
 def test_rooms_are_small() -> None:
     files = Counter(module.rpartition("/")[0] for module in MODULES if not module.endswith("__init__.py"))
     assert files.pop("") <= 10, "loose files"
