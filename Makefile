@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed
 NPROC  ?= 2
 JOBS   := tests/integration/test_slurm_jobs.py
 
-.PHONY: install train test check format clean
+.PHONY: install train test check package format clean
 
 install: $(STAMP)
 
@@ -42,6 +42,10 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+package: $(STAMP)
+	@echo "==> building sdist and wheel, and training with the wheel in an environment of its own"
+	tests/package.sh $(BIN)/python
 
 format: $(STAMP)
 	$(BIN)/ruff format .
