@@ -17,7 +17,7 @@ from relora_ds import config
 from relora_ds.checkpoint import reader as checkpoints
 from relora_ds.checkpoint import writer as saver
 from relora_ds.checkpoint.listing import readable
-from relora_ds.launch import start as launch
+from relora_ds.launch import libraries, places, process_group
 from relora_ds.method import lora
 from relora_ds.models import build as models
 from relora_ds.run.folder import RunFolder
@@ -42,9 +42,9 @@ def row(name: str, ours: float, default: float, base: float, measured: str) -> s
 
 def main() -> None:
     out, overrides = Path(sys.argv[1]), sys.argv[2:]
-    launch.guard_bf16()
-    place = launch.single()
-    device = launch.start_process_group(place)
+    libraries.guard_bf16()
+    place = places.single()
+    device = process_group.start(place)
     times: list[tuple[float, float]] = []
     copying = saver._states
     copied = [0.0]
@@ -87,7 +87,7 @@ def main() -> None:
         taken[contained] = sum(entry["bytes"] for entry in content.files.values())
         if content.base is not None:
             base = sum(path.stat().st_size for path in checkpoints.base_folder(newest, content).iterdir())
-    launch.leave_process_group()
+    process_group.leave()
     trainable, frozen = sizes(checked.architecture, recipe.relora.rank)
     width = 2 if content.precision == "bf16" else 4
     formula = (width + 12) * trainable

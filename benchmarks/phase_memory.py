@@ -18,7 +18,7 @@ import torch
 
 from relora_ds.config import parse
 from relora_ds.data.prepare import prepare
-from relora_ds.launch import start as launch
+from relora_ds.launch import places
 from relora_ds.training.loop import Trainer
 from relora_ds.training.preflight import check
 from tests.distributed import pool
@@ -49,7 +49,7 @@ def recipe(folder: Path, model: dict[str, Any], frozen: dict[str, Any], *, bf16:
 
 def measure(content: dict[str, Any]) -> dict[str, int]:
     """Bytes on this rank, by moment; leaves a checkpoint, from which the next call goes on."""
-    place = launch.discover()
+    place = places.discover()
     assert place is not None
     found: dict[str, int] = {}
     before = live_bytes()

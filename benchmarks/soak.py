@@ -29,7 +29,7 @@ import yaml
 
 from benchmarks.kill_test import token_folder
 from relora_ds.config import load
-from relora_ds.launch import start as launch
+from relora_ds.launch import places, process_group
 from relora_ds.training.loop import Trainer, train
 from relora_ds.training.preflight import check
 from tests.memory import live_bytes
@@ -94,7 +94,7 @@ def held() -> dict[str, int]:
     }
 
 
-def train_rank(path: Path, place: launch.Place) -> int:
+def train_rank(path: Path, place: places.Place) -> int:
     """Trains, and writes a sample half-way between checkpoints: what is held, and the median time of the updates before it."""
     checked = check(load(path, []), path, place.world_size)
     every = checked.config.train.checkpoint_every or 1
@@ -113,9 +113,9 @@ def train_rank(path: Path, place: launch.Place) -> int:
         return stopping
 
     Trainer.update = update  # type: ignore[method-assign]
-    device = launch.start_process_group(place)
+    device = process_group.start(place)
     code = train(checked, place, device)
-    launch.leave_process_group()
+    process_group.leave()
     return code
 
 
@@ -185,7 +185,7 @@ def main() -> int:
     parser.add_argument("--updates", type=int, default=10_000, help="of the LoRA phase")
     parser.add_argument("--restart-every", type=int, default=20)
     options = parser.parse_args()
-    place = launch.discover()
+    place = places.discover()
     if place is not None:
         return train_rank(options.out / "recipe.yaml", place)
     if (options.out / "run").exists():

@@ -28,8 +28,8 @@ from relora_ds.data.token_dataset import TokenDataset, rank_micro_batches
 from relora_ds.ds_config import fit as ds_config
 from relora_ds.engine.initialize import adamw
 from relora_ds.engine.release import collect, release
-from relora_ds.launch import start as launch
-from relora_ds.launch.start import Place
+from relora_ds.launch import libraries
+from relora_ds.launch.places import Place
 from relora_ds.method.lora import param_groups
 from relora_ds.models import build as models
 from relora_ds.optimizer.wrapper import ReLoRAOptimizer
@@ -245,7 +245,7 @@ def _defaults(stage: int, checked: Checked, device: torch.device) -> Steps:
     content["zero_optimization"] = {"stage": stage}
     count_everything()
     engine, *_ = deepspeed.initialize(
-        launch.naming_gpu(),
+        libraries.naming_gpu(),
         model=phases.initial_model(full, device, "full"),
         optimizer=adamw(full.config.optimizer),
         config=content,

@@ -19,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from relora_ds.checkpoint import reader as checkpoints
-from relora_ds.launch import start as launch
+from relora_ds.launch import launcher
 from relora_ds.optimizer.wrapper import ReLoRAOptimizer
 from relora_ds.run import manifest as manifests
 from relora_ds.run import unpickle
@@ -134,7 +134,7 @@ def convert(checkpoint: Path, folder: Path, tell: Callable[[str], None], *, trus
     command += ["--num_extract_workers", "1", "--num_merge_workers", "1", *["--trust"] * trust]
     # What asks a run to stop reaches all processes of a SLURM step: the conversion is finished first, and the run then stops.
     command = ["sh", "-c", "trap '' TERM INT HUP USR1 USR2; exec \"$@\"", "sh", *command]
-    done = subprocess.run(launch.tied(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    done = subprocess.run(launcher.tied(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:
         shutil.rmtree(folder, ignore_errors=True)
         lines = [line for line in done.stdout.splitlines() if line.strip()]

@@ -25,7 +25,7 @@ from relora_ds.errors import (
     refuse_rest,
     with_rest,
 )
-from relora_ds.launch import start as launch
+from relora_ds.launch import launcher, libraries, places, process_group
 from relora_ds.paths import path_argument, text_argument
 from relora_ds.run.folder import RunFolder
 from relora_ds.slurm.client import SlurmError
@@ -149,7 +149,7 @@ def is_main() -> bool:
 def _speaks_as(rank: int) -> bool:
     """Whether this process is the one to speak; it is where nobody knows its rank."""
     try:
-        place = launch.discover()
+        place = places.discover()
     except ConfigError:
         return True
     return place is None or place.rank == rank
@@ -174,9 +174,9 @@ def run_prepare(options: argparse.Namespace, rest: Sequence[str]) -> int:
 def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """In the launching process: check, then start the ranks. In a rank: check, join the others, train."""
     overrides = with_rest(options.overrides, rest, ["--nproc", "--under", "--allow-changed", "--trust"])
-    launch.quiet_libraries()
-    place = launch.launched(options.under)
-    launch.check_nproc(options.nproc, place)
+    libraries.quiet_libraries()
+    place = places.launched(options.under)
+    launcher.check_nproc(options.nproc, place)
     if place is None:
         return _train_here(options, load(options.recipe, overrides), overrides)
     recipe, stop, checked, refusal = None, None, None, None
@@ -193,15 +193,15 @@ def _train_here(options: argparse.Namespace, recipe: Config, overrides: Sequence
     """Without a launcher: one process, or as many as are asked for."""
     from relora_ds.training.preflight import refuse_busy
 
-    num_processes = options.nproc or launch.default_num_processes()
+    num_processes = options.nproc or launcher.default_num_processes()
     refuse_busy(recipe, environment.attempt())
     checked = _check(options, recipe, num_processes)
-    launch.check_devices(num_processes)
+    launcher.check_devices(num_processes)
     if num_processes == 1:
-        return _train_rank(recipe, checked, launch.single(), StopSignal(recipe.train.stop_signal))
+        return _train_rank(recipe, checked, places.single(), StopSignal(recipe.train.stop_signal))
     print(f"[relora-ds] starting {num_processes} processes", file=sys.stderr, flush=True)
     words = ["train", options.recipe, *overrides, *cli_slurm.insisted(options)]
-    return launch.spawn(words, num_processes, stop_signal=recipe.train.stop_signal)
+    return launcher.spawn(words, num_processes, stop_signal=recipe.train.stop_signal)
 
 
 def _check(options: argparse.Namespace, recipe: Config, num_processes: int) -> Checked:
@@ -210,7 +210,7 @@ def _check(options: argparse.Namespace, recipe: Config, num_processes: int) -> C
     from relora_ds.training.preflight import check
 
     checked = check(recipe, Path(options.recipe), num_processes, options.allow_changed, options.trust)
-    if ds_config.precision(checked.deepspeed) == "bf16" and not cuda_here() and (done := launch.guard_bf16()) and is_main():
+    if ds_config.precision(checked.deepspeed) == "bf16" and not cuda_here() and (done := libraries.guard_bf16()) and is_main():
         print(f"[relora-ds] {done}", file=sys.stderr, flush=True)
     return checked
 
@@ -218,7 +218,7 @@ def _check(options: argparse.Namespace, recipe: Config, num_processes: int) -> C
 def _train_rank(
     recipe: Config | None,
     checked: Checked | None,
-    place: launch.Place,
+    place: places.Place,
     stop: StopSignal | None,
     refusal: ConfigError | None = None,
 ) -> int:
@@ -226,7 +226,7 @@ def _train_rank(
     from relora_ds.supervision.watchdog import collective_timeout_s
 
     try:
-        place, device = launch.start_process_group(
+        place, device = process_group.start(
             place, timeout_s=collective_timeout_s(recipe.train.hang_timeout if recipe else None), refusal=refusal
         )
     except Exception as error:
@@ -236,12 +236,12 @@ def _train_rank(
     try:
         return _train_together(checked, place, device, stop)
     except ConfigError as error:
-        found = launch.of_all_or_one(error, place)
+        found = process_group.of_all_or_one(error, place)
         _tell_end(recipe, place, found)
         raise found from None
 
 
-def _train_together(checked: Checked, place: launch.Place, device: Any, stop: StopSignal) -> int:
+def _train_together(checked: Checked, place: places.Place, device: Any, stop: StopSignal) -> int:
     """Trains; what ends a run in order, on all ranks, becomes its exit code."""
     from relora_ds.checkpoint.universal import ConversionError
     from relora_ds.checkpoint.writer import FencedError
@@ -257,11 +257,11 @@ def _train_together(checked: Checked, place: launch.Place, device: Any, stop: St
             print(f"relora-ds: error: {error}", file=sys.stderr)
     if place.is_main and is_final:
         _tell_job(checked.config, code, message)
-    launch.leave_process_group()
+    process_group.leave()
     return code
 
 
-def _tell_end(recipe: Config | None, place: launch.Place, error: Exception) -> None:
+def _tell_end(recipe: Config | None, place: places.Place, error: Exception) -> None:
     """Leaves what ended the run where whoever starts it again looks: a setting that all ranks refuse is final, all else a fault."""
     if recipe is None:
         return
@@ -297,7 +297,7 @@ def cuda_here() -> bool:
 
 def run_eval(options: argparse.Namespace, rest: Sequence[str]) -> int:
     refuse_rest(rest)
-    launch.quiet_libraries()
+    libraries.quiet_libraries()
     import torch
 
     from relora_ds.checkpoint.reader import locate
@@ -305,7 +305,7 @@ def run_eval(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from relora_ds.models.export import load_merged
     from relora_ds.training.evaluate import evaluate
 
-    launch.guard_bf16()
+    libraries.guard_bf16()
     folder, checkpoint = locate(options.place)
     settings = folder.read_config()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -321,7 +321,7 @@ def run_eval(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def run_export(options: argparse.Namespace, rest: Sequence[str]) -> int:
     refuse_rest(rest)
-    launch.quiet_libraries()
+    libraries.quiet_libraries()
     from relora_ds.ds_config.fit import DTYPES
     from relora_ds.models.export import export, export_adapter
 
@@ -334,7 +334,7 @@ def run_export(options: argparse.Namespace, rest: Sequence[str]) -> int:
 def run_checkpoints(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Prints the table; exit code 1 when something is damaged."""
     refuse_rest(rest, ["--verify"])
-    launch.quiet_libraries()
+    libraries.quiet_libraries()
     from relora_ds.checkpoint.listing import listing
     from relora_ds.run.folder import RunFolder
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from relora_ds.config import load
 from relora_ds.errors import EXIT_DONE, ConfigError, nearest, with_rest
-from relora_ds.launch import start as launch
+from relora_ds.launch import libraries
 from relora_ds.paths import text_argument
 from relora_ds.reports.tables import aligned
 from relora_ds.units import parse_bytes
@@ -58,7 +58,7 @@ def run_plan(options: argparse.Namespace, rest: Sequence[str]) -> int:
         raise ConfigError("--mfu", options.mfu, "is a share of the peak", "use a number up to 1")
     if options.gpu not in GPUS:
         raise ConfigError("--gpu", options.gpu, "unknown GPU", f"{nearest(options.gpu, GPUS)}; or say --tflops and --gpu-memory")
-    launch.quiet_libraries()
+    libraries.quiet_libraries()
     tflops, memory = GPUS[options.gpu]
     link = parse_bytes(options.link, "--link")
     gpu_memory = parse_bytes(options.gpu_memory, "--gpu-memory") if options.gpu_memory else memory * 1e9

@@ -16,7 +16,7 @@ from relora_ds.config import Config, load
 from relora_ds.console import say
 from relora_ds.environment import allocation, attempt, node_name, process_environment
 from relora_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, refuse_rest, with_rest
-from relora_ds.launch import start as launch
+from relora_ds.launch import libraries, places, process_group
 from relora_ds.paths import path_argument, text_argument
 from relora_ds.run.folder import RunFolder
 from relora_ds.slurm.script import (
@@ -202,7 +202,7 @@ def check_sizes(config: Config, found: Settings, options: argparse.Namespace) ->
 
     recipe, ranks = Path(options.recipe), found.node_range[1] * found.ranks_per_node
     if not options.no_check:
-        launch.quiet_libraries()
+        libraries.quiet_libraries()
         from relora_ds.training.preflight import check
 
         check(config, recipe, ranks, options.allow_changed, options.trust, on_cuda=found.num_gpus > 0)
@@ -268,7 +268,7 @@ def run_before(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if "SLURM_HET_SIZE" in environment:
         problem = "jobs of several components are not served"
         raise ConfigError("SLURM_HET_SIZE", environment["SLURM_HET_SIZE"], problem, "ask for nodes of one kind")
-    launch.quiet_libraries()
+    libraries.quiet_libraries()
     from relora_ds.slurm import job as slurm_job
 
     def fits(nodes: int) -> None:
@@ -341,12 +341,12 @@ def run_torchrun(options: argparse.Namespace, rest: Sequence[str]) -> int:
     refuse_rest(rest)
     from relora_ds.launch.torchrun_agent import run_agent
 
-    node = launch.discover()
+    node = places.discover()
     if node is None:
         raise ConfigError(
             "SLURM_STEP_ID", None, "this is not inside a step of srun", "it is called by the batch scripts of slurm/"
         )
-    node = launch.find_master(node)
+    node = process_group.find_master(node)
     words = [
         f"--nnodes={node.world_size}", f"--node-rank={node.rank}", f"--nproc-per-node={options.tasks_per_node}",
         f"--master-addr={node.master_addr}", f"--master-port={node.master_port}",

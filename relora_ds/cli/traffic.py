@@ -13,7 +13,7 @@ from relora_ds.comm import nic
 from relora_ds.config import Run, load
 from relora_ds.console import say
 from relora_ds.errors import EXIT_DONE, ConfigError, nearest, with_rest
-from relora_ds.launch import start as launch
+from relora_ds.launch import launcher, libraries, places, process_group
 from relora_ds.paths import path_argument, text_argument
 from relora_ds.reports.tables import aligned
 from relora_ds.units import parse_bytes
@@ -44,8 +44,8 @@ def run_traffic(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """In the launching process: check, then start the ranks. In a rank: check, join the others, measure."""
     known = ["--nproc", "--updates", "--arms", "--link", "--out", "--trust"]
     overrides = options.overrides = with_rest(options.overrides, rest, known)
-    launch.quiet_libraries()
-    place = launch.launched()
+    libraries.quiet_libraries()
+    place = places.launched()
     num_processes = _num_processes(options, place)
     links = {name.strip(): parse_bytes(name, "--link") for name in options.link.split(",")}
     arms = _arms(options)
@@ -53,18 +53,18 @@ def run_traffic(options: argparse.Namespace, rest: Sequence[str]) -> int:
     checked = _check(options, out, num_processes, is_main=place is None or place.is_main)
     if place is not None:
         return _measure(checked, place, arms, options, links, out)
-    launch.check_devices(num_processes)
+    launcher.check_devices(num_processes)
     say(f"starting {num_processes} processes")
     words = ["traffic", options.recipe, *overrides, "--updates", str(options.updates), "--arms", options.arms]
-    return launch.spawn([*words, "--link", options.link, "--out", str(out), *["--trust"] * options.trust], num_processes)
+    return launcher.spawn([*words, "--link", options.link, "--out", str(out), *["--trust"] * options.trust], num_processes)
 
 
-def _num_processes(options: argparse.Namespace, place: launch.Place | None) -> int:
+def _num_processes(options: argparse.Namespace, place: places.Place | None) -> int:
     """Ranks of the job. Raises ConfigError for numbers that cannot be, and where a launcher has decided it already."""
     if options.updates < 1:
         raise ConfigError("--updates", options.updates, "must be at least 1")
-    launch.check_nproc(options.nproc, place)
-    count: int = place.world_size if place else options.nproc or max(2, launch.default_num_processes())
+    launcher.check_nproc(options.nproc, place)
+    count: int = place.world_size if place else options.nproc or max(2, launcher.default_num_processes())
     if count < 2:
         raise ConfigError("--nproc", count, "one process sends nothing", "use at least 2")
     return count
@@ -91,20 +91,20 @@ def _check(options: argparse.Namespace, out: Path, num_processes: int, *, is_mai
     config = config.model_copy(update={"run": Run(dir=str(out), seed=config.run.seed)})  # no run is written, or gone on with
     checked = check(config, Path(options.recipe), num_processes, trust=options.trust)
     on_cpu = not torch.cuda.is_available()
-    if ds_config.precision(checked.deepspeed) == "bf16" and on_cpu and (done := launch.guard_bf16()) and is_main:
+    if ds_config.precision(checked.deepspeed) == "bf16" and on_cpu and (done := libraries.guard_bf16()) and is_main:
         say(done)
     return checked
 
 
 def _measure(
-    checked: Checked, place: launch.Place, arms: Sequence[str], options: argparse.Namespace, links: dict[str, float], out: Path
+    checked: Checked, place: places.Place, arms: Sequence[str], options: argparse.Namespace, links: dict[str, float], out: Path
 ) -> int:
     """This process is a rank: join the others, measure, and leave together; rank 0 tells."""
     from relora_ds.bandwidth.comparison import accumulation, arms_of, compare
     from relora_ds.bandwidth.table import NOTE, table, write
 
     config = checked.config
-    place, device = launch.start_process_group(place)
+    place, device = process_group.start(place)
     tell = say if place.is_main else lambda text: None
     for remark in checked.remarks:
         tell(remark)
@@ -125,7 +125,7 @@ def _measure(
         if unseen:
             print(f"Not on the wire is what went by {', '.join(unseen)}.")
         say(f"wrote {out}/comparison.md, .png and .json")
-    launch.leave_process_group()
+    process_group.leave()
     return EXIT_DONE
 
 

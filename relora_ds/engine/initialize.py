@@ -19,7 +19,7 @@ from relora_ds.comm.counter import LEDGER, START_UP, count_everything, label
 from relora_ds.config import Optimizer, ReLoRA, Traffic, parse_relora, parse_traffic
 from relora_ds.ds_config import fit as ds_config
 from relora_ds.errors import ConfigError
-from relora_ds.launch import start as launch
+from relora_ds.launch import libraries, process_group
 from relora_ds.method.frozen_weights import FrozenWeight
 from relora_ds.method.full_rank import full_rank_line
 from relora_ds.method.lora import LORA_GROUP, param_groups, relora_layers, wrap
@@ -91,12 +91,12 @@ def initialize(
     content = ds_config.normalise(ds_config.read(config if config is not None else getattr(args, "deepspeed_config", None) or ""))
     precision = ds_config.precision(content)
     ds_config.refuse_unrunnable(precision)
-    launch.skip_shared_memory_build()
+    libraries.skip_shared_memory_build()
     if precision == "bf16" and not torch.cuda.is_available():
-        done = launch.guard_bf16()
+        done = libraries.guard_bf16()
         if done:
             warnings.warn(done, stacklevel=2)
-    args = launch.naming_gpu(args)
+    args = libraries.naming_gpu(args)
     count_everything()
     saving = parse_traffic(traffic)
     ds_config.refuse_with_traffic(content, saving)
@@ -202,7 +202,7 @@ def wrapping(settings: ReLoRA, seed: int, precision: str) -> dict[str, Any]:
         frozen = frozen.model_copy(update={"dtype": precision})
     shard = None
     if frozen.master == "sharded":
-        launch.require_process_group()
+        process_group.require()
         shard = (dist.get_rank(), dist.get_world_size())
     return {
         "rank": settings.rank,

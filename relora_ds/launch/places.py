@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from relora_ds.comm import network
+from relora_ds.environment import process_environment
 from relora_ds.errors import ConfigError
 from relora_ds.slurm import nodes as slurm_nodes
 
@@ -191,3 +193,38 @@ def _number(env: Mapping[str, str], *names: str) -> int | None:
         return int(env[name])
     except ValueError:
         raise ConfigError(name, env[name], "is no number", "unset it, or start the ranks by srun, torchrun or mpirun") from None
+
+
+def discover(environment: Mapping[str, str] | None = None) -> Place | None:
+    """This process's place, as :func:`relora_ds.launch.places.of` finds it in the environment; None when no launcher started it.
+
+    Raises:
+        ConfigError: a launcher was found, but not where rank 0 is, or its variables contradict srun's.
+    """
+    return of(process_environment() if environment is None else environment)
+
+
+def launched(under: str | None = None) -> Place | None:
+    """The place of a command that starts ranks itself where no launcher did; None where it is to.
+
+    The one task of a step of srun counts as started by nobody, unless it is said: it may be a shell, or a notebook, with all GPUs of
+    its node.
+
+    Args:
+        under: the launcher that this command was told of.
+
+    Raises:
+        ConfigError: ``under`` is given, and there is no trace of any launcher; or as in :func:`discover`.
+    """
+    place = discover()
+    if place is None and under is not None:
+        raise ConfigError(
+            "--under", under, "nothing in the environment says which rank this is",
+            "let the launcher's variables through: start the container without --cleanenv or --containall, and no env -i",
+        )  # fmt: skip
+    return None if place is not None and place.is_lone_task and under is None else place
+
+
+def single() -> Place:
+    """One process that stands alone."""
+    return Place(0, 1, 0, 1, "127.0.0.1", network.free_port(), "single")

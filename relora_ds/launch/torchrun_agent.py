@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from relora_ds.environment import process_environment
-from relora_ds.launch import start as launch
+from relora_ds.launch import launcher
 
 HANDLED = "SIGHUP,SIGQUIT"
 """What torchrun may go on handling: a signal that it does not handle, it ignores as it was told to by whoever started it."""
@@ -34,7 +34,7 @@ def run_agent(arguments: Sequence[str], stop_signal: str) -> int:
     previous = {number: signal.signal(number, signal.SIG_IGN) for number in heard}  # so the child begins deaf to them
     try:
         environment = {**process_environment(), "PET_SIGNALS_TO_HANDLE": HANDLED}
-        command = launch.tied([sys.executable, "-m", "torch.distributed.run", *arguments])
+        command = launcher.tied([sys.executable, "-m", "torch.distributed.run", *arguments])
         # a session of its own: some sites' SLURM signals all of a task's group
         agent = subprocess.Popen(command, env=environment, start_new_session=True)
 

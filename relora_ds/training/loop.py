@@ -23,7 +23,7 @@ from relora_ds.console import say
 from relora_ds.data import tokenizer
 from relora_ds.data.token_dataset import TokenDataset, rank_micro_batches
 from relora_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, RestartError
-from relora_ds.launch.start import Place
+from relora_ds.launch.places import Place
 from relora_ds.method.lora import LORA_GROUP, count_parameters
 from relora_ds.models import generation
 from relora_ds.models.build import describe

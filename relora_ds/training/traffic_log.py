@@ -14,7 +14,7 @@ from torch import Tensor
 
 from relora_ds.comm import nic
 from relora_ds.comm.counter import CHECKPOINT, LEDGER, UPDATE, Kind, Tally, by_purpose, rows
-from relora_ds.launch.start import Place
+from relora_ds.launch.places import Place
 from relora_ds.run.folder import read_traffic, write_atomically
 
 

@@ -22,7 +22,7 @@ from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
-from relora_ds.launch import start as launch
+from relora_ds.launch import libraries, places, process_group
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 180.0
@@ -35,7 +35,7 @@ def safe_isa() -> dict[str, str]:
     """What bf16 products need on this CPU, found out once for all workers: each would have to start a process for it."""
     if ISA in os.environ:
         return {}
-    launch.guard_bf16()
+    libraries.guard_bf16()
     found = os.environ.pop(ISA, None)
     return {} if found is None else {ISA: found}
 
@@ -122,10 +122,10 @@ def _serve(address: str) -> None:
     import torch
 
     torch.set_num_threads(1)
-    place = launch.discover()
+    place = places.discover()
     assert place is not None
-    launch.guard_bf16()
-    launch.start_process_group(place, timeout_s=TIMEOUT_S)
+    libraries.guard_bf16()
+    process_group.start(place, timeout_s=TIMEOUT_S)
     connection = Client(address, family="AF_UNIX")
     connection.send(place.rank)
     while True:

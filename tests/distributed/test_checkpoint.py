@@ -19,7 +19,7 @@ from relora_ds.checkpoint import universal as elastic
 from relora_ds.config import parse
 from relora_ds.engine.release import release
 from relora_ds.errors import EXIT_DONE
-from relora_ds.launch import start as launch
+from relora_ds.launch import places
 from relora_ds.method.lora import relora_layers
 from relora_ds.models.export import export, load_merged
 from relora_ds.run import manifest as manifests
@@ -142,7 +142,7 @@ def test_resume_on_another_number_of_ranks(
 
 def state_after_loading(content: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Everything that a resumed run begins with, gathered from all ranks."""
-    place = launch.discover()
+    place = places.discover()
     assert place is not None
     trainer = Trainer(check(parse(content), Path("recipe.yaml"), place.world_size), place, CPU)
     optimizer = trainer.engine.optimizer

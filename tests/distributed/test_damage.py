@@ -16,7 +16,7 @@ import pytest
 from relora_ds.checkpoint import reader as checkpoints
 from relora_ds.checkpoint.writer import FencedError, Saver
 from relora_ds.errors import ConfigError
-from relora_ds.launch import start as launch
+from relora_ds.launch import places
 from relora_ds.run import lock
 from relora_ds.run import manifest as manifests
 from relora_ds.run.folder import RunFolder
@@ -178,7 +178,7 @@ MEND: dict[str, Callable[[str], None]] = {
 
 def train_over_a_broken_disk(content: dict[str, Any], disk: str, how: str, *, mended: bool) -> str:
     """The disk fails before update 7, when the checkpoint after 6 is complete, and works again before update 14, or never."""
-    original, place = Trainer.update, launch.discover()
+    original, place = Trainer.update, places.discover()
     assert place is not None
 
     def update(self: Trainer, number: int, stop_requested: bool) -> bool:
@@ -272,7 +272,7 @@ def take_over(run_folder: RunFolder) -> None:
 
 def train_until_fenced(content: dict[str, Any]) -> str:
     """After update 7 another job takes the folder over, long before the next heartbeat."""
-    original, place = Trainer.update, launch.discover()
+    original, place = Trainer.update, places.discover()
     assert place is not None
 
     def update(self: Trainer, number: int, stop_requested: bool) -> bool:
@@ -299,7 +299,7 @@ def test_a_job_whose_folder_was_taken_over_writes_no_more(content: dict[str, Any
 
 def save_after_a_take_over(content: dict[str, Any]) -> str:
     """Another job takes the folder over between two heartbeats, right before a checkpoint is complete."""
-    original, place = Saver._complete, launch.discover()
+    original, place = Saver._complete, places.discover()
     assert place is not None
 
     def complete(self: Saver, job: Any) -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 import relora_ds
 from relora_ds.comm.counter import EVALUATION, GRADIENT, LEDGER, LOSS, NORM, PARAMETERS, RESTART, VERIFY, by_purpose
-from relora_ds.launch.start import Place
+from relora_ds.launch.places import Place
 from relora_ds.training.traffic_log import TrafficLog
 from tests.distributed import common
 from tests.distributed.pool import run

@@ -19,14 +19,14 @@ TRAIN = [sys.executable, "-m", "relora_ds", "train"]
 CLAIMS_CUDA = """
 import sys, time
 import deepspeed
-from relora_ds.launch import devices
-from relora_ds.launch import start as launch
+from relora_ds.errors import ConfigError
+from relora_ds.launch import devices, places, process_group
 began = time.monotonic()
 if sys.argv[1] == "1":
     devices.visible = lambda: [devices.Gpu("GPU-a", "0000:1b:00")]
 try:
-    launch.start_process_group(launch.discover())
-except launch.ConfigError as error:
+    process_group.start(places.discover())
+except ConfigError as error:
     print(time.monotonic() - began, error, sep="|")
 """
 

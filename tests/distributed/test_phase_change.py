@@ -16,7 +16,7 @@ import relora_ds
 from relora_ds.config import Optimizer, parse
 from relora_ds.engine.initialize import adamw
 from relora_ds.engine.release import release
-from relora_ds.launch import start as launch
+from relora_ds.launch import places
 from relora_ds.training import phases
 from relora_ds.training.loop import Trainer
 from relora_ds.training.preflight import check
@@ -41,7 +41,7 @@ def content(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def trainer_of(content: dict[str, Any]) -> Trainer:
-    place = launch.discover()
+    place = places.discover()
     assert place is not None
     return Trainer(check(parse(content), Path("recipe.yaml"), place.world_size), place, CPU)
 

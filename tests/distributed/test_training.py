@@ -19,7 +19,7 @@ from relora_ds.config import parse
 from relora_ds.data.token_dataset import TokenDataset
 from relora_ds.engine.release import release
 from relora_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
-from relora_ds.launch import start as launch
+from relora_ds.launch import places
 from relora_ds.method import lora
 from relora_ds.method.frozen_weights import FrozenWeight
 from relora_ds.models.export import export
@@ -58,7 +58,7 @@ class KilledError(Exception):
 
 def train_here(content: dict[str, Any], kill_after: int | None = None, stop_after: int | None = None) -> int:
     """Trains in the pool; dies after an update, or asks one rank alone to stop."""
-    place = launch.discover()
+    place = places.discover()
     assert place is not None
     checked = check(parse(content), Path("recipe.yaml"), place.world_size)
     original = Trainer.update
@@ -216,7 +216,7 @@ def test_world_size_does_not_change_the_run(content: dict[str, Any], tmp_path: P
 
 def after_the_warm_start(content: dict[str, Any]) -> Trainer:
     """A run at the end of its full-rank phase of five updates."""
-    place = launch.discover()
+    place = places.discover()
     assert place is not None
     trainer = Trainer(check(parse(content), Path("recipe.yaml"), place.world_size), place, CPU)
     for update in range(1, 6):

@@ -21,7 +21,7 @@ from relora_ds.checkpoint.listing import listing
 from relora_ds.cli.main import main
 from relora_ds.config import parse
 from relora_ds.errors import EXIT_BAD_CONFIG, EXIT_DONE, ConfigError
-from relora_ds.launch import start as launch
+from relora_ds.launch import places
 from relora_ds.run import manifest as manifests
 from relora_ds.run import unpickle
 from relora_ds.run.folder import RunFolder
@@ -176,7 +176,7 @@ def test_a_resume_refuses_it_on_all_ranks(case: Case, name: str, ranks: int) -> 
 
 def trusting(settings: dict[str, Any]) -> int:
     """Trains as with ``--trust``."""
-    place = launch.discover()
+    place = places.discover()
     assert place is not None
     return train(check(parse(settings), Path("recipe.yaml"), place.world_size, trust=True), place, torch.device("cpu"))
 

@@ -22,7 +22,9 @@ def test_a_run_of_the_flat_package_goes_on(tmp_path: Path) -> None:
     run = tmp_path / "run"
     logs = ("metrics.jsonl", "restarts.jsonl")
     before = {log: read_log(shutil.copy(run / log, tmp_path / log)) for log in logs}
-    told = command([sys.executable, "-m", "relora_ds", "train", "recipe.yaml", "--nproc", "2"], cwd=tmp_path, WANDB_MODE="disabled")
+    told = command(
+        [sys.executable, "-m", "relora_ds", "train", "recipe.yaml", "--nproc", "2"], cwd=tmp_path, WANDB_MODE="disabled"
+    )
     assert "update_0000008" in told.stderr
     for log in logs:
         after = read_log(run / log)

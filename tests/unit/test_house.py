@@ -38,7 +38,10 @@ def test_rooms_are_small() -> None:
 @pytest.mark.parametrize(
     ("pattern", "homes"),
     [
-        (r"\bos\.environ\b|\bgetenv\b", ["environment.py", "launch/start.py"]),
+        (
+            r"\bos\.environ\b|\bgetenv\b",
+            ["environment.py", "launch/launcher.py", "launch/libraries.py", "launch/process_group.py"],
+        ),
         (
             r"deepspeed\.runtime\.zero|_hp_mapping|single_partition_of_fp32_groups|bit16_groups|dp_process_group",
             ["zero/state.py", "zero/vocabulary_route.py"],

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from relora_ds.checkpoint import universal as elastic
-from relora_ds.launch import start as launch
+from relora_ds.launch import launcher
 from relora_ds.run import manifest as manifests
 
 
@@ -59,5 +59,5 @@ def test_it_does_not_outlive_its_rank(checkpoint: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(elastic.subprocess, "run", run)
     with pytest.raises(elastic.ConversionError):
         elastic.convert(checkpoint, tmp_path / "universal", print)
-    tie = launch.tied([])
+    tie = launcher.tied([])
     assert commands[0][: len(tie)] == tie

@@ -16,7 +16,7 @@ from relora_ds import __version__
 from relora_ds.cli import main as cli
 from relora_ds.cli.main import main
 from relora_ds.errors import AllError, ConfigError, RankError
-from relora_ds.launch import start as launch
+from relora_ds.launch import launcher, libraries
 
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "SLURM_STEP_ID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
@@ -62,7 +62,7 @@ def spawned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], int]]:
         calls.append((list(arguments), num_processes))
         return 0
 
-    monkeypatch.setattr(launch, "spawn", spawn)
+    monkeypatch.setattr(launcher, "spawn", spawn)
     return calls
 
 
@@ -196,7 +196,7 @@ def test_overrides_that_follow_options_are_checked(refused: Refused, recipe: Pat
 
 @pytest.mark.parametrize("command", ["eval", "export"])
 def test_a_folder_without_a_checkpoint(refused: Refused, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "guard_bf16", lambda: None)
+    monkeypatch.setattr(libraries, "guard_bf16", lambda: None)
     arguments = [command, str(tmp_path), *([str(tmp_path / "out")] if command == "export" else [])]
     assert refused(*arguments).startswith(f"relora-ds: error: RUN_DIR={str(tmp_path)!r}: holds no complete checkpoint")
 

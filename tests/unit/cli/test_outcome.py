@@ -12,14 +12,14 @@ from relora_ds.checkpoint.universal import ConversionError
 from relora_ds.checkpoint.writer import FencedError
 from relora_ds.cli.main import main
 from relora_ds.errors import AllError, ConfigError, RankError, StartError
-from relora_ds.launch import start as launch
+from relora_ds.launch import places, process_group
 from relora_ds.run.folder import RunFolder
 from relora_ds.slurm.events import read_outcome
 from relora_ds.supervision import faults
 from relora_ds.training import loop as train
 
 
-def start(place: launch.Place, timeout_s: float = 0.0, refusal: ConfigError | None = None) -> tuple[launch.Place, None]:
+def start(place: places.Place, timeout_s: float = 0.0, refusal: ConfigError | None = None) -> tuple[places.Place, None]:
     """Stands where the ranks meet: what this one refuses, all do."""
     if refusal is not None:
         raise AllError(str(refusal))
@@ -29,10 +29,10 @@ def start(place: launch.Place, timeout_s: float = 0.0, refusal: ConfigError | No
 @pytest.fixture
 def rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process is the only rank of the first start of job 17, and joins no process group."""
-    monkeypatch.setattr(launch, "discover", lambda: launch.single())
+    monkeypatch.setattr(places, "discover", lambda: places.single())
     monkeypatch.setattr(environment, "attempt", lambda: "17.0")
-    monkeypatch.setattr(launch, "start_process_group", start)
-    monkeypatch.setattr(launch, "leave_process_group", lambda: None)
+    monkeypatch.setattr(process_group, "start", start)
+    monkeypatch.setattr(process_group, "leave", lambda: None)
 
 
 @pytest.mark.usefixtures("rank")
@@ -83,8 +83,8 @@ def ends_the_start(error: Exception, number: int, monkeypatch: pytest.MonkeyPatc
     def fail(*_: object, **__: object) -> NoReturn:
         raise error
 
-    monkeypatch.setattr(launch, "discover", lambda: launch.Place(number, 4, 0, 1, "node1", 29500, "srun"))
-    monkeypatch.setattr(launch, "start_process_group", fail)
+    monkeypatch.setattr(places, "discover", lambda: places.Place(number, 4, 0, 1, "node1", 29500, "srun"))
+    monkeypatch.setattr(process_group, "start", fail)
 
 
 @pytest.mark.usefixtures("rank")
@@ -125,8 +125,8 @@ def test_what_one_rank_refuses_in_the_middle_is_its_own(
     recipe: Path, run: RunFolder, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run.path.mkdir()
-    monkeypatch.setattr(launch, "discover", lambda: launch.Place(3, 4, 0, 1, "node1", 29500, "srun"))
-    monkeypatch.setattr(launch, "node_name", lambda: "node2")
+    monkeypatch.setattr(places, "discover", lambda: places.Place(3, 4, 0, 1, "node1", 29500, "srun"))
+    monkeypatch.setattr(process_group, "node_name", lambda: "node2")
 
     def ends(*_: object) -> NoReturn:
         raise ConfigError("data.path", "/data", "is not there")

@@ -10,8 +10,7 @@ import pytest
 
 from relora_ds.errors import ConfigError
 from relora_ds.launch import places
-from relora_ds.launch.places import Place
-from relora_ds.launch.start import discover
+from relora_ds.launch.places import Place, discover
 from relora_ds.slurm import nodes as slurm_nodes
 from tests.unit.launch.launchers import (
     AZURE,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from relora_ds.launch import devices
-from relora_ds.launch.start import discover
+from relora_ds.launch.places import discover
 
 RECORDED: dict[str, dict[str, dict[str, dict[str, str]]]] = json.loads(
     (Path(__file__).parents[1] / "data" / "slurm_environments.json").read_text()

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from relora_ds.config import Frozen, ReLoRA, parse_relora
 from relora_ds.engine.initialize import wrapping
 from relora_ds.errors import ConfigError
-from relora_ds.launch import start as launch
+from relora_ds.launch import libraries
 from relora_ds.method import lora
 from relora_ds.method.linear import choose
 from relora_ds.method.lora import ReLoRALinear
@@ -119,7 +119,7 @@ def test_dropout_is_on_the_input_of_a_alone(form: str) -> None:
 @pytest.mark.parametrize("stored", ["fp32", "bf16", "int8"])
 def test_sixteen_bits(form: str, stored: str) -> None:
     """To a few roundings of bf16."""
-    launch.guard_bf16()
+    libraries.guard_bf16()
     made = layer(form, dtype=torch.bfloat16, frozen=Frozen(dtype=stored))  # type: ignore[arg-type]
     x, towards = (t.to(torch.bfloat16) for t in sample())
     found, expected = gradients(made, x, towards), formula(made, x, towards)

@@ -19,7 +19,7 @@ from relora_ds.cli import slurm as cli_slurm
 from relora_ds.cli.main import main
 from relora_ds.config import Config, load, parse
 from relora_ds.errors import ConfigError
-from relora_ds.launch import start as launch
+from relora_ds.launch import places, process_group
 from relora_ds.launch import torchrun_agent as slurm_agent
 from relora_ds.run.folder import RunFolder
 from relora_ds.run.lock import RunLock
@@ -444,9 +444,9 @@ def test_a_run_is_named_by_its_folder_or_its_recipe(recipe: Path, run: RunFolder
 
 def test_torchruns_agent_of_a_node(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[tuple[list[str], str]] = []
-    place = launch.Place(1, 4, 0, 1, "node1", 20123, "srun")
-    monkeypatch.setattr(launch, "discover", lambda: place)
-    monkeypatch.setattr(launch, "find_master", lambda place: replace(place, master_addr="10.0.0.1"))
+    place = places.Place(1, 4, 0, 1, "node1", 20123, "srun")
+    monkeypatch.setattr(places, "discover", lambda: place)
+    monkeypatch.setattr(process_group, "find_master", lambda place: replace(place, master_addr="10.0.0.1"))
     monkeypatch.setattr(slurm_agent, "run_agent", lambda words, signal: started.append((words, signal)) or 1)
     assert main(["slurm", "torchrun", str(recipe), "--tasks-per-node", "8"]) == 1
     words = [

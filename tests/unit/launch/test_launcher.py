@@ -14,9 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from relora_ds.launch import start as launch
-from relora_ds.launch import tie
-from relora_ds.launch.start import Place, discover
+from relora_ds.launch import launcher, libraries, tie
+from relora_ds.launch.places import Place, discover
 
 ROOT = Path(__file__).resolve().parents[3]
 PYTHON = sys.executable
@@ -43,14 +42,14 @@ def start() -> Iterator[Start]:
 
 
 def test_all_succeed(start: Start) -> None:
-    assert launch._wait([start("pass"), start("import time; time.sleep(0.2)")]) == 0
+    assert launcher._wait([start("pass"), start("import time; time.sleep(0.2)")]) == 0
 
 
 @pytest.mark.parametrize("code", [75, 2])
 def test_all_end_in_order_with_one_code(start: Start, code: int) -> None:
     """The second is given the time that it needs to end by itself."""
     processes = [start(f"raise SystemExit({code})"), start(f"import time; time.sleep(0.5); raise SystemExit({code})")]
-    assert launch._wait(processes) == code
+    assert launcher._wait(processes) == code
     assert [process.returncode for process in processes] == [code, code]
 
 
@@ -63,25 +62,25 @@ def test_all_end_in_order_with_one_code(start: Start, code: int) -> None:
 def test_a_crash_of_any_process_stops_the_others(start: Start, crash: str, code: int, place: int) -> None:
     began = time.monotonic()
     processes = [start(crash if i == place else "import time; time.sleep(30)") for i in range(3)]
-    assert launch._wait(processes) == code
-    assert time.monotonic() - began < launch.GRACE_S / 2
+    assert launcher._wait(processes) == code
+    assert time.monotonic() - began < launcher.GRACE_S / 2
     assert [process.returncode for i, process in enumerate(processes) if i != place] == [-signal.SIGTERM, -signal.SIGTERM]
 
 
 def test_a_crash_outweighs_an_orderly_end(start: Start) -> None:
     """A job that seems to have stopped with a checkpoint would be run again for ever."""
-    assert launch._wait([start("raise SystemExit(75)"), start("import time; time.sleep(0.5); raise SystemExit(1)")]) == 1
+    assert launcher._wait([start("raise SystemExit(75)"), start("import time; time.sleep(0.5); raise SystemExit(1)")]) == 1
 
 
 def test_processes_that_do_not_stop_are_not_waited_for_longer_than_the_grace(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "GRACE_S", 0.3)
+    monkeypatch.setattr(launcher, "GRACE_S", 0.3)
     ignores = start("import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('on', flush=True); time.sleep(30)")
     assert ignores.stdout is not None
     ignores.stdout.readline()
     began = time.monotonic()
-    assert launch._wait([start("raise SystemExit(1)"), ignores]) == 1
+    assert launcher._wait([start("raise SystemExit(1)"), ignores]) == 1
     assert 0.3 <= time.monotonic() - began < 10
     assert ignores.poll() is None  # spawn kills it
 
@@ -106,9 +105,9 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
 
 def test_spawn_gives_each_process_its_place(stand_in: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(launch.cores, "usable", lambda: 6)
+    monkeypatch.setattr(launcher.cores, "usable", lambda: 6)
     folder = stand_in('env > "env.$RANK"; echo "$@" > "arguments.$RANK"')
-    assert launch.spawn(["train", "recipe.yaml", "run.seed=7"], 2) == 0
+    assert launcher.spawn(["train", "recipe.yaml", "run.seed=7"], 2) == 0
     ports = set()
     for rank in range(2):
         assert (folder / f"arguments.{rank}").read_text() == "-m relora_ds train recipe.yaml run.seed=7\n"
@@ -131,7 +130,7 @@ def test_spawn_passes_a_signal_on_once_and_returns_the_code(stand_in: Callable[[
 
     thread = threading.Thread(target=interrupt, daemon=True)
     thread.start()
-    assert launch.spawn(["train"], 2) == 75
+    assert launcher.spawn(["train"], 2) == 75
     thread.join()
     assert [(folder / f"stopped.{rank}").read_text() for rank in range(2)] == ["stopped\n", "stopped\n"]
     assert signal.getsignal(number) is before
@@ -141,7 +140,7 @@ def test_spawn_outside_the_main_thread_hears_no_signals(stand_in: Callable[[str]
     stand_in("exit 75")
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)]
     codes: list[int] = []
-    thread = threading.Thread(target=lambda: codes.append(launch.spawn(["train"], 2)))
+    thread = threading.Thread(target=lambda: codes.append(launcher.spawn(["train"], 2)))
     thread.start()
     thread.join()
     assert codes == [75]
@@ -161,23 +160,23 @@ def test_a_process_that_cannot_be_started_takes_those_before_it_along(
         started.append(popen(*arguments, **options))
         return started[0]
 
-    monkeypatch.setattr(launch.subprocess, "Popen", start)
+    monkeypatch.setattr(libraries.subprocess, "Popen", start)
     with pytest.raises(OSError, match="no more processes"):
-        launch.spawn(["train"], 2)
+        launcher.spawn(["train"], 2)
     assert started[0].wait(timeout=5) == -signal.SIGKILL
 
 
 # Dying with the launcher
 
 LAUNCHERS = {
-    "spawn": ("launch.spawn(['train'], 2)", 2),
-    "in a thread": ("t = threading.Thread(target=launch.spawn, args=(['train'], 2)); t.start(); t.join()", 2),
-    "a rank's own program": ("subprocess.run(launch.tied([sys.executable, 'train']))", 1),
+    "spawn": ("launcher.spawn(['train'], 2)", 2),
+    "in a thread": ("t = threading.Thread(target=launcher.spawn, args=(['train'], 2)); t.start(); t.join()", 2),
+    "a rank's own program": ("subprocess.run(launcher.tied([sys.executable, 'train']))", 1),
 }
 """What is run, and how many children it has."""
 LAUNCHER = (
     "import signal, subprocess, sys, threading; signal.signal(signal.SIGHUP, signal.SIG_DFL); "  # ignored under nohup
-    "from relora_ds.launch import start as launch; sys.executable = sys.argv[1]; "
+    "from relora_ds.launch import launcher, libraries; sys.executable = sys.argv[1]; "
 )
 
 
@@ -220,7 +219,7 @@ def test_children_die_with_the_launcher(stand_in: Callable[[str], Path], launche
 
 
 def test_nothing_is_run_for_a_parent_that_died_before_it_could_be_tied(tmp_path: Path) -> None:
-    command = launch.tied(["touch", str(tmp_path / "run")])
+    command = launcher.tied(["touch", str(tmp_path / "run")])
     command[command.index(str(os.getpid()))] = "1"  # whose child it is by then
     assert subprocess.run(command, check=False).returncode == 1
     assert not (tmp_path / "run").exists()
@@ -230,12 +229,12 @@ def test_what_is_tied_is_run_as_it_is(tmp_path: Path) -> None:
     """Its process id, its exit code, its streams and its signals are those of the process that was started."""
     told = "print(os.getpid(), signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, flush=True)"
     script = f"import os, signal; {told}; os.kill(os.getpid(), 4)"
-    process = subprocess.Popen(launch.tied([sys.executable, "-c", script]), stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(launcher.tied([sys.executable, "-c", script]), stdout=subprocess.PIPE, text=True)
     told, _ = process.communicate(timeout=30)
     assert process.returncode == -signal.SIGILL
     assert told == f"{process.pid} True\n"
     words = ["sh", "-c", "kill -s PIPE $$"]  # which Python ignores
-    assert subprocess.run(launch.tied(words), check=False).returncode == -signal.SIGPIPE
+    assert subprocess.run(launcher.tied(words), check=False).returncode == -signal.SIGPIPE
 
 
 def test_elsewhere_than_on_linux_nothing_is_tied(monkeypatch: pytest.MonkeyPatch) -> None:

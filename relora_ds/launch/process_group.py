@@ -1,79 +1,36 @@
-"""How the ranks come together and part, whoever started them: torchrun, deepspeed, srun, mpirun or our own launcher.
-
-The environment is read, and set, in this file only.
-"""
+"""How the ranks come together and part, whoever started them: torchrun, deepspeed, srun, mpirun or our own launcher."""
 
 from __future__ import annotations
 
 import itertools
-import logging
-import math
 import os
 import signal
 import socket
-import subprocess
 import sys
-import threading
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from itertools import islice
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from relora_ds.comm import network
 from relora_ds.environment import node_name
 from relora_ds.errors import AllError, ConfigError, RankError, StartError
-from relora_ds.launch import cores, devices, meeting, places
+from relora_ds.launch import devices, libraries, meeting, places
 from relora_ds.launch.meeting import Card
 from relora_ds.launch.places import Place
 from relora_ds.run.lock import boot_id
 from relora_ds.slurm import nodes as slurm_nodes
 
-GRACE_S = 20.0
-"""How long the other processes of a node may take to end after one of them failed, before they are killed."""
 ASK_PAUSE_S = 0.02
 """Between the questions of two ranks to SLURM's controller: 500 at once are a storm to it, which it may answer by limits."""
-ORDERLY = (2, 75)
-"""Exit codes with which all ranks end by themselves, together: a bad setting, a signal."""
 MEETING_S = 60.0
 """How long a rank that has finished waits for the others."""
-SAFE_ISA = "AVX512_CORE_FP16"
-"""The newest instruction set of oneDNN without AMX."""
-
-
-def discover(environment: Mapping[str, str] | None = None) -> Place | None:
-    """This process's place, as :func:`relora_ds.launch.places.of` finds it in the environment; None when no launcher started it.
-
-    Raises:
-        ConfigError: a launcher was found, but not where rank 0 is, or its variables contradict srun's.
-    """
-    return places.of(os.environ if environment is None else environment)
-
-
-def launched(under: str | None = None) -> Place | None:
-    """The place of a command that starts ranks itself where no launcher did; None where it is to.
-
-    The one task of a step of srun counts as started by nobody, unless it is said: it may be a shell, or a notebook, with all GPUs of
-    its node.
-
-    Args:
-        under: the launcher that this command was told of.
-
-    Raises:
-        ConfigError: ``under`` is given, and there is no trace of any launcher; or as in :func:`discover`.
-    """
-    place = discover()
-    if place is None and under is not None:
-        raise ConfigError(
-            "--under", under, "nothing in the environment says which rank this is",
-            "let the launcher's variables through: start the container without --cleanenv or --containall, and no env -i",
-        )  # fmt: skip
-    return None if place is not None and place.is_lone_task and under is None else place
+_meetings = itertools.count()
+_common: Any = None
+"""Where the ranks met, for as long as rank 0 lives."""
 
 
 def _ask_rank_0(port: int | None) -> tuple[str, int]:
@@ -88,69 +45,15 @@ def _ask_rank_0(port: int | None) -> tuple[str, int]:
     return comm.bcast(found, root=0)
 
 
-def single() -> Place:
-    """One process that stands alone."""
-    return Place(0, 1, 0, 1, "127.0.0.1", network.free_port(), "single")
-
-
-def default_num_processes() -> int:
-    """One process per GPU, or one where there is none."""
-    import torch
-
-    return max(1, torch.cuda.device_count())
-
-
-def require_process_group() -> None:
+def require() -> None:
     """Starts torch.distributed and DeepSpeed as the launcher says, where the user's script has not done so."""
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        start_process_group(discover() or single())
+        start(places.discover() or places.single())
 
 
-def quiet_libraries() -> None:
-    """Leaves the screen to this program: DeepSpeed, torch and transformers tell of themselves only what went wrong.
-
-    Before DeepSpeed is imported: it warns on the standard output unless it is told that there is only a CPU.
-    """
-    import torch
-
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    _forget_cpu()
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\..*")
-
-
-def check_nproc(nproc: int | None, place: Place | None) -> None:
-    """Raises ConfigError for a ``--nproc`` that cannot be, and where a launcher has decided it already."""
-    if nproc is not None and place is not None:
-        raise ConfigError("--nproc", nproc, f"this process was started by {place.launcher}, which sets the number of processes")
-    if nproc is not None and nproc < 1:
-        raise ConfigError("--nproc", nproc, "must be at least 1")
-
-
-def _forget_cpu() -> None:
-    """Drops DS_ACCELERATOR=cpu where CUDA is, left over from a machine that had none: DeepSpeed would believe it."""
-    import torch
-
-    if os.environ.get("DS_ACCELERATOR") == "cpu" and torch.cuda.is_available():
-        del os.environ["DS_ACCELERATOR"]
-
-
-def check_devices(num_processes: int) -> None:
-    """Raises ConfigError when this machine has GPUs, but fewer than processes."""
-    import torch
-
-    if torch.cuda.is_available() and num_processes > torch.cuda.device_count():
-        raise ConfigError(
-            "--nproc", num_processes, f"this machine has {torch.cuda.device_count()} GPU(s)", "one process drives one GPU"
-        )
-
-
-def start_process_group(place: Place, timeout_s: float = 1800.0, refusal: ConfigError | None = None) -> tuple[Place, Any]:
+def start(place: Place, timeout_s: float = 1800.0, refusal: ConfigError | None = None) -> tuple[Place, Any]:
     """Joins the job: NCCL on CUDA, gloo on CPU, under torch.distributed and DeepSpeed alike.
 
     Args:
@@ -169,7 +72,7 @@ def start_process_group(place: Place, timeout_s: float = 1800.0, refusal: Config
     import torch
     import torch.distributed as dist
 
-    _forget_cpu()
+    libraries.forget_cpu()
     host = node_name()
     gpus = devices.visible()
     problem = refusal or devices.missing(os.environ, host, len(gpus))
@@ -184,7 +87,7 @@ def start_process_group(place: Place, timeout_s: float = 1800.0, refusal: Config
 
     from relora_ds.comm import counter as ledger
 
-    skip_shared_memory_build()
+    libraries.skip_shared_memory_build()
     store.set_timeout(timedelta(seconds=timeout_s))  # as torch does with a store of its own
     device = torch.device("cpu") if number is None else torch.device("cuda", number)
     with _one_gpu_each(place.rank, host):
@@ -199,7 +102,7 @@ def start_process_group(place: Place, timeout_s: float = 1800.0, refusal: Config
 
 
 def _meet(place: Place, card: Card, limit_s: float) -> tuple[Place, Any]:
-    """The place as the ranks know it once they have met, and their store; raises as :func:`start_process_group`."""
+    """The place as the ranks know it once they have met, and their store; raises as :func:`start`."""
     import torch.distributed as dist
 
     global _common
@@ -229,11 +132,6 @@ def _meet(place: Place, card: Card, limit_s: float) -> tuple[Place, Any]:
     return meeting.complete(place, cards), store
 
 
-_meetings = itertools.count()
-_common: Any = None
-"""Where the ranks met, for as long as rank 0 lives."""
-
-
 def _open_store(limit_s: float) -> Any:
     """The store at rank 0, or at torchrun's agent."""
     from torch.distributed.rendezvous import rendezvous
@@ -250,18 +148,6 @@ def of_all_or_one(error: ConfigError, place: Place) -> ConfigError:
     if _common is not None and meeting.is_found_by_all(_common, place.rank, place.world_size):
         return error
     return RankError(place.rank, node_name(), str(error), speaker=place.rank)
-
-
-def naming_gpu(args: Any = None) -> Any:
-    """DeepSpeed's ``args``, made to name this rank's GPU where its number is not its local rank, which DeepSpeed would take."""
-    import torch
-
-    local, num_visible = os.environ.get("LOCAL_RANK"), torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not num_visible or not local or int(local) < num_visible or hasattr(args, "device_rank"):
-        return args
-    args = SimpleNamespace() if args is None else args
-    args.device_rank = devices.own(int(local), num_visible)
-    return args
 
 
 def _say(text: str) -> None:
@@ -330,20 +216,7 @@ def _neighbours(place: Place, env: Mapping[str, str]) -> list[str]:
     return list(islice((node for node in slurm_nodes.hosts(places.step_nodes(env)) if node != env.get("SLURMD_NODENAME")), 1))
 
 
-def skip_shared_memory_build() -> None:
-    """Keeps DeepSpeed from compiling its shared-memory collective on CPU.
-
-    It serves tensor-parallel inference only, is compiled at the first start, which takes long and needs a compiler, and a build that
-    was killed leaves a lock on which every later start hangs.
-    """
-    import deepspeed
-
-    builder = deepspeed.accelerator.get_accelerator().create_op_builder("ShareMemCommBuilder")
-    if builder is not None:
-        deepspeed.ops.__compatible_ops__[builder.NAME] = False
-
-
-def leave_process_group() -> None:
+def leave() -> None:
     """Ends torch.distributed on all ranks together: where the first exit ends the job, as under srun --kill-on-bad-exit, none is
     killed over files that it is still closing. Only for ends that all ranks come to; one that does not is waited for in vain.
     """
@@ -371,88 +244,3 @@ def _all_are_here() -> bool:
             time.sleep(0.01)
         return meeting.is_completed()
     return False
-
-
-def guard_bf16() -> str | None:
-    """Makes bf16 matrix products safe on a CPU that advertises AMX but traps on it; returns what was done, to be told, or None.
-
-    Some virtual machines do: oneDNN then picks an AMX kernel and the process dies of SIGILL. One product in a child process tells.
-    Must run before the first bf16 product of this process, because oneDNN reads its variable once.
-    """
-    if "ONEDNN_MAX_CPU_ISA" in os.environ or not _cpu_has("amx_bf16"):
-        return None
-    probe = "import torch; a = torch.ones(64, 64, dtype=torch.bfloat16); torch.nn.functional.linear(a, a)"
-    died = subprocess.run(tied([sys.executable, "-c", probe]), capture_output=True, check=False).returncode
-    if died != -signal.SIGILL:
-        return None
-    os.environ["ONEDNN_MAX_CPU_ISA"] = SAFE_ISA
-    return f"bf16 products trap on this CPU (SIGILL in an AMX kernel); going on with ONEDNN_MAX_CPU_ISA={SAFE_ISA}"
-
-
-def _cpu_has(flag: str) -> bool:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return any(line.startswith("flags") and f" {flag} " in f"{line.strip()} " for line in file)
-    except OSError:
-        return False
-
-
-def tied(command: Sequence[str]) -> list[str]:
-    """The command so that it is killed when the thread that starts it ends, even by SIGKILL; its process id stays the one started."""
-    return [sys.executable, "-I", "-S", str(Path(__file__).with_name("tie.py")), str(os.getpid()), *command]
-
-
-def spawn(arguments: Sequence[str], num_processes: int, stop_signal: str = "USR2") -> int:
-    """Runs ``python -m relora_ds ARGUMENTS`` in ``num_processes`` processes on this machine; returns the job's exit code.
-
-    SIGTERM, SIGINT and the stop signal are passed on (from the main thread: no other hears them), so that the run can write its
-    checkpoint. When one process fails, the others are stopped. When this one dies, however it does, all die at once.
-    """
-    port, num_cores, more = network.free_port(), cores.usable(), getattr(signal, f"SIG{stop_signal}")
-    processes: list[subprocess.Popen[Any]] = []
-
-    def pass_on(number: int, _frame: Any) -> None:
-        for process in processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
-
-    heard = (signal.SIGINT, signal.SIGTERM, more) if threading.current_thread() is threading.main_thread() else ()
-    previous = {number: signal.signal(number, pass_on) for number in heard}
-    try:
-        for rank in range(num_processes):
-            environment = dict(os.environ)
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
-            environment.update(
-                {name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-            )
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores // num_processes)))
-            command = tied([sys.executable, "-m", "relora_ds", *arguments])
-            # Own session: a Ctrl-C of the terminal reaches this launcher alone, which passes it on once.
-            processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
-        return _wait(processes)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-
-
-def _wait(processes: list[subprocess.Popen[Any]]) -> int:
-    """Waits for all; the first failure decides the exit code, and a disorderly one stops the rest."""
-    failed, deadline = 0, math.inf
-    while None in (codes := [process.poll() for process in processes]):  # a list, so that every process is asked
-        crash = next((code for code in codes if code and code not in ORDERLY), 0)
-        if crash and failed in (0, *ORDERLY):
-            failed, deadline = crash, time.monotonic() + GRACE_S
-            for process in processes:
-                if process.poll() is None:
-                    process.terminate()
-        elif not failed and (orderly := next(filter(None, codes), 0)):
-            failed, deadline = orderly, time.monotonic() + GRACE_S
-        if time.monotonic() > deadline:
-            break
-        time.sleep(0.05)
-    ended = [code for code in codes if code]
-    code = next((code for code in ended if code not in ORDERLY), next(iter(ended), 0)) if failed in (0, *ORDERLY) else failed
-    return code if code >= 0 else 1

@@ -20,12 +20,10 @@ import torch.distributed as dist
 
 from relora_ds.comm import network
 from relora_ds.errors import AllError, ConfigError, RankError, StartError
-from relora_ds.launch import devices, meeting, places
-from relora_ds.launch import start as launch
+from relora_ds.launch import devices, launcher, libraries, meeting, places, process_group
 from relora_ds.launch.devices import Gpu
 from relora_ds.launch.meeting import Card
-from relora_ds.launch.places import Place
-from relora_ds.launch.start import discover
+from relora_ds.launch.places import Place, discover
 from relora_ds.run.lock import boot_id
 from relora_ds.slurm import nodes as slurm_nodes
 from tests.unit.launch.launchers import BATCHSPAWNER, OVER_NODES, SRUN, TORCHRUN
@@ -76,7 +74,7 @@ def test_mpirun_over_nodes_asks_rank_0_at_the_start_alone(world: Callable[[int],
     place = discover(OVER_NODES)
     assert place == Place(2, 4, 0, 2, "", 29500, "mpirun")
     assert comm.asked == 0
-    found = launch.find_master(place)
+    found = process_group.find_master(place)
     assert (found.master_addr, found.master_port, comm.asked) == ("10.0.0.9", 4711, 1)
 
 
@@ -91,7 +89,7 @@ def test_rank_0_tells_an_address_that_leads_to_the_others(
     routes = {"node2": "10.0.0.1", "node1": "192.168.9.1"}
     monkeypatch.setattr(network, "address_towards", lambda hosts: next(routes[host] for host in hosts if host in routes))
     monkeypatch.setattr(network, "free_port", lambda: 5555)
-    found = launch.find_master(Place(0, 4, 0, 2, "", 29500, "mpirun"))
+    found = process_group.find_master(Place(0, 4, 0, 2, "", 29500, "mpirun"))
     assert (found.master_addr, found.master_port) == ("10.0.0.1", int(chosen or 5555))
 
 
@@ -104,7 +102,7 @@ def test_an_mpi_that_tells_little_is_asked_once(world: Callable[[int], World]) -
 
 
 def test_a_process_alone() -> None:
-    place = launch.single()
+    place = places.single()
     assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (0, 1, 0, 1)
     assert place.is_main
 
@@ -133,14 +131,14 @@ ONE_NODE = Place(1, 2, 1, 2, "127.0.0.1", 29500, "single")
 
 @pytest.mark.usefixtures("clean")
 def test_export_tells_torch_and_deepspeed_the_place() -> None:
-    launch._export(Place(5, 8, 1, 4, "node03", 34067, "srun"))
+    process_group._export(Place(5, 8, 1, 4, "node03", 34067, "srun"))
     assert {name: os.environ[name] for name in PLACE} == PLACE
 
 
 @pytest.mark.usefixtures("clean")
 @pytest.mark.skipif(not any(name == "lo" for _, name in socket.if_nameindex()), reason="no loopback interface named lo")
 def test_gloo_of_one_node_stays_on_loopback() -> None:
-    launch._choose_interface(ONE_NODE)
+    process_group._choose_interface(ONE_NODE)
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
 
 
@@ -148,7 +146,7 @@ def test_gloo_of_one_node_stays_on_loopback() -> None:
 @pytest.mark.parametrize("place", [NODES, ONE_NODE], ids=["nodes", "one node"])
 def test_gloo_is_left_to_the_user(place: Place) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "eth1"
-    launch._choose_interface(place)
+    process_group._choose_interface(place)
     assert os.environ["GLOO_SOCKET_IFNAME"] == "eth1"
 
 
@@ -170,7 +168,7 @@ def test_gloo_meets_where_another_node_or_the_master_is_reached(
     monkeypatch.setattr(network, "interface_of", {"10.0.0.4": "ib0"}.get)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    launch._choose_interface(replace(NODES, launcher=launcher))
+    process_group._choose_interface(replace(NODES, launcher=launcher))
     assert asked == [*order, network.ANYWHERE]
     assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
 
@@ -178,19 +176,19 @@ def test_gloo_meets_where_another_node_or_the_master_is_reached(
 @pytest.mark.usefixtures("clean")
 def test_gloo_is_left_alone_where_all_ways_are_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network, "address_towards", lambda hosts: None)
-    launch._choose_interface(NODES)
+    process_group._choose_interface(NODES)
     assert "GLOO_SOCKET_IFNAME" not in os.environ
 
 
 def test_the_master_of_srun_is_looked_up_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(slurm_nodes, "reachable", lambda node, pause_s: pauses.append(pause_s) or {"node03": "10.0.0.3"}[node])
-    assert launch.find_master(NODES) == replace(NODES, master_addr="10.0.0.3")
-    launch.find_master(replace(NODES, rank=499))
+    assert process_group.find_master(NODES) == replace(NODES, master_addr="10.0.0.3")
+    process_group.find_master(replace(NODES, rank=499))
     assert pauses == pytest.approx([0.1, 9.98]), "one rank after the other"
     named = replace(NODES, launcher="torchrun")
-    assert launch.find_master(named) is named
-    assert launch.find_master(ONE_NODE) is ONE_NODE
+    assert process_group.find_master(named) is named
+    assert process_group.find_master(ONE_NODE) is ONE_NODE
 
 
 # Leaving together: two processes over gloo
@@ -199,12 +197,12 @@ LEAVER = """
 import os, sys, time
 from datetime import timedelta
 import torch.distributed as dist
-from relora_ds.launch import start as launch
-launch.MEETING_S = 1.0
+from relora_ds.launch import launcher, libraries, places, process_group
+process_group.MEETING_S = 1.0
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 {before}
 began = time.monotonic()
-launch.leave_process_group()
+process_group.leave()
 print(f"{{time.monotonic() - began:.3f}}", flush=True)
 os.kill(os.getpid(), 15)  # as srun does to the rest when the first has ended
 os._exit(0)
@@ -255,32 +253,32 @@ def probes(monkeypatch: pytest.MonkeyPatch, clean: None) -> list[list[str]]:
         commands.append(command)
         return SimpleNamespace(returncode=-signal.SIGILL)
 
-    monkeypatch.setattr(launch.subprocess, "run", run)
-    monkeypatch.setattr(launch, "_cpu_has", lambda flag: flag == "amx_bf16")
+    monkeypatch.setattr(libraries.subprocess, "run", run)
+    monkeypatch.setattr(libraries, "_cpu_has", lambda flag: flag == "amx_bf16")
     return commands
 
 
 def test_guard_bf16_where_amx_traps(probes: list[list[str]]) -> None:
-    message = launch.guard_bf16()
+    message = libraries.guard_bf16()
     assert message is not None
-    assert os.environ["ONEDNN_MAX_CPU_ISA"] == launch.SAFE_ISA
-    assert f"ONEDNN_MAX_CPU_ISA={launch.SAFE_ISA}" in message
+    assert os.environ["ONEDNN_MAX_CPU_ISA"] == libraries.SAFE_ISA
+    assert f"ONEDNN_MAX_CPU_ISA={libraries.SAFE_ISA}" in message
     assert len(probes) == 1
     assert "bfloat16" in probes[0][-1]
-    assert launch.guard_bf16() is None  # the variable is set now
+    assert libraries.guard_bf16() is None  # the variable is set now
     assert len(probes) == 1
 
 
 def test_guard_bf16_leaves_a_setting_of_the_user(probes: list[list[str]]) -> None:
     os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
-    assert launch.guard_bf16() is None
+    assert libraries.guard_bf16() is None
     assert os.environ["ONEDNN_MAX_CPU_ISA"] == "AVX2"
     assert probes == []
 
 
 def test_guard_bf16_without_amx(probes: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_cpu_has", lambda flag: False)
-    assert launch.guard_bf16() is None
+    monkeypatch.setattr(libraries, "_cpu_has", lambda flag: False)
+    assert libraries.guard_bf16() is None
     assert "ONEDNN_MAX_CPU_ISA" not in os.environ
     assert probes == []
 
@@ -288,8 +286,8 @@ def test_guard_bf16_without_amx(probes: list[list[str]], monkeypatch: pytest.Mon
 @pytest.mark.usefixtures("probes")
 @pytest.mark.parametrize("code", [0, 1, -signal.SIGKILL])
 def test_guard_bf16_where_the_probe_does_not_trap(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    monkeypatch.setattr(launch.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=code))
-    assert launch.guard_bf16() is None
+    monkeypatch.setattr(libraries.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=code))
+    assert libraries.guard_bf16() is None
     assert "ONEDNN_MAX_CPU_ISA" not in os.environ
 
 
@@ -301,7 +299,7 @@ def test_shared_memory_collective_is_not_built(monkeypatch: pytest.MonkeyPatch) 
     if builder is None:
         pytest.skip("this accelerator has no such operator")
     monkeypatch.setitem(deepspeed.ops.__compatible_ops__, builder.NAME, True)
-    launch.skip_shared_memory_build()
+    libraries.skip_shared_memory_build()
     assert deepspeed.ops.__compatible_ops__[builder.NAME] is False  # first: the next line would compile for a minute
     assert build_shm_op() is None
 
@@ -311,10 +309,10 @@ def test_one_process_drives_one_gpu(monkeypatch: pytest.MonkeyPatch, gpus: int, 
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     if fits:
-        launch.check_devices(processes)
+        launcher.check_devices(processes)
     else:
         with pytest.raises(ConfigError, match=r"--nproc=3: this machine has 2 GPU\(s\)"):
-            launch.check_devices(processes)
+            launcher.check_devices(processes)
 
 
 @pytest.fixture
@@ -327,9 +325,9 @@ def job(monkeypatch: pytest.MonkeyPatch, clean: None) -> Job:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setattr("relora_ds.comm.counter.count_everything", lambda: None)
-    monkeypatch.setattr(launch, "skip_shared_memory_build", lambda: None)
-    monkeypatch.setattr(launch, "_open_store", lambda limit_s: stand_in.store)
-    monkeypatch.setattr(launch, "_meetings", itertools.repeat(0))
+    monkeypatch.setattr(libraries, "skip_shared_memory_build", lambda: None)
+    monkeypatch.setattr(process_group, "_open_store", lambda limit_s: stand_in.store)
+    monkeypatch.setattr(process_group, "_meetings", itertools.repeat(0))
     monkeypatch.setattr(meeting, "PARTING_S", 0.1)
     monkeypatch.setattr(meeting, "SPEAK_S", 0.0)
     monkeypatch.setattr(devices, "visible", lambda: list(stand_in.gpus))
@@ -364,9 +362,7 @@ class Job:
 
     def start(self, local_rank: int | None = 0, world_size: int = 2, **more: Any) -> tuple[Place, Any]:
         """This rank, 0 of ``world_size``, starts; ``local_rank`` is what its launcher says."""
-        return launch.start_process_group(
-            Place(0, world_size, local_rank, world_size, "127.0.0.1", 29500, "torchrun"), 0.5, **more
-        )
+        return process_group.start(Place(0, world_size, local_rank, world_size, "127.0.0.1", 29500, "torchrun"), 0.5, **more)
 
 
 A, B = Gpu("GPU-a", "0000:1b:00"), Gpu("GPU-b", "0000:43:00")
@@ -379,7 +375,7 @@ def test_a_rank_that_is_shown_its_own_gpu_drives_that(job: Job) -> None:
     job.has(Card(1, HERE, 0, (A,)))
     _, device = job.start(local_rank=1)
     assert str(device) == "cuda:0"
-    assert (job.chosen, os.environ["LOCAL_RANK"], launch.naming_gpu().device_rank) == ([0], "1", 0)
+    assert (job.chosen, os.environ["LOCAL_RANK"], libraries.naming_gpu().device_rank) == ([0], "1", 0)
     ((backend, words),) = job.joined
     assert (backend, words["device_id"], words["world_size"]) == ("nccl", device, 2)
     assert job.store.timeout == timedelta(seconds=0.5), "that of the collectives, however long the ranks could take to come"
@@ -388,17 +384,17 @@ def test_a_rank_that_is_shown_its_own_gpu_drives_that(job: Job) -> None:
 def test_arguments_that_name_a_gpu_stay(job: Job) -> None:
     os.environ["LOCAL_RANK"] = "3"
     given = SimpleNamespace(device_rank=7)
-    assert launch.naming_gpu(given) is given and launch.naming_gpu(None) is None  # on a CPU
+    assert libraries.naming_gpu(given) is given and libraries.naming_gpu(None) is None  # on a CPU
     job.gpus = (A,)
-    assert launch.naming_gpu(given).device_rank == 7
-    assert vars(launch.naming_gpu(SimpleNamespace(local_rank=3))) == {"local_rank": 3, "device_rank": 0}
+    assert libraries.naming_gpu(given).device_rank == 7
+    assert vars(libraries.naming_gpu(SimpleNamespace(local_rank=3))) == {"local_rank": 3, "device_rank": 0}
 
 
 def test_a_rank_that_is_shown_all_gpus_drives_its_own(job: Job) -> None:
     job.gpus = (A, B)
     job.has(Card(1, HERE, 0, (A, B)))
     assert str(job.start(local_rank=1)[1]) == "cuda:1"
-    assert (job.chosen, launch.naming_gpu()) == ([1], None)
+    assert (job.chosen, libraries.naming_gpu()) == ([1], None)
 
 
 def test_two_ranks_on_a_machine_with_one_gpu_are_refused(job: Job) -> None:
@@ -435,13 +431,13 @@ def test_an_accelerator_left_over_from_a_login_node_is_not_believed(job: Job) ->
     job.start(world_size=1)
     assert "DS_ACCELERATOR" not in os.environ
     os.environ["DS_ACCELERATOR"] = "cpu"
-    launch.quiet_libraries()
+    libraries.quiet_libraries()
     assert "DS_ACCELERATOR" not in os.environ
 
 
 def test_what_the_launcher_does_not_say_is_counted(job: Job) -> None:
     job.has(Card(1, "node2", None), Card(2, HERE, None))
-    place, _ = launch.start_process_group(Place(0, 3, None, None, "node1", 29500, "torchrun"), 0.5)
+    place, _ = process_group.start(Place(0, 3, None, None, "node1", 29500, "torchrun"), 0.5)
     assert (place.local_rank, place.local_world_size, place.is_one_node) == (0, 2, False)
     assert (os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]) == ("0", "2")
 
@@ -458,14 +454,14 @@ def test_a_rank_that_refuses_where_rank_0_is_not_says_so_itself(job: Job, monkey
     def gone(_: float) -> NoReturn:
         raise RuntimeError("The client socket has timed out")
 
-    monkeypatch.setattr(launch, "_open_store", gone)
+    monkeypatch.setattr(process_group, "_open_store", gone)
     place = Place(3, 4, 1, 2, "node1", 29500, "srun")
     monkeypatch.setattr(slurm_nodes, "reachable", lambda node, pause_s: node)
     with pytest.raises(RankError, match=r"rank 3 on .*: relora.rank=0: too small") as error:
-        launch.start_process_group(place, refusal=ConfigError("relora.rank", 0, "too small"))
+        process_group.start(place, refusal=ConfigError("relora.rank", 0, "too small"))
     assert error.value.speaker == 3
     with pytest.raises(RuntimeError, match="timed out"):
-        launch.start_process_group(place)
+        process_group.start(place)
 
 
 def test_a_name_that_one_rank_cannot_resolve_is_told_by_it(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -474,7 +470,7 @@ def test_a_name_that_one_rank_cannot_resolve_is_told_by_it(job: Job, monkeypatch
 
     monkeypatch.setattr(slurm_nodes, "reachable", unknown)
     with pytest.raises(RankError, match="rank 3 on .*: MASTER_ADDR='node1'") as error:
-        launch.start_process_group(Place(3, 4, 1, 2, "node1", 29500, "srun"))
+        process_group.start(Place(3, 4, 1, 2, "node1", 29500, "srun"))
     assert error.value.speaker == 3
 
 
@@ -482,9 +478,9 @@ def test_a_port_that_is_taken_is_named(clean: None) -> None:
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen()
-        place = replace(launch.single(), master_port=other.getsockname()[1])
+        place = replace(places.single(), master_port=other.getsockname()[1])
         with pytest.raises(StartError, match=rf"port {place.master_port} of .* is in use by another program: another start"):
-            launch.start_process_group(place)
+            process_group.start(place)
 
 
 @pytest.mark.parametrize(
@@ -511,14 +507,14 @@ def test_ranks_that_are_shown_the_same_gpu_are_refused_when_they_meet(
 
 def test_an_error_after_the_start_is_of_all_or_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     error, place = ConfigError("model.path", "m", "is not there"), Place(1, 2, 1, 2, "127.0.0.1", 29500, "torchrun")
-    monkeypatch.setattr(launch, "_common", dist.HashStore())
+    monkeypatch.setattr(process_group, "_common", dist.HashStore())
     monkeypatch.setattr(meeting, "ANSWER_S", 0.1)
     monkeypatch.setattr(meeting, "SPEAK_S", 0.0)
-    mine = launch.of_all_or_one(error, place)
+    mine = process_group.of_all_or_one(error, place)
     assert isinstance(mine, RankError) and mine.speaker == 1 and str(mine).endswith(": model.path='m': is not there")
-    assert launch.of_all_or_one(error, place) is error  # it is the second to find it
-    assert launch.of_all_or_one(mine, place) is mine
-    assert launch.of_all_or_one(error, replace(place, world_size=1)) is error
+    assert process_group.of_all_or_one(error, place) is error  # it is the second to find it
+    assert process_group.of_all_or_one(mine, place) is mine
+    assert process_group.of_all_or_one(error, replace(place, world_size=1)) is error
 
 
 # Who is started by a launcher
@@ -527,13 +523,13 @@ def test_an_error_after_the_start_is_of_all_or_of_one(monkeypatch: pytest.Monkey
 def test_the_one_task_of_a_step_starts_ranks_itself(monkeypatch: pytest.MonkeyPatch, clean: None) -> None:
     for name, value in BATCHSPAWNER.items():
         monkeypatch.setenv(name, value)
-    assert launch.launched() is None
-    told = launch.launched("srun")
+    assert places.launched() is None
+    told = places.launched("srun")
     assert told is not None and told.world_size == 1
 
 
 def test_a_container_that_lets_nothing_through_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "discover", lambda: None)
+    monkeypatch.setattr(places, "discover", lambda: None)
     with pytest.raises(ConfigError, match="^--under='srun': nothing in the environment says which rank this is; .*--cleanenv"):
-        launch.launched("srun")
-    assert launch.launched() is None
+        places.launched("srun")
+    assert places.launched() is None
