@@ -31,13 +31,13 @@ from relora_ds.models.finite import not_finite
 from relora_ds.optimizer.wrapper import ReLoRAOptimizer
 from relora_ds.run.folder import RunFolder, truncate_log, write_atomically
 from relora_ds.run.lock import RunLock
-from relora_ds.schedule import lr_factor
 from relora_ds.supervision import faults
 from relora_ds.supervision.stop import StopSignal
 from relora_ds.supervision.stragglers import OwnTime
 from relora_ds.supervision.watchdog import SAVE_S, Watchdog, stacks_folder
 from relora_ds.training import phases
 from relora_ds.training.evaluate import evaluate
+from relora_ds.training.learning_rate import set_learning_rates
 from relora_ds.training.metrics import Metrics
 from relora_ds.training.preflight import Checked
 from relora_ds.training.traffic_log import TrafficLog
@@ -169,7 +169,7 @@ class Trainer:
         """One optimizer update, with the restart that may follow it. Returns whether some rank was asked to stop."""
         started, train = time.perf_counter(), self.config.train
         self.watchdog.update = update
-        self._set_learning_rates(update)
+        set_learning_rates(self.engine.optimizer.param_groups, self.config, update)
         # Dropout is a function of (seed, update, rank): a resumed run draws the same without any saved generator state.
         # torch takes 64 bits of it, and large seeds make more.
         torch.manual_seed(((self.config.run.seed * 1_000_003 + update) * 65_537 + self.place.rank) % 2**64)
@@ -198,15 +198,6 @@ class Trainer:
         if save_failed:
             self._finish_save()
         return stopping
-
-    def _set_learning_rates(self, update: int) -> None:
-        settings = self.config.optimizer
-        factor = lr_factor(
-            settings.schedule, update, total=self.config.total_updates, warmup=settings.warmup, min_lr_ratio=settings.min_lr_ratio,
-            phase_start=self.config.full_updates if self.phase == "lora" else 0,
-        )  # fmt: skip
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = settings.peak_lr(lora=group["name"] == LORA_GROUP) * factor
 
     def _agree(self, loss: torch.Tensor, stop_requested: bool) -> tuple[float, bool, bool, bool]:
         """The mean loss; whether any rank was asked to stop, failed to write or lost the folder: one all-reduce of 32 bytes.
