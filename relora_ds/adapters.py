@@ -377,6 +377,11 @@ def _masters(tag: Path, trust: bool) -> dict[str, Tensor]:
 
 def _state_source(folder: Path, state: Mapping[str, Tensor], buffers: set[str], model: nn.Module) -> Source:
     """A source that reads from ``state``, which must hold the model's parameters, and besides them nothing but ``buffers``."""
+    if any(name.endswith(".lora_A") for name in state):
+        way_out = "make a Hugging Face folder of it (relora-ds export) and name that as model.path"
+        raise ConfigError(
+            "model.weights", str(folder), "is of a script that trained by ReLoRA: part of its weights is in factors", way_out
+        )
     aliases: dict[nn.Parameter, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(param, []).append(name)

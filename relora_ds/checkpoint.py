@@ -29,6 +29,8 @@ from relora_ds.optimizer import ReLoRAOptimizer
 from relora_ds.run_folder import RunFolder
 
 MODEL_STATES = "mp_rank_00_model_states.pt"
+DESCRIPTION = "relora_ds.json"
+"""Of a checkpoint that a script wrote: which layers were wrapped, and how (:mod:`relora_ds.scripts`)."""
 
 
 @dataclass
@@ -248,6 +250,16 @@ def locate(place: Path) -> tuple[RunFolder, Path]:
         return RunFolder(place.resolve().parent.parent), place.resolve()
     run = RunFolder(place)
     checkpoint = newest(run)
+    if checkpoint is None and of_script(place) is not None:
+        way_out = "relora-ds export makes a Hugging Face folder of it"
+        raise ConfigError("RUN_DIR", str(place), "is a script's checkpoint, and not a run", way_out)
     if checkpoint is None:
         raise ConfigError("RUN_DIR", str(place), "holds no complete checkpoint", "name a run's folder or one of its checkpoints")
     return run, checkpoint
+
+
+def of_script(place: Path) -> Path | None:
+    """The checkpoint of a script that ``place`` means: itself, or the one in it that ``latest`` names; None where it is none."""
+    latest = place / "latest"
+    tag = place / latest.read_text(encoding="utf-8").strip() if latest.is_file() else place
+    return tag if (tag / DESCRIPTION).is_file() else None

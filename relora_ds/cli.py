@@ -317,9 +317,9 @@ def run_export(options: argparse.Namespace, rest: Sequence[str]) -> int:
     refuse_rest(rest)
     launch.quiet_libraries()
     from relora_ds.ds_config import DTYPES
-    from relora_ds.export import export, export_adapter
+    from relora_ds.export import export_adapter, export_model
 
-    write = export_adapter if options.adapter else export
+    write = export_adapter if options.adapter else export_model
     dtype = DTYPES[options.dtype] if options.dtype else None
     print(f"wrote {write(options.place, options.out, dtype=dtype, trust=options.trust)}")
     return EXIT_DONE

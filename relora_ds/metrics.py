@@ -10,6 +10,7 @@ from typing import Any
 
 from relora_ds import launch
 from relora_ds.config import Config
+from relora_ds.optimizer import RestartRecord
 from relora_ds.run_folder import Log, RunFolder, finite
 from relora_ds.tracking import Tracker
 from relora_ds.units import human_bytes
@@ -83,13 +84,10 @@ class Metrics:
         say(f"update {record['update']}: held-out loss {record['eval_loss']:.4f}, perplexity {record['eval_perplexity']:.3f}")
         self._to_wandb("eval", record)
 
-    def restart(self, record: dict[str, Any]) -> None:
+    def restart(self, update: int, restart: RestartRecord) -> None:
+        record = {"update": update, **restart.as_dict()}
         self.restarts.append(record)
-        self.progress.break_line()
-        say(
-            f"update {record['update']}: restart {record['restart']}, merged change {record['merged_change']:.2%} of W, "
-            f"{record['pruned_fraction']:.1%} of the moments pruned, {record['seconds']:.2f} s"
-        )
+        self.note(f"update {update}: {restart}")
         self._to_wandb("restart", record)
 
     def note(self, text: str) -> None:

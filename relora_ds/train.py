@@ -255,7 +255,7 @@ class Trainer:
                 record["pruned_fraction"] = reset
             self.metrics.update(record)
             if restart is not None:
-                self.metrics.restart({"update": update, **restart.as_dict()})
+                self.metrics.restart(update, restart)
         if self.done.skipped_in_a_row >= self.config.train.max_skipped:
             raise TrainingError(
                 f"{self.done.skipped_in_a_row} updates in a row had a non-finite gradient (train.max_skipped="

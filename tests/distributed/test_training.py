@@ -21,7 +21,7 @@ from relora_ds.config import parse
 from relora_ds.data import TokenDataset
 from relora_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from relora_ds.evaluate import evaluate
-from relora_ds.export import export
+from relora_ds.export import export_model
 from relora_ds.frozen import FrozenWeight
 from relora_ds.ledger import CountedGroup
 from relora_ds.run_folder import RunFolder
@@ -357,7 +357,7 @@ def test_export_round_trip(content: dict[str, Any], tmp_path: Path, dtype: str, 
     settings = at(content, tmp_path / "run")
     run(2, train_here, settings)
     last = [record for record in read_log(tmp_path / "run" / "metrics.jsonl") if "eval_loss" in record][-1]
-    out = export(tmp_path / "run", tmp_path / "exported")
+    out = export_model(tmp_path / "run", tmp_path / "exported")
     model = AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
     assert model.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     assert not any("lora" in name for name, _ in model.named_parameters())
@@ -369,14 +369,14 @@ def test_export_round_trip(content: dict[str, Any], tmp_path: Path, dtype: str, 
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     with pytest.raises(ConfigError, match="is not empty"):
-        export(tmp_path / "run", out)
+        export_model(tmp_path / "run", out)
 
 
 def test_earlier_run_and_hugging_face_folder_as_warm_starts(content: dict[str, Any], tmp_path: Path) -> None:
     """Both begin with the merged weights of the earlier run: the first loss is the same, and it is the earlier run's level."""
     first = at(content, tmp_path / "first")
     run(2, train_here, first)
-    folder = export(tmp_path / "first", tmp_path / "exported")
+    folder = export_model(tmp_path / "first", tmp_path / "exported")
     losses = {}
     for name, source in (("run", tmp_path / "first"), ("folder", folder)):
         second = at(content, tmp_path / f"from_{name}", updates=3)
@@ -405,7 +405,7 @@ def test_the_other_arms_of_the_paper(content: dict[str, Any], tmp_path: Path, me
     assert {record["phase"] for record in updates} == phases_seen
     assert {record["restarts"] for record in updates} == {0}
     assert updates[-1]["loss"] < updates[0]["loss"] - 0.1
-    model = AutoModelForCausalLM.from_pretrained(export(tmp_path / "whole", tmp_path / "exported"), dtype="auto").eval()
+    model = AutoModelForCausalLM.from_pretrained(export_model(tmp_path / "whole", tmp_path / "exported"), dtype="auto").eval()
     width = 32 if method != "control" else model.config.hidden_size
     assert model.model.layers[1].self_attn.q_proj.weight.shape == (width, width) and (width < 32) == (method == "control")
     data = TokenDataset(Path(content["data"]["path"]), "validation", 16, shuffle=False)
@@ -444,7 +444,7 @@ def test_gpt2_with_a_tied_head_through_the_trainer(content: dict[str, Any], tmp_
     run(2, train_here, settings, 11)
     assert run(2, train_here, settings) == [EXIT_DONE, EXIT_DONE]
     last = read_log(tmp_path / "gpt2" / "metrics.jsonl")[-1]
-    model = AutoModelForCausalLM.from_pretrained(export(tmp_path / "gpt2", tmp_path / "exported"), dtype="auto").eval()
+    model = AutoModelForCausalLM.from_pretrained(export_model(tmp_path / "gpt2", tmp_path / "exported"), dtype="auto").eval()
     assert model.lm_head.weight is model.transformer.wte.weight
     data = TokenDataset(Path(content["data"]["path"]), "validation", 16, shuffle=False)
     assert evaluate(model, data, batch_size=4, device=CPU).loss == pytest.approx(last["eval_loss"], rel=1e-5)

@@ -34,6 +34,7 @@ def test_deepspeed_is_told_which_gpu_is_this_ranks(monkeypatch: pytest.MonkeyPat
         raise RuntimeError(args is named)
 
     monkeypatch.setattr(launch, "naming_gpu", lambda args: named)
+    monkeypatch.setattr(launch, "require_process_group", lambda: None)
     monkeypatch.setattr(deepspeed, "initialize", stop)
     for relora in (None, {"rank": 2, "alpha": 4, "targets": ["0"]}):
         with pytest.raises(RuntimeError, match="True"):
