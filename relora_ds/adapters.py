@@ -102,7 +102,8 @@ def is_peft(place: str | Path) -> bool:
 def peft_base(folder: Path) -> str:
     """The model that an adapter adapts: a folder or a hub name.
 
-    A relative folder is relative to the current one, or else to the adapter's.
+    A relative folder is relative to the current one, or else to the adapter's; one that begins with ``./``, as exports of this
+    package have it, the other way round.
 
     Raises:
         ConfigError: the adapter names no base model, or one revision of it on the hub.
@@ -111,7 +112,8 @@ def peft_base(folder: Path) -> str:
     name = config.get("base_model_name_or_path")
     if not name or not isinstance(name, str):
         raise _refusal(folder, f"names no base model in {ADAPTER_CONFIG}")
-    for place in (Path(name), folder / name):
+    places = [Path(name), folder / name]
+    for place in reversed(places) if name.startswith("./") else places:
         if place.exists():
             return str(place)
     if config.get("revision") not in (None, "main"):

@@ -50,8 +50,8 @@ class Progress:
     skipped_in_a_row: int = 0
 
 
-def describe(engine: Any, config: Config, progress: Progress, phase: str) -> Manifest:
-    """The manifest of the checkpoint that would be written now, without files and base."""
+def describe(engine: Any, config: Config, progress: Progress, phase: str, tokens: dict[str, str]) -> Manifest:
+    """The manifest of the checkpoint that would be written now, without files and base; ``tokens``: :attr:`TokenIndex.digests`."""
     optimizer = engine.optimizer
     is_relora = isinstance(optimizer, ReLoRAOptimizer)
     versions = {"python": platform.python_version(), "relora_ds": __version__, "torch": torch.__version__}
@@ -65,7 +65,11 @@ def describe(engine: Any, config: Config, progress: Progress, phase: str) -> Man
         zero_stage=engine.zero_optimization_stage(),
         precision=ds_config.precision_of(engine),
         config_sha256=hashlib.sha256(dump(config).encode()).hexdigest(),
-        data={"epoch_seed": config.run.seed, "sequences": progress.update * config.train.global_batch},
+        data={
+            "epoch_seed": config.run.seed,
+            "sequences": progress.update * config.train.global_batch,
+            "sha256": tokens,
+        },
         rng={"seed": config.run.seed},
         progress=asdict(progress),
         base=None,

@@ -302,9 +302,12 @@ def run_eval(options: argparse.Namespace, rest: Sequence[str]) -> int:
     launch.guard_bf16()
     folder, checkpoint = locate(options.place)
     settings = folder.read_config()
+    tokens = options.data or Path(settings.data.path)
+    if not tokens.is_dir() and options.data is None:
+        raise ConfigError("--data", None, f"the run's tokens are not in {tokens} any more", "name the folder where they are")
+    data = TokenDataset(tokens, "validation", settings.data.sequence_length, shuffle=False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_merged(checkpoint, device=device, attention=settings.model.attention, trust=options.trust)
-    data = TokenDataset(options.data or Path(settings.data.path), "validation", settings.data.sequence_length, shuffle=False)
     result = evaluate(
         model, data, batch_size=options.batch_size or settings.train.micro_batch, device=device,
         max_tokens=options.max_tokens or settings.train.eval_tokens,

@@ -6,14 +6,16 @@ import sys
 import time
 from collections import deque
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from relora_ds import launch
 from relora_ds.config import Config
-from relora_ds.optimizer import RestartRecord
 from relora_ds.run_folder import Log, RunFolder, finite
 from relora_ds.tracking import Tracker
 from relora_ds.units import human_bytes
+
+if TYPE_CHECKING:  # it imports torch and DeepSpeed
+    from relora_ds.optimizer import RestartRecord
 
 LINE_EVERY_S = 5.0
 """How often a progress line is printed where the output is not a terminal."""

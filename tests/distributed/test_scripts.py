@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import relora_ds
-from relora_ds.adapters import deepspeed_weights
+from relora_ds.adapters import deepspeed_weights, peft_base
 from relora_ds.checkpoint import locate
 from relora_ds.errors import ConfigError
 from tests.distributed import common
@@ -80,6 +81,15 @@ def test_all_ways_lead_to_the_same_model(tmp_path: Path, kind: str, relora: dict
         assert not torch.allclose(before, expected, atol=1e-4), "the factors matter"
     with pytest.raises(ConfigError, match=r"OUT=.*is not empty"):
         relora_ds.export_model(tmp_path / "script", tmp_path / "model")
+
+
+def test_an_adapter_may_be_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recipe finds its base from anywhere, PEFT's own loader from inside the folder."""
+    expected = run(2, train_and_give_out, str(tmp_path), "llama", {}, "fp32")[0]["wrapped"]
+    moved = Path(shutil.move(tmp_path / "adapter", tmp_path / "moved"))
+    assert peft_base(moved) == str(moved / "base")
+    monkeypatch.chdir(moved)
+    torch.testing.assert_close(logits(AutoPeftModelForCausalLM.from_pretrained(".")), expected, rtol=0, atol=1e-5)
 
 
 def test_a_script_is_told_of_its_restarts(tmp_path: Path) -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from relora_ds import checkpoint as checkpoints
-from relora_ds import faults, launch, lora, phases
+from relora_ds import cli, faults, launch, lora, phases
 from relora_ds import manifest as manifests
 from relora_ds.checks import check
 from relora_ds.config import parse
@@ -29,6 +30,7 @@ from relora_ds.teardown import release
 from relora_ds.train import Trainer, TrainingError
 from relora_ds.train import train as train_run
 from relora_ds.zero import ZeroState
+from tests.conftest import TINY_LLAMA
 from tests.distributed.common import WITH_VOCABULARY
 from tests.distributed.pool import run
 
@@ -387,6 +389,30 @@ def test_earlier_run_and_hugging_face_folder_as_warm_starts(content: dict[str, A
     records = [record for record in read_log(tmp_path / "first" / "metrics.jsonl") if "loss" in record]
     assert losses["run"][0] == pytest.approx(records[-1]["loss"], abs=0.3)
     assert losses["run"][0] < records[0]["loss"] - 0.5
+
+
+def test_a_run_that_was_moved_goes_on(content: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Run and tokens elsewhere, and the model that it started from gone: the same updates, and the same evaluation."""
+    config = LlamaConfig(**{key: value for key, value in TINY_LLAMA.items() if key != "model_type"}, vocab_size=300)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "whole" / "model")
+    shutil.copytree(content["data"]["path"], tmp_path / "whole" / "tokens")
+    shutil.copytree(tmp_path / "whole", tmp_path / "before")
+    whole, before = (at(content, tmp_path / name / "run") for name in ("whole", "before"))
+    for settings, home in ((whole, tmp_path / "whole"), (before, tmp_path / "before")):
+        settings["data"]["path"], settings["model"] = str(home / "tokens"), {"path": str(home / "model")}
+    assert run(2, train_here, whole) == [EXIT_DONE, EXIT_DONE]
+    assert run(2, train_here, before, 11) == [-1, -1]
+    shutil.move(tmp_path / "before", tmp_path / "after")
+    shutil.rmtree(tmp_path / "after" / "model")
+    after = at(before, tmp_path / "after" / "run")
+    after["data"]["path"] = str(tmp_path / "after" / "tokens")
+    assert run(2, train_here, after) == [EXIT_DONE, EXIT_DONE]
+    assert read_log(tmp_path / "after" / "run" / "metrics.jsonl") == read_log(tmp_path / "whole" / "run" / "metrics.jsonl")
+    shutil.move(tmp_path / "after" / "tokens", tmp_path / "tokens")
+    assert cli.main(["eval", str(tmp_path / "after" / "run")]) == 2
+    assert f"the run's tokens are not in {tmp_path / 'after' / 'tokens'} any more; name the folder" in capsys.readouterr().err
+    assert cli.main(["eval", str(tmp_path / "after" / "run"), "--data", str(tmp_path / "tokens")]) == 0
+    assert cli.main(["export", str(tmp_path / "after" / "run"), str(tmp_path / "exported")]) == 0
 
 
 @pytest.mark.parametrize("method", ["full", "control", "lora", "low_rank"])

@@ -27,7 +27,7 @@ def test_no_module_above_500_lines(module: Path) -> None:
 )
 def test_one_place_alone(pattern: str, home: str) -> None:
     users = {path.name for path in MODULES if re.search(pattern, path.read_text(encoding="utf-8"))}
-    assert users - {"schedule.py"} == {path.name for path in PACKAGE.glob(home)}, "schedule.py defines is_restart"
+    assert users - {"schedule.py"} == {path.name for path in PACKAGE.glob(home)}, "schedule.py defines Interval.follows"
 
 
 @pytest.mark.parametrize(
