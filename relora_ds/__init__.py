@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from relora_ds.errors import ConfigError, RestartError
 from relora_ds.version import __version__
 
 if TYPE_CHECKING:
-    from relora_ds.engine.initialize import initialize
     from relora_ds.engine.release import release
+    from relora_ds.engine.scripts import initialize
+    from relora_ds.models.export import export_adapter, export_model, merge_and_unload
     from relora_ds.optimizer.wrapper import ReLoRAOptimizer
 
-__all__ = ["ConfigError", "ReLoRAOptimizer", "RestartError", "__version__", "initialize", "release"]
+__all__ = [
+    "ConfigError", "ReLoRAOptimizer", "RestartError", "__version__", "export_adapter", "export_model", "initialize",
+    "merge_and_unload", "release",
+]  # fmt: skip
+HOMES = {
+    "ReLoRAOptimizer": "optimizer.wrapper", "export_adapter": "models.export", "export_model": "models.export",
+    "initialize": "engine.scripts", "merge_and_unload": "models.export", "release": "engine.release",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     """torch and DeepSpeed take seconds to import: they are loaded when something needs them."""
-    if name == "initialize":
-        from relora_ds.engine.initialize import initialize
-
-        return initialize
-    if name == "ReLoRAOptimizer":
-        from relora_ds.optimizer.wrapper import ReLoRAOptimizer
-
-        return ReLoRAOptimizer
-    if name == "release":
-        from relora_ds.engine.release import release
-
-        return release
+    if name in HOMES:
+        return getattr(importlib.import_module(f"relora_ds.{HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

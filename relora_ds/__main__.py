@@ -1,4 +1,4 @@
-"""``python -m relora_ds …``, which is the command ``relora-ds``."""
+"""``python -m relora_ds``, for those who have no relora-ds on their path."""
 
 from relora_ds.cli.main import entry_point
 

@@ -443,11 +443,11 @@ def _check_contradictions(config: Config) -> None:
     if (train.updates is None) == (train.tokens is None):
         raise ConfigError("train.updates", train.updates, f"give either this or train.tokens (now {train.tokens!r})")
     total = config.total_updates
-    sources = [config.model.preset, config.model.path, config.model.config]
-    if sum(source is not None for source in sources) != 1:
-        raise ConfigError(
-            "model", {"preset": sources[0], "path": sources[1], "config": sources[2]}, "give exactly one of the three"
-        )
+    sources = {key: getattr(config.model, key) for key in ("preset", "path", "config")}
+    given = [key for key, source in sources.items() if source is not None]
+    if len(given) != 1:
+        way_out = f"leave one out: {' or '.join(f'model.{key}=null' for key in given)}" if given else ""
+        raise ConfigError("model", sources, "give exactly one of the three", way_out)
     if config.model.weights is not None and (config.model.path is not None or config.method == "control"):
         problem = "are the start for preset or config, of a model of their size"
         raise ConfigError("model.weights", config.model.weights, problem, "leave out this or model.path, or take another method")

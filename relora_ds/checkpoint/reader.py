@@ -31,6 +31,8 @@ from relora_ds.run.manifest import Manifest, ManifestError
 from relora_ds.version import __version__
 
 MODEL_STATES = "mp_rank_00_model_states.pt"
+DESCRIPTION = "relora_ds.json"
+"""Of a checkpoint that a script wrote: which layers were wrapped, and how (:mod:`relora_ds.engine.scripts`)."""
 
 
 @dataclass
@@ -50,8 +52,8 @@ class Progress:
     skipped_in_a_row: int = 0
 
 
-def describe(engine: Any, config: Config, progress: Progress, phase: str) -> Manifest:
-    """The manifest of the checkpoint that would be written now, without files and base."""
+def describe(engine: Any, config: Config, progress: Progress, phase: str, tokens: dict[str, str]) -> Manifest:
+    """The manifest of the checkpoint that would be written now, without files and base; ``tokens``: :attr:`TokenIndex.digests`."""
     optimizer = engine.optimizer
     is_relora = isinstance(optimizer, ReLoRAOptimizer)
     versions = {"python": platform.python_version(), "relora_ds": __version__, "torch": torch.__version__}
@@ -65,7 +67,11 @@ def describe(engine: Any, config: Config, progress: Progress, phase: str) -> Man
         zero_stage=engine.zero_optimization_stage(),
         precision=ds_config.precision_of(engine),
         config_sha256=hashlib.sha256(dump(config).encode()).hexdigest(),
-        data={"epoch_seed": config.run.seed, "sequences": progress.update * config.train.global_batch},
+        data={
+            "epoch_seed": config.run.seed,
+            "sequences": progress.update * config.train.global_batch,
+            "sha256": tokens,
+        },
         rng={"seed": config.run.seed},
         progress=asdict(progress),
         base=None,
@@ -250,6 +256,16 @@ def locate(place: Path) -> tuple[RunFolder, Path]:
         return RunFolder(place.resolve().parent.parent), place.resolve()
     run = RunFolder(place)
     checkpoint = newest(run)
+    if checkpoint is None and of_script(place) is not None:
+        way_out = "relora-ds export makes a Hugging Face folder of it"
+        raise ConfigError("RUN_DIR", str(place), "is a script's checkpoint, and not a run", way_out)
     if checkpoint is None:
         raise ConfigError("RUN_DIR", str(place), "holds no complete checkpoint", "name a run's folder or one of its checkpoints")
     return run, checkpoint
+
+
+def of_script(place: Path) -> Path | None:
+    """The checkpoint of a script that ``place`` means: itself, or the one in it that ``latest`` names; None where it is none."""
+    latest = place / "latest"
+    tag = place / latest.read_text(encoding="utf-8").strip() if latest.is_file() else place
+    return tag if (tag / DESCRIPTION).is_file() else None

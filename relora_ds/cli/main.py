@@ -308,9 +308,12 @@ def run_eval(options: argparse.Namespace, rest: Sequence[str]) -> int:
     libraries.guard_bf16()
     folder, checkpoint = locate(options.place)
     settings = folder.read_config()
+    tokens = options.data or Path(settings.data.path)
+    if not tokens.is_dir() and options.data is None:
+        raise ConfigError("--data", None, f"the run's tokens are not in {tokens} any more", "name the folder where they are")
+    data = TokenDataset(tokens, "validation", settings.data.sequence_length, shuffle=False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_merged(checkpoint, device=device, attention=settings.model.attention, trust=options.trust)
-    data = TokenDataset(options.data or Path(settings.data.path), "validation", settings.data.sequence_length, shuffle=False)
     result = evaluate(
         model, data, batch_size=options.batch_size or settings.train.micro_batch, device=device,
         max_tokens=options.max_tokens or settings.train.eval_tokens,
@@ -323,9 +326,9 @@ def run_export(options: argparse.Namespace, rest: Sequence[str]) -> int:
     refuse_rest(rest)
     libraries.quiet_libraries()
     from relora_ds.ds_config.fit import DTYPES
-    from relora_ds.models.export import export, export_adapter
+    from relora_ds.models.export import export_adapter, export_model
 
-    write = export_adapter if options.adapter else export
+    write = export_adapter if options.adapter else export_model
     dtype = DTYPES[options.dtype] if options.dtype else None
     print(f"wrote {write(options.place, options.out, dtype=dtype, trust=options.trust)}")
     return EXIT_DONE

@@ -144,7 +144,8 @@ def advice_table(advice: Mapping[str, Any]) -> list[str]:
         label = f"stage {choice['stage']}" + (f", frozen {choice['frozen']}" if choice["frozen"] else "")
         label += ", gradient checkpointing" if choice["gradient_checkpointing"] else ""
         rows.append([label, str(choice["micro_batch"] or "none"), _gb(choice["bytes"])])
-    return [f"This recipe {'fits' if advice['fits'] else 'does not fit'}.", *aligned(rows), *advice["hints"]]
+    verdict = "fits, as far as is foretold: evaluation, checkpoints and host memory are not" if advice["fits"] else "does not fit"
+    return [f"This recipe {verdict}.", *aligned(rows), *advice["hints"]]
 
 
 def _gb(num_bytes: float | None) -> str:

@@ -54,6 +54,11 @@ class TokenIndex:
     dtype: np.dtype
     splits: dict[str, SplitFile]
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of each split's tokens: what the folder holds, wherever it lies."""
+        return {name: split.sha256 for name, split in self.splits.items()}
+
 
 def read_index(folder: Path) -> TokenIndex:
     """Reads ``folder/index.json`` and compares the sizes of the token files with it.

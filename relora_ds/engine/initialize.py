@@ -11,6 +11,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from relora_ds.checkpoint.base import frozen_weights
@@ -106,6 +107,7 @@ def initialize(
             chosen = _materialise(model_parameters) or [{"params": [p for p in model.parameters() if p.requires_grad]}]
             optimizer, groups = _groups(model, optimizer, chosen, lr_scheduler, content, None)
             words, model_parameters = _apart(model, optimizer, groups)
+        _join()
         plain = deepspeed.initialize(
             args, model, optimizer, model_parameters, training_data, lr_scheduler,
             mpu=mpu, collate_fn=collate_fn, config=content, **others,
@@ -139,6 +141,7 @@ def initialize(
     if saving.is_on:
         words, groups = _apart(model, optimizer, groups)
     stores = _stores(model)
+    _join()
     engine, zero, loader, scheduler = deepspeed.initialize(
         args, model, optimizer, groups, training_data, lr_scheduler, collate_fn=collate_fn, config=content, **others
     )
@@ -154,6 +157,15 @@ def initialize(
     label(engine)
     engine.load_checkpoint = _reader(engine, trust)
     return engine, engine.optimizer, loader, scheduler
+
+
+def _join() -> None:
+    """Starts the process group as the launcher says, and alone without one: left to itself, DeepSpeed would ask MPI who it is.
+
+    Not where DeepSpeed was told to leave this machine's GPUs alone.
+    """
+    if get_accelerator().device_name() == "cuda" or not torch.cuda.is_available():
+        process_group.require()
 
 
 def _stores(model: nn.Module) -> list[tuple[FrozenWeight, str, torch.dtype]]:

@@ -111,6 +111,19 @@ class ReLoRALayer(nn.Module):
             merged[rows] = change(rows) if self.weight is None else self.weight.read(rows) + change(rows)
         return merged
 
+    def plain(self) -> nn.Module:
+        """An ordinary layer of the kind that was wrapped, with :meth:`merged` in the factors' dtype, and this one's bias."""
+        merged = self.merged().to(self.lora_A.dtype)
+        with torch.device("meta"):
+            layer = self._empty()
+        layer.weight = nn.Parameter(merged.t().contiguous() if self.is_conv1d else merged)
+        if self.bias is not None:
+            layer.bias = self.bias
+        return layer
+
+    def _empty(self) -> nn.Module:
+        raise NotImplementedError
+
     @torch.no_grad()
     def reset(self, name: str, seed: int, restart: int, init: InitName = "kaiming") -> None:
         """Fresh factors for the start of a LoRA phase (``restart`` 0): A from :func:`initial_A`; B = 0, where there is a weight."""
@@ -152,6 +165,11 @@ class ReLoRALinear(ReLoRALayer):
         self.dropout = nn.Dropout(dropout)
         self.form = form
 
+    def _empty(self) -> nn.Module:
+        if self.is_conv1d:
+            return Conv1D(self.out_features, self.in_features)
+        return nn.Linear(self.in_features, self.out_features, bias=False)
+
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in) -> (..., out)."""
         flat = x.reshape(-1, self.in_features)
@@ -190,6 +208,9 @@ class ReLoRAEmbedding(ReLoRALayer):
     def __init__(self, base: nn.Embedding, rank: int, alpha: float, **how: Any) -> None:
         super().__init__(base, rank, alpha, **how)
         self.padding_idx = base.padding_idx
+
+    def _empty(self) -> nn.Module:
+        return nn.Embedding(self.out_features, self.in_features, padding_idx=self.padding_idx)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: (...) integers below the vocabulary -> (..., hidden)."""

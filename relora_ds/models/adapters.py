@@ -104,7 +104,8 @@ def is_peft(place: str | Path) -> bool:
 def peft_base(folder: Path) -> str:
     """The model that an adapter adapts: a folder or a hub name.
 
-    A relative folder is relative to the current one, or else to the adapter's.
+    A relative folder is relative to the current one, or else to the adapter's; one that begins with ``./``, as exports of this
+    package have it, the other way round.
 
     Raises:
         ConfigError: the adapter names no base model, or one revision of it on the hub.
@@ -113,7 +114,8 @@ def peft_base(folder: Path) -> str:
     name = config.get("base_model_name_or_path")
     if not name or not isinstance(name, str):
         raise _refusal(folder, f"names no base model in {ADAPTER_CONFIG}")
-    for place in (Path(name), folder / name):
+    places = [Path(name), folder / name]
+    for place in reversed(places) if name.startswith("./") else places:
         if place.exists():
             return str(place)
     if config.get("revision") not in (None, "main"):
@@ -379,6 +381,11 @@ def _masters(tag: Path, trust: bool) -> dict[str, Tensor]:
 
 def _state_source(folder: Path, state: Mapping[str, Tensor], buffers: set[str], model: nn.Module) -> Source:
     """A source that reads from ``state``, which must hold the model's parameters, and besides them nothing but ``buffers``."""
+    if any(name.endswith(".lora_A") for name in state):
+        way_out = "make a Hugging Face folder of it (relora-ds export) and name that as model.path"
+        raise ConfigError(
+            "model.weights", str(folder), "is of a script that trained by ReLoRA: part of its weights is in factors", way_out
+        )
     aliases: dict[nn.Parameter, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(param, []).append(name)

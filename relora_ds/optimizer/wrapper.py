@@ -17,7 +17,7 @@ import hashlib
 import operator
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -70,6 +70,12 @@ class RestartRecord:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def __str__(self) -> str:
+        return (
+            f"restart {self.restart}, merged change {self.merged_change:.2%} of W, "
+            f"{self.pruned_fraction:.1%} of the moments pruned, {self.seconds:.2f} s"
+        )
+
 
 @dataclass(frozen=True)
 class Mismatch:
@@ -115,13 +121,13 @@ class ReLoRAOptimizer(ZeroProxy):
         last_restart: the record of the newest one in this process, or None.
         last_reset: what a reset that came without a restart pruned (a share), since the owner last set it to None.
         repairs: what was found wrong and set right, in words, since the owner last emptied the list.
-        last_lrs: the learning rates that the newest update really used, by group name.
+        tell: is told of each restart, in words; None where the owner looks at :attr:`last_restart`.
         saves_frozen: whether :meth:`state_dict` holds the sharded master; not while a checkpoint is saved whose base holds it.
     """
 
     OWN = ZeroProxy.OWN | {
         "model", "settings", "seed", "rewarm", "comm", "masters", "frozen_master",
-        "updates", "restarts", "last_restart", "last_reset", "last_lrs", "repairs", "saves_frozen",
+        "updates", "restarts", "last_restart", "last_reset", "repairs", "saves_frozen", "tell", "_used_lrs",
     }  # fmt: skip
 
     def __init__(self, zero: Any, model: nn.Module, settings: ReLoRA, *, seed: int = 0, rewarm: bool = True) -> None:
@@ -140,9 +146,10 @@ class ReLoRAOptimizer(ZeroProxy):
         self.restarts = 0
         self.last_restart: RestartRecord | None = None
         self.last_reset: float | None = None
-        self.last_lrs: dict[str, float] = {}
+        self._used_lrs: list[float] = []
         self.repairs: list[str] = []
         self.saves_frozen = True
+        self.tell: Callable[[str], None] | None = None
         if settings.init == "residual":
             for name, layer in relora_layers(model):
                 self._reinitialise(name, layer)
@@ -174,7 +181,9 @@ class ReLoRAOptimizer(ZeroProxy):
         self.updates += 1
         reset, verify_every = self.settings.resets.follows(self.updates), self.settings.frozen.verify_every
         if self.settings.restarts.follows(self.updates):
-            self.restart(reset=reset)
+            restarted = self.restart(reset=reset)
+            if self.tell is not None:
+                self.tell(f"update {self.updates}: {restarted}")
             return
         if reset:
             self.last_reset = self.reset()
@@ -189,12 +198,22 @@ class ReLoRAOptimizer(ZeroProxy):
         lrs = [group["lr"] for group in groups]
         for group, lr in zip(groups, lrs, strict=True):
             group["lr"] = lr * factor
-        self.last_lrs = {str(group.get("name", i)): float(group["lr"]) for i, group in enumerate(groups)}
+        self._used_lrs = [float(group["lr"]) for group in groups]
         try:
             yield
         finally:
             for group, lr in zip(groups, lrs, strict=True):
                 group["lr"] = lr
+
+    def get_last_lr(self) -> list[float]:
+        """The learning rates that the newest update really used, one a group; the groups' own ``lr`` is without the re-warmup."""
+        return self._used_lrs or [float(group["lr"]) for group in self.zero.param_groups]
+
+    @property
+    def last_lrs(self) -> dict[str, float]:
+        """:meth:`get_last_lr` by the groups' names."""
+        names = [str(group.get("name", number)) for number, group in enumerate(self.zero.param_groups)]
+        return dict(zip(names, self.get_last_lr(), strict=True))
 
     @torch.no_grad()
     def restart(self, reset: bool = True) -> RestartRecord:

@@ -32,6 +32,8 @@ FREE = 0.1
 """Share of a GPU's memory that advice leaves free: for CUDA's context, the buffers of NCCL, and gaps between allocations."""
 BUCKET = 500_000_000
 """DeepSpeed's default for ``reduce_bucket_size``."""
+SPARE = 0.025
+"""Share of a GPU's memory that a smaller bucket must free to be worth a line."""
 UNKNOWN = {
     "zero_optimization.offload_optimizer.device": ("cpu",),
     "zero_optimization.contiguous_gradients": (False,),
@@ -377,8 +379,8 @@ class Planner:
         if "lora" in self.names() and (said := full_rank_line(models.build_meta(self.target))):
             hints.append(said)
         most = max(self.phase(name).trainable for name in self.names())
-        if engine.bucket > 2 * most:
-            spare = (engine.bucket - most) * engine.width * (2 if engine.overlap else 1)
+        spare = (engine.bucket - most) * engine.width * (2 if engine.overlap else 1)
+        if spare > SPARE * self.machine.memory:
             hints.append(
                 f"reduce_bucket_size is {engine.bucket:,} entries for {most:,} gradients: "
                 f"zero_optimization.reduce_bucket_size={most} frees {spare / 1e9:.2f} GB"

@@ -37,7 +37,8 @@ class Manifest:
         lora_updates: updates of the LoRA phase that the optimizer has counted.
         world_size, zero_stage, precision: of the engine that wrote it.
         config_sha256: of the run's config.yaml as it was then.
-        data: {"epoch_seed", "sequences"}: the data order is a function of the seed, and so many sequences have been used.
+        data: {"epoch_seed", "sequences", "sha256"}: the data order is a function of the seed, and so many sequences have been used,
+            of tokens with these digests by split (checkpoints of earlier versions say none).
         rng: {"seed"}: every random number is a function of it, the update, the rank and the layer.
         progress: tokens and skipped updates so far.
         base: {"folder": relative to the run's folder, "sha256": of its manifest}, or None where no frozen weights are needed.

@@ -252,7 +252,7 @@ class Trainer:
                 record["pruned_fraction"] = reset
             self.metrics.update(record)
             if restart is not None:
-                self.metrics.restart({"update": update, **restart.as_dict()})
+                self.metrics.restart(update, restart)
         if self.done.skipped_in_a_row >= self.config.train.max_skipped:
             raise TrainingError(
                 f"{self.done.skipped_in_a_row} updates in a row had a non-finite gradient (train.max_skipped="
@@ -282,7 +282,7 @@ class Trainer:
         """Begins to write a checkpoint, when the one before is complete; waits for it if asked, or if it is not asynchronous."""
         self._finish_save()
         self._refuse_not_finite()
-        manifest = checkpoints.describe(self.engine, self.config, self.done, self.phase)
+        manifest = checkpoints.describe(self.engine, self.config, self.done, self.phase, self.checked.index.digests)
         self.saver.start(self.engine, manifest, asdict(self.done))
         self.traffic.write(self.done.update)
         if wait or not self.config.checkpoint.asynchronous:
@@ -384,17 +384,18 @@ class Trainer:
         if resume_from is not None:  # before any rank opens its own file: all are told, and none waits for one that refused
             checkpoints.check_pickles(resume_from, trust=self.checked.trust)
         checkpoints.tidy(self.folder, resume_from)
-        self._write_run_folder()
+        self._write_run_folder(is_new=resume_from is None)
         return resume_from
 
-    def _write_run_folder(self) -> None:
+    def _write_run_folder(self, is_new: bool) -> None:
         """Everything that later commands need: the folder stands for itself, wherever data and recipe go."""
         for path in (self.folder.checkpoints, self.folder.base, self.folder.model):
             path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder.config, dump(self.config))
         write_atomically(self.folder.deepspeed, json.dumps(self.checked.deepspeed, indent=2))
         self.checked.architecture.save_pretrained(self.folder.model)
-        generation.keep_generation_config(self.config.model, self.folder.model)
+        if is_new:  # later the model that it started from may be gone
+            generation.keep_generation_config(self.config.model, self.folder.model)
         tokenizer.hand_on(Path(self.config.data.path), self.folder.model)
 
     def _tell_size(self) -> None:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections import deque
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from relora_ds.config import Config
 from relora_ds.console import say
@@ -14,6 +14,9 @@ from relora_ds.environment import process_environment
 from relora_ds.run.folder import Log, RunFolder, finite
 from relora_ds.training.tracking import Tracker
 from relora_ds.units import human_bytes
+
+if TYPE_CHECKING:  # it imports torch and DeepSpeed
+    from relora_ds.optimizer.wrapper import RestartRecord
 
 LINE_EVERY_S = 5.0
 """How often a progress line is printed where the output is not a terminal."""
@@ -79,13 +82,10 @@ class Metrics:
         say(f"update {record['update']}: held-out loss {record['eval_loss']:.4f}, perplexity {record['eval_perplexity']:.3f}")
         self._to_wandb("eval", record)
 
-    def restart(self, record: dict[str, Any]) -> None:
+    def restart(self, update: int, restart: RestartRecord) -> None:
+        record = {"update": update, **restart.as_dict()}
         self.restarts.append(record)
-        self.progress.break_line()
-        say(
-            f"update {record['update']}: restart {record['restart']}, merged change {record['merged_change']:.2%} of W, "
-            f"{record['pruned_fraction']:.1%} of the moments pruned, {record['seconds']:.2f} s"
-        )
+        self.note(f"update {update}: {restart}")
         self._to_wandb("restart", record)
 
     def note(self, text: str) -> None:

@@ -79,15 +79,15 @@ def check(
         trust: as in :class:`Checked`.
         on_cuda: whether the ranks have GPUs; None: as this machine, which will run them.
     """
-    resumed = _check_resume(config, world_size, allow_changed)
+    index = read_index(Path(config.data.path))
+    resumed = _check_resume(config, index, allow_changed)
     if resumed is not None:  # whatever number of ranks wrote the newest checkpoint: it may be one that had to adapt as well
         config = ds_config.adapt(config, world_size)
     content = ds_config.of_recipe(config, recipe.resolve().parent, recipe.resolve().parent.parent)
     fitted = ds_config.fit(content, config, world_size)
     if on_cuda is None and not torch.cuda.is_available():  # asked of a GPU, it would start CUDA in the launching process
         ds_config.refuse_unrunnable(ds_config.precision(fitted))
-    index = read_index(Path(config.data.path))
-    architecture = models.hf_config(config.model, index.vocab_size)
+    architecture = _architecture(config, index, resumed)
     _check_data(config, index, architecture)
     if resumed is None:
         _check_tokenizer(config, index)
@@ -162,14 +162,28 @@ def _check_tokenizer(config: Config, index: TokenIndex) -> None:
         )
 
 
-def _check_resume(config: Config, world_size: int, allow_changed: Sequence[str]) -> Manifest | None:
+def _architecture(config: Config, index: TokenIndex, resumed: Manifest | None) -> PretrainedConfig:
+    """As the recipe says; of a run that goes on, what it noted of the place that the recipe names, which may be gone."""
+    own = RunFolder(Path(config.run.dir)).model
+    is_elsewhere = config.model.path is not None or isinstance(config.model.config, str)
+    if resumed is not None and is_elsewhere and config.method != "control" and (own / "config.json").is_file():
+        return models.read_hf_config(own, "run.dir")
+    return models.hf_config(config.model, index.vocab_size)
+
+
+def _check_resume(config: Config, index: TokenIndex, allow_changed: Sequence[str]) -> Manifest | None:
     """A run's folder that holds a checkpoint can only be gone on with by the same run; returns the newest checkpoint's manifest."""
     folder = RunFolder(Path(config.run.dir))
     newest = checkpoints.newest(folder)
     if newest is None:
         return None
-    _refuse_changes(differences(folder.read_config(), config), config.run.dir, allow_changed)
-    return checkpoints.read_manifest(newest)
+    content = checkpoints.read_manifest(newest)
+    changes = differences(folder.read_config(), config)
+    if before := content.data.get("sha256"):  # the tokens count, and not where they lie
+        changes = [change for change in changes if change[0] != "data.path"]
+        changes += [("data.path", "other tokens", config.data.path)] if before != index.digests else []
+    _refuse_changes(changes, config.run.dir, allow_changed)
+    return content
 
 
 def refuse_busy(config: Config, attempt: str = "") -> None:

@@ -21,7 +21,7 @@ from relora_ds.engine.release import release
 from relora_ds.errors import EXIT_DONE
 from relora_ds.launch import places
 from relora_ds.method.lora import relora_layers
-from relora_ds.models.export import export, load_merged
+from relora_ds.models.export import export_model, load_merged
 from relora_ds.run import manifest as manifests
 from relora_ds.run.folder import RunFolder
 from relora_ds.training import loop as train
@@ -290,4 +290,4 @@ def test_export_from_any_checkpoint(content: dict[str, Any], tmp_path: Path) -> 
     for update in (3, 6, 12, 18):
         model = load_merged(tmp_path / "run" / "checkpoints" / f"update_{update:07d}")
         assert evaluate(model, data, batch_size=4, device=CPU).loss == pytest.approx(evals[update], rel=1e-5)
-    export(tmp_path / "run" / "checkpoints" / "update_0000009", tmp_path / "exported")
+    export_model(tmp_path / "run" / "checkpoints" / "update_0000009", tmp_path / "exported")

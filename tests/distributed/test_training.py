@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from relora_ds.checkpoint import reader as checkpoints
+from relora_ds.cli import main as cli
 from relora_ds.comm.counter import CountedGroup
 from relora_ds.config import parse
 from relora_ds.data.token_dataset import TokenDataset
@@ -22,7 +24,7 @@ from relora_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from relora_ds.launch import places
 from relora_ds.method import lora
 from relora_ds.method.frozen_weights import FrozenWeight
-from relora_ds.models.export import export
+from relora_ds.models.export import export_model
 from relora_ds.run import manifest as manifests
 from relora_ds.run.folder import RunFolder
 from relora_ds.supervision import faults
@@ -32,6 +34,7 @@ from relora_ds.training.loop import Trainer, TrainingError
 from relora_ds.training.loop import train as train_run
 from relora_ds.training.preflight import check
 from relora_ds.zero.state import ZeroState
+from tests.conftest import TINY_LLAMA
 from tests.distributed.common import WITH_VOCABULARY
 from tests.distributed.pool import run
 
@@ -360,7 +363,7 @@ def test_export_round_trip(content: dict[str, Any], tmp_path: Path, dtype: str, 
     settings = at(content, tmp_path / "run")
     run(2, train_here, settings)
     last = [record for record in read_log(tmp_path / "run" / "metrics.jsonl") if "eval_loss" in record][-1]
-    out = export(tmp_path / "run", tmp_path / "exported")
+    out = export_model(tmp_path / "run", tmp_path / "exported")
     model = AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
     assert model.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     assert not any("lora" in name for name, _ in model.named_parameters())
@@ -372,14 +375,14 @@ def test_export_round_trip(content: dict[str, Any], tmp_path: Path, dtype: str, 
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     with pytest.raises(ConfigError, match="is not empty"):
-        export(tmp_path / "run", out)
+        export_model(tmp_path / "run", out)
 
 
 def test_earlier_run_and_hugging_face_folder_as_warm_starts(content: dict[str, Any], tmp_path: Path) -> None:
     """Both begin with the merged weights of the earlier run: the first loss is the same, and it is the earlier run's level."""
     first = at(content, tmp_path / "first")
     run(2, train_here, first)
-    folder = export(tmp_path / "first", tmp_path / "exported")
+    folder = export_model(tmp_path / "first", tmp_path / "exported")
     losses = {}
     for name, source in (("run", tmp_path / "first"), ("folder", folder)):
         second = at(content, tmp_path / f"from_{name}", updates=3)
@@ -390,6 +393,30 @@ def test_earlier_run_and_hugging_face_folder_as_warm_starts(content: dict[str, A
     records = [record for record in read_log(tmp_path / "first" / "metrics.jsonl") if "loss" in record]
     assert losses["run"][0] == pytest.approx(records[-1]["loss"], abs=0.3)
     assert losses["run"][0] < records[0]["loss"] - 0.5
+
+
+def test_a_run_that_was_moved_goes_on(content: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Run and tokens elsewhere, and the model that it started from gone: the same updates, and the same evaluation."""
+    config = LlamaConfig(**{key: value for key, value in TINY_LLAMA.items() if key != "model_type"}, vocab_size=300)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "whole" / "model")
+    shutil.copytree(content["data"]["path"], tmp_path / "whole" / "tokens")
+    shutil.copytree(tmp_path / "whole", tmp_path / "before")
+    whole, before = (at(content, tmp_path / name / "run") for name in ("whole", "before"))
+    for settings, home in ((whole, tmp_path / "whole"), (before, tmp_path / "before")):
+        settings["data"]["path"], settings["model"] = str(home / "tokens"), {"path": str(home / "model")}
+    assert run(2, train_here, whole) == [EXIT_DONE, EXIT_DONE]
+    assert run(2, train_here, before, 11) == [-1, -1]
+    shutil.move(tmp_path / "before", tmp_path / "after")
+    shutil.rmtree(tmp_path / "after" / "model")
+    after = at(before, tmp_path / "after" / "run")
+    after["data"]["path"] = str(tmp_path / "after" / "tokens")
+    assert run(2, train_here, after) == [EXIT_DONE, EXIT_DONE]
+    assert read_log(tmp_path / "after" / "run" / "metrics.jsonl") == read_log(tmp_path / "whole" / "run" / "metrics.jsonl")
+    shutil.move(tmp_path / "after" / "tokens", tmp_path / "tokens")
+    assert cli.main(["eval", str(tmp_path / "after" / "run")]) == 2
+    assert f"the run's tokens are not in {tmp_path / 'after' / 'tokens'} any more; name the folder" in capsys.readouterr().err
+    assert cli.main(["eval", str(tmp_path / "after" / "run"), "--data", str(tmp_path / "tokens")]) == 0
+    assert cli.main(["export", str(tmp_path / "after" / "run"), str(tmp_path / "exported")]) == 0
 
 
 @pytest.mark.parametrize("method", ["full", "control", "lora", "low_rank"])
@@ -408,7 +435,7 @@ def test_the_other_arms_of_the_paper(content: dict[str, Any], tmp_path: Path, me
     assert {record["phase"] for record in updates} == phases_seen
     assert {record["restarts"] for record in updates} == {0}
     assert updates[-1]["loss"] < updates[0]["loss"] - 0.1
-    model = AutoModelForCausalLM.from_pretrained(export(tmp_path / "whole", tmp_path / "exported"), dtype="auto").eval()
+    model = AutoModelForCausalLM.from_pretrained(export_model(tmp_path / "whole", tmp_path / "exported"), dtype="auto").eval()
     width = 32 if method != "control" else model.config.hidden_size
     assert model.model.layers[1].self_attn.q_proj.weight.shape == (width, width) and (width < 32) == (method == "control")
     data = TokenDataset(Path(content["data"]["path"]), "validation", 16, shuffle=False)
@@ -447,7 +474,7 @@ def test_gpt2_with_a_tied_head_through_the_trainer(content: dict[str, Any], tmp_
     run(2, train_here, settings, 11)
     assert run(2, train_here, settings) == [EXIT_DONE, EXIT_DONE]
     last = read_log(tmp_path / "gpt2" / "metrics.jsonl")[-1]
-    model = AutoModelForCausalLM.from_pretrained(export(tmp_path / "gpt2", tmp_path / "exported"), dtype="auto").eval()
+    model = AutoModelForCausalLM.from_pretrained(export_model(tmp_path / "gpt2", tmp_path / "exported"), dtype="auto").eval()
     assert model.lm_head.weight is model.transformer.wte.weight
     data = TokenDataset(Path(content["data"]["path"]), "validation", 16, shuffle=False)
     assert evaluate(model, data, batch_size=4, device=CPU).loss == pytest.approx(last["eval_loss"], rel=1e-5)

@@ -300,6 +300,7 @@ CONTRADICTIONS = [
     (["train.updates=null"], "train.updates=None", "train.tokens"),
     (["train.tokens=4096"], "train.updates=20", "train.tokens (now 4096)"),
     (["model.preset=llama_60m"], "model={'preset': 'llama_60m'", "give exactly one of the three"),
+    (["model.path=x"], "model={'preset': None, 'path': 'x'", "leave one out: model.path=null or model.config=null"),
     (["model={}"], "model={'preset': None", "give exactly one of the three"),
     (["train.micro_batch=3"], "train.global_batch=8", "not a multiple of train.micro_batch=3"),
     (["optimizer.warmup=20"], "optimizer.warmup=20", "not shorter than the run of 20 updates"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -199,6 +200,19 @@ def test_a_folder_without_a_checkpoint(refused: Refused, tmp_path: Path, command
     monkeypatch.setattr(libraries, "guard_bf16", lambda: None)
     arguments = [command, str(tmp_path), *([str(tmp_path / "out")] if command == "export" else [])]
     assert refused(*arguments).startswith(f"relora-ds: error: RUN_DIR={str(tmp_path)!r}: holds no complete checkpoint")
+
+
+def test_the_package_is_a_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["relora_ds", "--version"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("relora_ds", run_name="__main__")
+    assert end.value.code == 0 and capsys.readouterr().out.startswith("relora-ds ")
+
+
+def test_no_command_waits_for_torch_to_be_known() -> None:
+    """Parsing, help and refusals are there at once; a child, since this process has imported all that there is."""
+    asked = "import sys, relora_ds, relora_ds; sys.exit(any(name in sys.modules for name in ('torch', 'deepspeed')))"
+    assert subprocess.run([sys.executable, "-c", asked], check=False).returncode == 0
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 import relora_ds
 from relora_ds.engine.initialize import regroup
 from relora_ds.errors import ConfigError
-from relora_ds.launch import libraries
+from relora_ds.launch import libraries, process_group
 from relora_ds.method.lora import wrap
 
 
@@ -34,6 +34,7 @@ def test_deepspeed_is_told_which_gpu_is_this_ranks(monkeypatch: pytest.MonkeyPat
         raise RuntimeError(args is named)
 
     monkeypatch.setattr(libraries, "naming_gpu", lambda args: named)
+    monkeypatch.setattr(process_group, "require", lambda: None)
     monkeypatch.setattr(deepspeed, "initialize", stop)
     for relora in (None, {"rank": 2, "alpha": 4, "targets": ["0"]}):
         with pytest.raises(RuntimeError, match="True"):

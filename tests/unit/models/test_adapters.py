@@ -265,6 +265,7 @@ def test_base_of_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert base(base_model_name_or_path="base") == str(adapter / "base")
     (here / "base").mkdir()
     assert base(base_model_name_or_path="base") == "base"
+    assert base(base_model_name_or_path="./base") == str(adapter / "base"), "as exports name it: whatever lies here beside"
     assert base(base_model_name_or_path=str(here / "base"), revision="v2") == str(here / "base")
     for config in ({}, {"base_model_name_or_path": None}, {"base_model_name_or_path": ""}):
         with pytest.raises(ConfigError, match="names no base model"):

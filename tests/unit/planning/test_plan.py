@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,15 @@ import yaml
 
 from relora_ds.bandwidth.formulas import Bytes
 from relora_ds.cli import main as cli
-from relora_ds.config import Frozen, Model, ReLoRA
+from relora_ds.cli import plan as cli_plan
+from relora_ds.config import Frozen, Model, ReLoRA, load
 from relora_ds.models.build import build, hf_config, preset_config
 from relora_ds.planning import rehearsal
-from relora_ds.planning.plan import Machine, Phase
+from relora_ds.planning.plan import Machine, Phase, Planner
 from tests.memory import PeakMemory
 from tests.products import counter
 
+ROOT = Path(__file__).resolve().parents[3]
 MODEL = {
     "model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 1,
     "num_attention_heads": 4,
@@ -216,3 +220,28 @@ def test_llama_7b_takes_no_memory_and_seconds() -> None:
     weights = sum(p.numel() for p in rehearsed.model.parameters())
     assert 6.5e9 < weights < 7e9
     assert all(type(p.data).__name__ == "FakeTensor" for p in rehearsed.model.parameters())
+
+
+def test_readmes_command_plans_in_a_fresh_clone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without the token folder that its recipe names; the answer itself would take a while."""
+    (words,) = re.findall(r"^    relora-ds (plan .*?) +#", (ROOT / "README.md").read_text(), re.M)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Planner, "answer", lambda planner: {"vocabulary": planner.target.vocab_size})
+    assert cli.main([*words.split(), "--json"]) == 0
+
+
+@pytest.mark.parametrize("name", ["demo", "llama_60m"])
+def test_the_bucket_of_the_recipes_of_this_project_is_as_plan_advises(name: str) -> None:
+    recipe = ROOT / "recipes" / f"{name}.yaml"
+    machine = Machine(gpus=2, gpus_per_node=2, link=1.0, memory=80e9, flops=1.0, on_cuda=name != "demo")
+    planner = Planner(load(str(recipe)), recipe, machine, 32100)
+    assert planner.hints([{"micro_batch": 1}]) == []
+    small = Planner(load(str(recipe)), recipe, dataclasses.replace(machine, memory=0.5e9), 32100)
+    assert any("reduce_bucket_size" in hint for hint in small.hints([{"micro_batch": 1}])) == (name == "llama_60m")
+
+
+def test_what_is_not_foretold_is_said_where_it_fits() -> None:
+    said = [cli_plan.advice_table({"fits": fits, "choices": [], "hints": []})[0] for fits in (True, False)]
+    assert said[0] == "This recipe fits, as far as is foretold: evaluation, checkpoints and host memory are not."
+    assert said[1] == "This recipe does not fit."

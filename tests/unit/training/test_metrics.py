@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from relora_ds.config import parse
+from relora_ds.optimizer.wrapper import RestartRecord
 from relora_ds.run.folder import RunFolder
 from relora_ds.training import metrics
 
@@ -44,7 +45,7 @@ def test_logs_are_on_disk_at_once(tmp_path: Path, settings: dict[str, Any]) -> N
     config = parse({**settings, "wandb": {"mode": "disabled"}})
     log = metrics.Metrics(config, RunFolder(tmp_path))
     log.update(RECORD)
-    log.restart({"update": 3, "restart": 1, "merged_change": 0.1, "pruned_fraction": 0.99, "seconds": 0.1})
+    log.restart(3, RestartRecord(1, 0.99, 0.1, 0.0, 0.1, {}, 0, "", {}))
     log.evaluation({"update": 3, "phase": "lora", "eval_loss": 3.0, "eval_perplexity": 20.0})
     assert [json.loads(line)["update"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [3, 3]
     assert json.loads((tmp_path / "restarts.jsonl").read_text())["restart"] == 1

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig
 
 from relora_ds import config
 from relora_ds.data.prepare import train_tokenizer
+from relora_ds.data.token_dataset import read_index
 from relora_ds.data.tokenizer import Given
 from relora_ds.data.tokenizer import write as write_tokenizer
 from relora_ds.errors import ConfigError
@@ -34,13 +35,13 @@ def checkpointed(recipe: Path) -> Path:
     return recipe
 
 
-def write_checkpoint(run: Path, *, update: int, ranks: int) -> None:
+def write_checkpoint(run: Path, *, update: int, ranks: int, **data: object) -> None:
     """As far as the checks before a start look at it."""
     folder = run / "checkpoints" / f"update_{update:07}"
     folder.mkdir(parents=True)
     content = Manifest(
         update=update, phase="lora", restarts=1, lora_updates=update, world_size=ranks, zero_stage=2, precision="fp32",
-        config_sha256="", data={}, rng={}, progress={}, base=None, versions={},
+        config_sha256="", data=data, rng={}, progress={}, base=None, versions={},
     )  # fmt: skip
     manifests.write(folder, content)
 
@@ -92,6 +93,21 @@ def test_all_the_differences_are_listed(checkpointed: Path) -> None:
     assert "eval_every" not in line
     with pytest.raises(ConfigError, match=r"^optimizer\.lr=0\.5: .*has 0\.002; name another"):
         check(config.load(checkpointed, ["relora.rank=8", "optimizer.lr=0.5"]), checkpointed, 2, ["relora.rank"])
+
+
+def test_tokens_are_known_by_what_they_are_and_not_by_where_they_lie(checkpointed: Path, tmp_path: Path) -> None:
+    started = config.load(checkpointed)
+    moved = shutil.copytree(started.data.path, tmp_path / "moved")
+    insist = r"insist: --allow-changed data\.path$"
+    assert re.search(insist, refusal(checkpointed, f"data.path={moved}", ranks=2)), "a checkpoint that says nothing of its tokens"
+    write_checkpoint(Path(started.run.dir), update=9, ranks=2, sha256=read_index(moved).digests)
+    judge(checkpointed, f"data.path={moved}", ranks=2)
+    index = json.loads((moved / "index.json").read_text())
+    index["splits"]["train"]["sha256"] = "0" * 64
+    (moved / "index.json").write_text(json.dumps(index))
+    line = refusal(checkpointed, f"data.path={moved}", ranks=2)
+    assert "has 'other tokens'" in line and re.search(insist, line)
+    check(config.load(checkpointed, [f"data.path={moved}"]), checkpointed, 2, ["data.path"])
 
 
 @pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 2), (2, 2), (4, 2), (8, 1)])
