@@ -13,10 +13,8 @@ The re-warmup after a reset multiplies whatever learning rates the optimizer has
 from __future__ import annotations
 
 import functools
-import hashlib
 import operator
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -28,11 +26,12 @@ from torch import Tensor, nn
 
 from relora_ds.comm.counter import LEDGER, RESTART, VERIFY
 from relora_ds.config import ReLoRA
-from relora_ds.errors import RestartError
-from relora_ds.method import exact, pruning
-from relora_ds.method.frozen_weights import MergeStats, ShardedMaster, checksum, stored_tensors
+from relora_ds.method import exact
+from relora_ds.method.frozen_weights import MergeStats, ShardedMaster, stored_tensors
 from relora_ds.method.lora import ReLoRALayer, layer_batches, relora_layers
 from relora_ds.method.reinit import initial_A, principal_inputs
+from relora_ds.optimizer import moments
+from relora_ds.optimizer.replicas import Replicas
 from relora_ds.schedule import rewarmup_factor
 from relora_ds.zero.state import ZeroProxy, ZeroState, data_parallel_group
 
@@ -77,34 +76,6 @@ class RestartRecord:
         )
 
 
-@dataclass(frozen=True)
-class Mismatch:
-    """A tensor that is not the same on all ranks.
-
-    Attributes:
-        name: layer and part.
-        ranks: those that differ from ``reference``.
-        reference: a rank of the majority; rank 0 where there is none.
-        is_majority: whether more than half of the ranks agree with ``reference``.
-    """
-
-    name: str
-    ranks: tuple[int, ...]
-    reference: int
-    is_majority: bool
-
-    @classmethod
-    def of(cls, name: str, sums: list[int]) -> Mismatch:
-        """From the checksums of all ranks."""
-        commonest, count = Counter(sums).most_common(1)[0]
-        is_majority = 2 * count > len(sums)
-        reference = sums.index(commonest) if is_majority else 0
-        return cls(name, tuple(r for r, value in enumerate(sums) if value != sums[reference]), reference, is_majority)
-
-    def __str__(self) -> str:
-        return f"{self.name} differs on rank(s) {', '.join(map(str, self.ranks))} from rank {self.reference}"
-
-
 class ReLoRAOptimizer(ZeroProxy):
     """Wraps DeepSpeed's ZeRO optimizer; put in ``engine.optimizer`` by :func:`relora_ds.initialize`.
 
@@ -120,14 +91,14 @@ class ReLoRAOptimizer(ZeroProxy):
         restarts: restarts so far.
         last_restart: the record of the newest one in this process, or None.
         last_reset: what a reset that came without a restart pruned (a share), since the owner last set it to None.
-        repairs: what was found wrong and set right, in words, since the owner last emptied the list.
+        replicas: what all ranks hold a copy of, and what of it was found wrong and set right.
         tell: is told of each restart, in words; None where the owner looks at :attr:`last_restart`.
         saves_frozen: whether :meth:`state_dict` holds the sharded master; not while a checkpoint is saved whose base holds it.
     """
 
     OWN = ZeroProxy.OWN | {
         "model", "settings", "seed", "rewarm", "comm", "masters", "frozen_master",
-        "updates", "restarts", "last_restart", "last_reset", "repairs", "saves_frozen", "tell", "_used_lrs",
+        "updates", "restarts", "last_restart", "last_reset", "replicas", "saves_frozen", "tell", "_used_lrs",
     }  # fmt: skip
 
     def __init__(self, zero: Any, model: nn.Module, settings: ReLoRA, *, seed: int = 0, rewarm: bool = True) -> None:
@@ -147,7 +118,7 @@ class ReLoRAOptimizer(ZeroProxy):
         self.last_restart: RestartRecord | None = None
         self.last_reset: float | None = None
         self._used_lrs: list[float] = []
-        self.repairs: list[str] = []
+        self.replicas = Replicas(model, self.masters, self.frozen_master, self.comm, settings.frozen.on_mismatch)
         self.saves_frozen = True
         self.tell: Callable[[str], None] | None = None
         if settings.init == "residual":
@@ -188,7 +159,7 @@ class ReLoRAOptimizer(ZeroProxy):
         if reset:
             self.last_reset = self.reset()
         if verify_every and self.updates % verify_every == 0:
-            self.verify()
+            self.replicas.verify(self.updates)
 
     @contextmanager
     def _rewarmed_lrs(self) -> Iterator[None]:
@@ -231,7 +202,7 @@ class ReLoRAOptimizer(ZeroProxy):
         times.append(self._now())
         pruned = self.reset() if reset else 0.0
         times.append(self._now())
-        digest = self.verify()
+        digest = self.replicas.verify(self.updates)
         times.append(self._now())
         total = functools.reduce(operator.add, stats.values())
         self.last_restart = RestartRecord(
@@ -316,7 +287,7 @@ class ReLoRAOptimizer(ZeroProxy):
 
     def reset(self) -> float:
         """Prunes the factors' moments and, if asked, restarts their bias correction; returns the share that was zeroed."""
-        pruned = self._prune()
+        pruned = moments.prune(self.masters, self.settings.reset, self.comm, draw=f"{self.seed}/{self.restarts}")
         if self.settings.reset.restart_bias_correction:
             self.masters.restart_bias_correction()
         return pruned
@@ -326,122 +297,6 @@ class ReLoRAOptimizer(ZeroProxy):
         table = torch.stack([torch.stack([s.change, s.lost, s.weight]) for s in stats.values()])
         self.comm.all_reduce(table, "restart")
         return {kind: MergeStats(*row) for kind, row in zip(stats, table, strict=True)}
-
-    def _prune(self) -> float:
-        """Zeroes the chosen entries of the factors' moments; returns the share of all entries that was zeroed."""
-        reset, keys = self.settings.reset, self.masters.moment_keys()
-        if reset.kind == "none" or not keys:
-            return 0.0
-        if reset.kind == "full":
-            for key in keys:
-                for name in self.masters.params:
-                    if (fragment := self.masters.fragment(name, key)) is not None:
-                        fragment.zero_()
-            return 1.0
-        shared = self._keep_masks(keys[0]) if reset.mask == "joint" else None
-        kept = torch.zeros((), dtype=torch.int64, device=self.comm.device)
-        for key in keys:
-            for name, mask in (shared if shared is not None else self._keep_masks(key)).items():
-                fragment = self.masters.fragment(name, key)
-                assert fragment is not None, "masks exist only for fragments"
-                fragment.masked_fill_(~mask, 0.0)
-                kept += mask.sum().to(kept.device)
-        self.comm.all_reduce(kept, "restart")
-        return 1.0 - int(kept) / (len(keys) * sum(p.numel() for p in self.masters.params.values()))
-
-    def _keep_masks(self, key: str) -> dict[str, Tensor]:
-        """Which entries of this rank's fragments survive, chosen over all ranks: {parameter: (n,) bool}."""
-        names, reset = list(self.masters.params), self.settings.reset
-        if reset.kind == "random" and reset.scope == "tensor":
-            return self._random_masks(key)
-        fragments = []
-        for index, name in enumerate(names):
-            values = self.masters.fragment(name, key)
-            if values is None:
-                continue
-            own = self.masters.own_slice(name)
-            if reset.kind == "magnitude":
-                keys = pruning.magnitude_keys(values)
-            else:
-                everything = pruning.random_keys(self.masters.params[name].numel(), self._random_seed(name, key))
-                keys = everything[own.start : own.start + own.numel].to(values.device)
-            fragments.append(pruning.KeyFragment(index, own.start, keys))
-        masks = pruning.select_largest(
-            fragments,
-            [p.numel() for p in self.masters.params.values()],
-            reset.ratio,
-            lambda counts: self.comm.all_reduce(counts, "restart"),
-            pieces=self.masters.pieces(),
-            across_tensors=reset.scope == "global",
-            device=self.comm.device,
-        )
-        return {names[fragment.tensor]: mask for fragment, mask in zip(fragments, masks, strict=True)}
-
-    def _random_masks(self, key: str) -> dict[str, Tensor]:
-        """The same for random pruning of each tensor by itself: any rank can draw all the keys, so nothing has to travel."""
-        masks = {}
-        for name, param in self.masters.params.items():
-            values = self.masters.fragment(name, key)
-            if values is not None:
-                own = self.masters.own_slice(name)
-                keys = pruning.random_keys(param.numel(), self._random_seed(name, key))
-                mask = pruning.select_largest_of_one(keys, self.settings.reset.ratio)
-                masks[name] = mask[own.start : own.start + own.numel].to(values.device)
-        return masks
-
-    def _random_seed(self, name: str, key: str) -> int:
-        digest = hashlib.sha256(f"{self.seed}/{self.restarts}/{name}/{key}".encode()).digest()
-        return int.from_bytes(digest[:8], "little") >> 1
-
-    def verify(self) -> str:
-        """Compares the bits of every wrapped layer's W, A and B over the ranks; returns a checksum of all W.
-
-        With ``frozen.on_mismatch: repair`` what differs is set right and noted in :attr:`repairs`.
-
-        Raises:
-            RestartError: names the first tensor that differs and the ranks that disagree with the majority.
-        """
-        tensors: dict[str, Tensor] = {}
-        for name, layer in relora_layers(self.model):
-            tensors.update(stored_tensors(name, layer.weight))
-            tensors.update({f"{name}.{key}": factor for key, factor in layer.factors().items()})
-        sums = torch.stack([checksum(tensor.data) for tensor in tensors.values()])
-        if not self.comm.agree(repr(sums.tolist()), "verify"):
-            lowest = self.comm.all_reduce(sums.clone(), "verify", dist.ReduceOp.MIN)
-            highest = self.comm.all_reduce(sums.clone(), "verify", dist.ReduceOp.MAX)
-            differing = (lowest != highest).nonzero().flatten().tolist()
-            names = list(tensors)
-            for mismatch in self._mismatches([names[index] for index in differing], sums[differing]):
-                self._repair(mismatch, tensors[mismatch.name], len(differing))
-            return self.verify()
-        weights = [value for name, value in zip(tensors, sums.tolist(), strict=True) if ".weight" in name]
-        return hashlib.sha256(repr(weights).encode()).hexdigest()[:16]
-
-    def _mismatches(self, names: list[str], sums: Tensor) -> list[Mismatch]:
-        """Who differs from whom: every rank's checksums of the tensors that are not alike."""
-        table = torch.zeros(self.comm.world_size, len(names), dtype=torch.int64, device=sums.device)
-        table[self.comm.rank] = sums
-        by_rank = self.comm.all_reduce(table, "verify").tolist()
-        return [Mismatch.of(name, [row[column] for row in by_rank]) for column, name in enumerate(names)]
-
-    def _repair(self, mismatch: Mismatch, tensor: Tensor, num_differing: int) -> None:
-        """Sets one tensor right on the ranks where it is wrong, or raises RestartError."""
-        layer = mismatch.name.partition(".weight")[0]
-        is_factor = mismatch.name in self.masters.params
-        if self.settings.frozen.on_mismatch == "repair":
-            if is_factor:
-                tensor.data.copy_(self.masters.gather(mismatch.name))
-            elif self.frozen_master is not None:
-                self.frozen_master.publish(layer)
-            elif mismatch.is_majority:
-                self.comm.broadcast(tensor.data, mismatch.reference, "verify")
-        if self.settings.frozen.on_mismatch == "stop" or not (
-            is_factor or self.frozen_master is not None or mismatch.is_majority
-        ):
-            raise RestartError(
-                f"after update {self.updates} the ranks hold different weights: {mismatch} ({num_differing} tensor(s) differ in all)"
-            )
-        self.repairs.append(f"after update {self.updates}: {mismatch}; repaired")
 
     def state_dict(self) -> dict[str, Any]:
         """ZeRO's state of this rank, plus how far the restarts have come; saved by ``engine.save_checkpoint``."""

@@ -229,9 +229,9 @@ class Trainer:
             rates = optimizer.last_lrs
             restart = optimizer.last_restart
             reset, optimizer.last_restart, optimizer.last_reset = optimizer.last_reset, None, None
-            for repair in optimizer.repairs:
+            for repair in optimizer.replicas.repairs:
                 self.tell(f"replicas differed {repair}")
-            optimizer.repairs.clear()
+            optimizer.replicas.repairs.clear()
         if self.metrics is not None:
             record = {
                 "update": update,

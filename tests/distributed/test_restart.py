@@ -278,7 +278,7 @@ def verify_with_a_flipped_bit(frozen: dict[str, Any], part: str) -> dict[str, An
     engine.optimizer.zero.step = step_and_flip
     try:
         common.train_update(engine, 1)
-        result["repairs"] = list(engine.optimizer.repairs)
+        result["repairs"] = list(engine.optimizer.replicas.repairs)
         result["restored"] = torch.equal(layer.weight.values, before[0]) and torch.equal(layer.lora_A.data, before[1])
     except RestartError as error:
         result["message"] = str(error)

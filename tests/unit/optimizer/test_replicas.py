@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from relora_ds.optimizer.wrapper import Mismatch
+from relora_ds.optimizer.replicas import Mismatch
 
 
 @pytest.mark.parametrize(
