@@ -264,6 +264,9 @@ def _apart(model: nn.Module, optimizer: Any, groups: list[dict[str, Any]] | None
 
 def _route(engine: Any, settings: Traffic, words: Words) -> None:
     """Gives a fresh engine's gradients their ways, once it is as in the newest version."""
+    untried = zero_versions.untried()
+    if untried and dist.get_rank() == 0:
+        warnings.warn(untried, stacklevel=1)
     zero_versions.mend(engine)
     route = route_gradients(engine)
     if words.params:

@@ -111,9 +111,8 @@ def mend(engine: Any) -> None:
     _leave_autograd(zero)
     if hasattr(engine, "_scale_wrt_gas"):
         _scale_once(engine)
-    if hasattr(zero, "all_grad_tensors") and without_traffic():
+    if not hasattr(zero, "compute_grad_norm"):
         _sum_all_micro_batches(zero)
-    if not hasattr(zero, "check_grad_overflow") and zero.dtype == torch.bfloat16:
         _skip_non_finite(zero)
 
 
@@ -149,12 +148,12 @@ def _scale_once(engine: Any) -> None:
 def _sum_all_micro_batches(zero: Any) -> None:
     """Has stage 2 add up the gradients of all micro-batches, of which 0.17 keeps the last one's alone.
 
-    It asks for the finished sum, which is not there before the last micro-batch, to see whether one is begun.
+    To see whether a sum is begun it asks for the finished one, which is not there before the last micro-batch.
     """
     reduce = zero.independent_gradient_partition_epilogue
 
     def reduce_and_add() -> None:
-        for group, begun in zero.all_grad_tensors.items():
+        for group, begun in getattr(zero, "all_grad_tensors", {}).items():
             if begun is not None:
                 zero.averaged_gradients[group] = begun
         reduce()
@@ -163,11 +162,21 @@ def _sum_all_micro_batches(zero: Any) -> None:
 
 
 def _skip_non_finite(zero: Any) -> None:
-    """Has all ranks skip an update together in which a bf16 gradient is not finite, which 0.16 does for fp16 alone."""
-    step = zero.step
+    """Has all ranks skip an update together in which a gradient is not finite, in any precision.
 
-    def checked(closure: None = None) -> None:
+    0.17 asks the other ranks under stage 2 alone, fp32 is looked at from 0.19 on, and 0.16 looks at fp16 alone.
+    """
+    step, check = zero.step, zero.check_overflow
+
+    def check_together(partition_gradients: bool = True) -> None:
+        check(partition_gradients=True)
+
+    def checked_step(closure: None = None) -> None:
         zero.check_overflow()  # the step looks at what it finds
         step(closure)
 
-    zero.step = checked
+    zero.check_overflow = check_together
+    if hasattr(zero, "check_grad_overflow"):
+        zero.check_grad_overflow = zero.check_grad_overflow or zero.dtype == torch.float32
+    elif zero.dtype != torch.float16:
+        zero.step = checked_step
