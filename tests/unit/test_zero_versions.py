@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import pytest
 import torch
 from deepspeed.runtime.zero import stage_1_and_2
 
-from relora_ds import ds_config, ds_values, zero_versions
+from relora_ds import ds_config, ds_values, zero_versions, zero_vocabulary
 from relora_ds.config import Traffic
 from relora_ds.errors import ConfigError
 from tests.distributed.common import deepspeed_config
@@ -120,6 +121,13 @@ def test_the_newest_and_other_optimizers_are_left_alone() -> None:
     mended(other)
     assert not {"step", "check_overflow", "independent_gradient_partition_epilogue"} & set(vars(zero))
     assert vars(other) == {}
+
+
+def test_the_vocabularys_way_can_be_imported_where_deepspeed_cannot_serve_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(stage_1_and_2, "GradPartitionBufferGroup")
+    spec = importlib.util.spec_from_file_location("a_copy", zero_vocabulary.__file__)
+    assert spec is not None and spec.loader is not None
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def test_traffic_is_refused_by_key_where_it_cannot_be_served(monkeypatch: pytest.MonkeyPatch) -> None:
