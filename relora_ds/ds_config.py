@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from relora_ds import zero_versions
 from relora_ds.config import Config, Traffic
 from relora_ds.ds_json import read
 from relora_ds.ds_values import BATCH, get, normalise, precision, remove, without_effect
@@ -212,6 +213,10 @@ def refuse_with_traffic(config: Mapping[str, Any], traffic: Traffic) -> None:
     """Raises ConfigError for what the vocabulary's own way, if it has one, cannot be combined with."""
     if not traffic.is_on:
         return
+    problem = zero_versions.without_traffic()
+    if problem:
+        way_out = f"leave traffic out, or install deepspeed>={zero_versions.WITH_TRAFFIC}"
+        raise ConfigError("traffic", traffic.model_dump(), f"cannot be served: {problem}", way_out)
     stage, device = get(config, "zero_optimization.stage", 0), get(config, "zero_optimization.offload_optimizer.device")
     if stage not in (1, 2):
         raise ConfigError("deepspeed.zero_optimization.stage", stage, "traffic needs ZeRO stage 1 or 2", "leave traffic out")

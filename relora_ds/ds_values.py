@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
-from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum, get_bfloat16_config, get_float16_config, get_zero_config
+from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum, get_zero_config
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from relora_ds.errors import ConfigError, nearest
+from relora_ds.zero_versions import section_readers
 
 AUTO = "auto"
 BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -37,11 +38,7 @@ OTHERS = """
 KEYS = frozenset((*DECIDING, *BATCH, *OTHERS.split()))
 """The settings and sections that DeepSpeed looks up; it passes over any other."""
 
-_SECTIONS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
-    "bf16": get_bfloat16_config,
-    "fp16": get_float16_config,
-    "zero_optimization": get_zero_config,
-}
+_SECTIONS = section_readers()
 """What DeepSpeed makes of the sections that decide the arithmetic."""
 
 

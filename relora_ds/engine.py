@@ -14,7 +14,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from relora_ds import ds_config, launch, unpickle
+from relora_ds import ds_config, launch, unpickle, zero_versions
 from relora_ds.base import frozen_weights
 from relora_ds.checkpoint import load_base
 from relora_ds.config import Optimizer, ReLoRA, Traffic, parse_relora, parse_traffic
@@ -275,7 +275,11 @@ def _apart(model: nn.Module, optimizer: Any, groups: list[dict[str, Any]] | None
 
 
 def _route(engine: Any, settings: Traffic, words: Words) -> None:
-    """Gives a fresh engine's gradients their ways."""
+    """Gives a fresh engine's gradients their ways, once it is as in the newest version."""
+    untried = zero_versions.untried()
+    if untried and dist.get_rank() == 0:
+        warnings.warn(untried, stacklevel=1)
+    zero_versions.mend(engine)
     route = route_gradients(engine)
     if words.params:
         route_vocabulary(engine, words, settings, route)

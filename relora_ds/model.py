@@ -253,7 +253,9 @@ def build_meta(config: PretrainedConfig) -> PreTrainedModel:
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with explained("model.config", config.model_type, "cannot be built"):
-            return AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config)
+            model.tie_weights()  # transformers 5.0 leaves that out on the meta device
+            return model
 
 
 def num_parameters(config: PretrainedConfig) -> int:

@@ -25,13 +25,12 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
-from relora_ds import rounding, unpickle
+from relora_ds import rounding, unpickle, zero_versions
 from relora_ds.errors import ConfigError
 from relora_ds.frozen import checksum
 from relora_ds.ledger import CountedGroup
 from relora_ds.reduction import means_of_own
 
-TESTED_DEEPSPEED = "0.19.8"
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 INTERNALS = ("single_partition_of_fp32_groups", "bit16_groups", "optimizer", "dp_process_group", "overflow", "step")
 REDUCTION = (
@@ -80,7 +79,7 @@ def check_internals(zero: Any) -> None:
     """
 
     def refuse(problem: str) -> None:
-        raise ConfigError("deepspeed", deepspeed.__version__, problem, f"install deepspeed=={TESTED_DEEPSPEED}")
+        raise ConfigError("deepspeed", deepspeed.__version__, problem, zero_versions.install())
 
     if type(zero) is not DeepSpeedZeroOptimizer:
         refuse(f"the engine's optimizer is {type(zero).__name__}, ReLoRA needs DeepSpeedZeroOptimizer (ZeRO stage 1 or 2)")
