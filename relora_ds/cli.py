@@ -19,10 +19,11 @@ from relora_ds.errors import (
     RankError,
     RestartError,
     StartError,
+    refuse_below,
     refuse_rest,
     with_rest,
 )
-from relora_ds.paths import path_argument, text_argument
+from relora_ds.paths import path_argument, refuse_unwritable, text_argument
 from relora_ds.run_folder import RunFolder
 from relora_ds.slurm_client import SlurmError
 from relora_ds.slurm_events import write_outcome
@@ -188,6 +189,7 @@ def _train_here(options: argparse.Namespace, recipe: Config, overrides: Sequence
     from relora_ds.checks import refuse_busy
 
     num_processes = options.nproc or launch.default_num_processes()
+    refuse_unwritable("run.dir", Path(recipe.run.dir))
     refuse_busy(recipe, launch.attempt())
     checked = _check(options, recipe, num_processes)
     launch.check_devices(num_processes)
@@ -291,6 +293,8 @@ def cuda_here() -> bool:
 
 def run_eval(options: argparse.Namespace, rest: Sequence[str]) -> int:
     refuse_rest(rest)
+    refuse_below("--max-tokens", options.max_tokens, 1)
+    refuse_below("--batch-size", options.batch_size, 1)
     launch.quiet_libraries()
     import torch
 

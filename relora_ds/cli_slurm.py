@@ -14,7 +14,7 @@ from typing import Any
 
 from relora_ds import launch
 from relora_ds.config import Config, load
-from relora_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, refuse_rest, with_rest
+from relora_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, refuse_below, refuse_rest, with_rest
 from relora_ds.metrics import say
 from relora_ds.paths import path_argument, text_argument
 from relora_ds.run_folder import RunFolder
@@ -161,7 +161,7 @@ def run_submit(options: argparse.Namespace, rest: Sequence[str]) -> int:
     overrides = with_rest(options.overrides, rest, [option_name(name) for name in Settings.model_fields])
     site = options.site or Path.home() / SITE_FILE
     if options.site is not None and not site.is_file():
-        raise ConfigError("--site", str(site), "no such file")
+        raise ConfigError("--site", str(site), "no such file", "name a YAML file, or leave it out")
     given = {name: value for name, value in vars(options).items() if name in Settings.model_fields}
     found = settings(read_site(site), given, site)
     config = load(options.recipe, overrides)
@@ -219,6 +219,7 @@ def run_status(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def run_logs(options: argparse.Namespace, rest: Sequence[str]) -> int:
     refuse_rest(rest)
+    refuse_below("--lines", options.lines, 0)
     from relora_ds import slurm, slurm_client
 
     config = read_place(options.place)
@@ -239,6 +240,7 @@ def run_logs(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def run_cancel(options: argparse.Namespace, rest: Sequence[str]) -> int:
     refuse_rest(rest)
+    refuse_below("--wait", options.wait, 0)
     from relora_ds import slurm
 
     config = read_place(options.place)
@@ -249,6 +251,7 @@ def run_cancel(options: argparse.Namespace, rest: Sequence[str]) -> int:
 def run_hostfile(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Prints it; redirect it into the file that ``deepspeed --hostfile`` gets."""
     refuse_rest(rest)
+    refuse_below("--slots", options.slots, 1)
     from relora_ds.slurm_nodes import hostfile, hosts, nodes_of_job
 
     here = launch.allocation()

@@ -117,6 +117,7 @@ def initialize(
 
     settings = parse_relora(relora)
     ds_config.refuse_unsupported(content)
+    ds_config.refuse_other_kinds(content)
     if mpu is not None or isinstance(model, deepspeed.PipelineModule):
         raise ConfigError("model", type(model).__name__, "pipeline and tensor parallelism are not supported")
     if any(hasattr(module, "base_layer") for module in model.modules()):  # else PEFT's own factors would get factors

@@ -21,6 +21,7 @@ from relora_ds.base import Base
 from relora_ds.errors import ConfigError
 from relora_ds.frozen import FLOATS
 from relora_ds.manifest import Manifest
+from relora_ds.paths import refuse_unwritable
 from relora_ds.run_folder import RunFolder, give_usual_mode
 from relora_ds.weights import Source
 
@@ -165,6 +166,9 @@ def stored_model(place: Path, *, trust: bool = False) -> PreTrainedModel:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise ConfigError("CHECKPOINT", str(checkpoint), f"does not fit the run's model: {str(error).splitlines()[-1]}") from None
+    if any(layer.weight is not None and layer.weight.values.is_meta for _, layer in lora.relora_layers(model)):
+        problem = "it holds no frozen weights, and its manifest names no base that does"
+        raise ConfigError("CHECKPOINT", str(checkpoint), problem, "take another checkpoint")
     return model
 
 
@@ -244,7 +248,8 @@ def _trained_in(run: RunFolder) -> torch.dtype:
 
 
 def _refuse_full(out: Path) -> None:
-    if out.exists() and any(out.iterdir()):
+    refuse_unwritable("OUT", out)
+    if out.is_dir() and any(out.iterdir()):
         raise ConfigError("OUT", str(out), "is not empty", "name a new folder")
 
 
