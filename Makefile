@@ -1,6 +1,7 @@
 # make train   trains the demo recipe with two processes on a CPU, in minutes, and writes a report
 # make test    runs the whole test suite
-# Both set up all they need in $(VENV) first.
+# make test-versions   tries the older DeepSpeed and transformers of the range, in .versions/
+# All set up what they need in $(VENV) first.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -9,7 +10,7 @@ STAMP  := $(VENV)/.installed
 NPROC  ?= 2
 JOBS   := tests/integration/test_slurm_jobs.py
 
-.PHONY: install train test check package format clean
+.PHONY: install train test test-versions check package format clean
 
 install: $(STAMP)
 
@@ -36,6 +37,10 @@ test: $(STAMP)
 	$(BIN)/python -m pytest --ignore=$(JOBS); rest=$$?; \
 	echo "==> waiting for the jobs"; wait $$jobs; jobs=$$?; cat .jobs.log; exit $$((rest | jobs))
 
+test-versions: $(STAMP)
+	@echo "==> the versions of the range: one story with each (downloads them once, into .versions)"
+	$(BIN)/python -m pytest tests/versions/each.py
+
 check: $(STAMP)
 	@echo "==> format, lint, types, the order of the rooms"
 	$(BIN)/ruff format --check .
@@ -52,5 +57,5 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) data/demo runs/demo .pytest_cache .mypy_cache .ruff_cache .jobs.log build *.egg-info
+	rm -rf $(VENV) .versions data/demo runs/demo .pytest_cache .mypy_cache .ruff_cache .jobs.log build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -7,9 +7,7 @@ Only what can be judged from the text alone is judged here; what needs the model
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from relora_ds.errors import ConfigError, nearest
 from relora_ds.paths import LocalPath
 from relora_ds.schedule import Interval, ScheduleName
+from relora_ds.text.yaml_text import read_yaml, read_yaml_file
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -288,79 +287,13 @@ class Config(Section):
         )
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads ``1e-3`` as a number and ``24:00:00`` as text, as YAML 1.2 does; PyYAML takes the one for text and
-    the other for 86400. A key that is given twice is refused, of which PyYAML would drop the first."""
-
-    def __init__(self, text: str, origin: str) -> None:
-        super().__init__(text)
-        self.origin = origin
-
-    def get_single_node(self) -> Any:
-        tree = super().get_single_node()
-        _refuse_twice(tree, self.origin, (), set())
-        return tree
-
-
-def _refuse_twice(node: Any, origin: str, path: tuple[str, ...], seen: set[int]) -> None:
-    """Raises ConfigError for the first key that a mapping, at any depth, has twice. Before merge keys (``<<``) are filled in, whose
-    values a mapping's own keys may replace."""
-    if id(node) in seen or not isinstance(node, yaml.CollectionNode):
-        return
-    seen.add(id(node))  # aliases lead to one node by many ways, or back to itself
-    if isinstance(node, yaml.SequenceNode):
-        for number, item in enumerate(node.value):
-            _refuse_twice(item, origin, (*path, str(number)), seen)
-        return
-    lines: dict[tuple[str, str], int] = {}
-    for key, value in node.value:
-        if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-            here, line = (*path, key.value), key.start_mark.line + 1
-            if (key.tag, key.value) in lines:
-                problem = f"is given twice: line {lines[key.tag, key.value]} has it, too"
-                raise ConfigError(".".join(here), f"line {line} of {origin}", problem, "make one of the two")
-            lines[key.tag, key.value] = line
-            _refuse_twice(value, origin, here, seen)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, regex) for tag, regex in resolvers if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:int")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:(?:\d[\d_]*)?\.\d[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*\.?(?:[eE][-+]?\d+)|\d[\d_]*\.|\.(?:inf|Inf|INF|nan))$"
-    ),
-    list("-+0123456789."),
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)$"), list("-+0123456789")
-)
-
-
-def read_yaml(text: str, origin: str) -> Any:
-    """Parses YAML; raises ConfigError with the place of a syntax error, or of a key that is given twice."""
-    try:
-        return yaml.load(text, Loader=partial(_Loader, origin=origin))  # type: ignore[arg-type]
-    except ConfigError:
-        raise
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
-        raise ConfigError(origin, " ".join(str(error).split()), "is not valid YAML") from None
-
-
 def load(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a recipe and applies ``key.sub=value`` overrides, whose values are YAML.
 
     Raises:
         ConfigError: the file cannot be read, a key is unknown, a value has the wrong type or range, or two values contradict.
     """
-    path = Path(recipe)
-    try:
-        content = read_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        problem = getattr(error, "strerror", None) or "is not UTF-8 text"
-        raise ConfigError("RECIPE", str(recipe), problem, "name a YAML file") from None
+    content = read_yaml_file(Path(recipe), "RECIPE")
     if not isinstance(content, dict):
         raise ConfigError("RECIPE", str(recipe), "holds no settings", "write sections such as 'run:' and 'model:'")
     for override in overrides:
@@ -425,7 +358,8 @@ def explain(error: ValidationError, model: type[BaseModel], content: Any, prefix
     named = names[: depth + 1]  # what follows in loc are union branches and list positions
     key = ".".join((*prefix, *named))
     if first["type"] == "extra_forbidden":
-        return ConfigError(key, first["input"], "unknown key", nearest(named[-1], section.model_fields))
+        known = [field.alias or name for name, field in section.model_fields.items()]
+        return ConfigError(key, first["input"], "unknown key", nearest(named[-1], known))
     if first["type"] == "missing":
         return ConfigError(key, None, "is required")
     if first["type"] == "literal_error":
@@ -433,6 +367,8 @@ def explain(error: ValidationError, model: type[BaseModel], content: Any, prefix
         return ConfigError(key, first["input"], "not one of the valid names", nearest(str(first["input"]), valid))
     if first["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return ConfigError(key, first["input"], "must be a section with keys of its own")
+    if first["type"] == "string_pattern_mismatch" and (examples := section.model_fields[named[-1]].examples):
+        return ConfigError(key, first["input"], f"is not of the form {' or '.join(map(str, examples))}")
     said = str(first.get("ctx", {}).get("error") or first["msg"])  # a check of our own, or pydantic's
     return ConfigError(key, first["input"], said[0].lower() + said[1:])
 

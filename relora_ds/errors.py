@@ -30,6 +30,7 @@ class ConfigError(ValueError):
     def __init__(self, key: str, value: object, problem: str, way_out: str = "") -> None:
         self.key = key
         self.value = value
+        self.problem = problem
         self._parts = (key, value, problem, way_out)
         text = f"{key}={value!r}: {problem}"
         super().__init__(" ".join(f"{text}; {way_out}".split()) if way_out else " ".join(text.split()))
@@ -97,6 +98,12 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     names = list(valid)
     matches = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean {matches[0]!r}?" if matches else f"valid names: {', '.join(sorted(names))}"
+
+
+def refuse_below(key: str, value: float | None, least: float) -> None:
+    """Raises ConfigError for a number that was given and is too small, or none at all (NaN)."""
+    if value is not None and not value >= least:
+        raise ConfigError(key, value, f"must be at least {least:g}")
 
 
 def refuse_rest(rest: Sequence[str], known: Sequence[str] = ()) -> None:

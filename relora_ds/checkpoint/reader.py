@@ -124,15 +124,20 @@ def base_folder(checkpoint: Path, content: Manifest) -> Path:
     return checkpoint.parent.parent / content.base["folder"]
 
 
-def choose(run: RunFolder, tell: Callable[[str], None]) -> Path | None:
+def choose(run: RunFolder, tell: Callable[[str], None], *, deep: bool = True) -> Path | None:
     """The newest checkpoint that is whole; None when the run has none at all.
+
+    Args:
+        run: its folder.
+        tell: is told of those that are not.
+        deep: whether contents are compared with their checksums, too, and not only sizes.
 
     Raises:
         ConfigError: there are checkpoints, but none is whole. A run is never started anew over them.
     """
-    found = find_all(run)
+    found, problem = find_all(run), None
     for path in reversed(found):
-        problem = next(faults(path), None)
+        problem = next(faults(path, deep=deep), None)
         if problem is None:
             return path
         tell(f"{problem}; trying the checkpoint before")
@@ -140,7 +145,7 @@ def choose(run: RunFolder, tell: Callable[[str], None]) -> Path | None:
         raise ConfigError(
             "run.dir",
             str(run.path),
-            f"none of its {len(found)} checkpoint(s) is whole",
+            f"none of its {len(found)} checkpoint(s) is whole: {problem}",
             "restore the files, or name another run.dir",
         )
     return None

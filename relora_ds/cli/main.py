@@ -22,11 +22,12 @@ from relora_ds.errors import (
     RankError,
     RestartError,
     StartError,
+    refuse_below,
     refuse_rest,
     with_rest,
 )
 from relora_ds.launch import launcher, libraries, places, process_group
-from relora_ds.paths import path_argument, text_argument
+from relora_ds.paths import path_argument, refuse_unwritable, text_argument
 from relora_ds.run.folder import RunFolder
 from relora_ds.slurm.client import SlurmError
 from relora_ds.slurm.events import write_outcome
@@ -194,6 +195,7 @@ def _train_here(options: argparse.Namespace, recipe: Config, overrides: Sequence
     from relora_ds.training.preflight import refuse_busy
 
     num_processes = options.nproc or launcher.default_num_processes()
+    refuse_unwritable("run.dir", Path(recipe.run.dir))
     refuse_busy(recipe, environment.attempt())
     checked = _check(options, recipe, num_processes)
     launcher.check_devices(num_processes)
@@ -297,6 +299,8 @@ def cuda_here() -> bool:
 
 def run_eval(options: argparse.Namespace, rest: Sequence[str]) -> int:
     refuse_rest(rest)
+    refuse_below("--max-tokens", options.max_tokens, 1)
+    refuse_below("--batch-size", options.batch_size, 1)
     libraries.quiet_libraries()
     import torch
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,13 +48,15 @@ def run_plan(options: argparse.Namespace, rest: Sequence[str]) -> int:
     for key, value, most in (("--gpus", options.gpus, 10_000), ("--gpus-per-node", options.gpus_per_node, 10_000)):
         if value is not None and not 1 <= value <= most:
             raise ConfigError(key, value, f"must be 1 to {most:,}")
-    for key, value, low in (
-        ("--mfu", options.mfu, 0.0),
-        ("--tflops", options.tflops, 0.0),
-        ("--vocab-size", options.vocab_size, 1),
+    for option, number, low, limit in (
+        ("--mfu", options.mfu, 0.0, math.inf),
+        ("--tflops", options.tflops, 0.0, 1e6),
+        ("--vocab-size", options.vocab_size, 1.0, 1e8),
     ):
-        if value is not None and not value > low:
-            raise ConfigError(key, value, f"must be above {low:g}")
+        if number is not None and not number > low:
+            raise ConfigError(option, number, f"must be above {low:g}")
+        if number is not None and number > limit:
+            raise ConfigError(option, number, f"must be at most {limit:,.0f}")
     if options.mfu > 1:
         raise ConfigError("--mfu", options.mfu, "is a share of the peak", "use a number up to 1")
     if options.gpu not in GPUS:

@@ -15,7 +15,7 @@ from typing import Any
 from relora_ds.config import Config, load
 from relora_ds.console import say
 from relora_ds.environment import allocation, attempt, node_name, process_environment
-from relora_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, refuse_rest, with_rest
+from relora_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, refuse_below, refuse_rest, with_rest
 from relora_ds.launch import libraries, places, process_group
 from relora_ds.paths import path_argument, text_argument
 from relora_ds.run.folder import RunFolder
@@ -162,7 +162,7 @@ def run_submit(options: argparse.Namespace, rest: Sequence[str]) -> int:
     overrides = with_rest(options.overrides, rest, [option_name(name) for name in Settings.model_fields])
     site = options.site or Path.home() / SITE_FILE
     if options.site is not None and not site.is_file():
-        raise ConfigError("--site", str(site), "no such file")
+        raise ConfigError("--site", str(site), "no such file", "name a YAML file, or leave it out")
     given = {name: value for name, value in vars(options).items() if name in Settings.model_fields}
     found = settings(read_site(site), given, site)
     config = load(options.recipe, overrides)
@@ -220,6 +220,7 @@ def run_status(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def run_logs(options: argparse.Namespace, rest: Sequence[str]) -> int:
     refuse_rest(rest)
+    refuse_below("--lines", options.lines, 0)
     from relora_ds.slurm import client as slurm_client
     from relora_ds.slurm import commands as slurm
 
@@ -241,6 +242,7 @@ def run_logs(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def run_cancel(options: argparse.Namespace, rest: Sequence[str]) -> int:
     refuse_rest(rest)
+    refuse_below("--wait", options.wait, 0)
     from relora_ds.slurm import commands as slurm
 
     config = read_place(options.place)
@@ -251,6 +253,7 @@ def run_cancel(options: argparse.Namespace, rest: Sequence[str]) -> int:
 def run_hostfile(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Prints it; redirect it into the file that ``deepspeed --hostfile`` gets."""
     refuse_rest(rest)
+    refuse_below("--slots", options.slots, 1)
     from relora_ds.slurm.nodes import hostfile, hosts, nodes_of_job
 
     here = allocation()

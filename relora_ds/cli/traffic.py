@@ -14,7 +14,7 @@ from relora_ds.config import Run, load
 from relora_ds.console import say
 from relora_ds.errors import EXIT_DONE, ConfigError, nearest, with_rest
 from relora_ds.launch import launcher, libraries, places, process_group
-from relora_ds.paths import path_argument, text_argument
+from relora_ds.paths import path_argument, refuse_unwritable, text_argument
 from relora_ds.reports.tables import aligned
 from relora_ds.units import parse_bytes
 
@@ -50,6 +50,7 @@ def run_traffic(options: argparse.Namespace, rest: Sequence[str]) -> int:
     links = {name.strip(): parse_bytes(name, "--link") for name in options.link.split(",")}
     arms = _arms(options)
     out = options.out or Path("traffic") / Path(options.recipe).stem
+    refuse_unwritable("--out", out)
     checked = _check(options, out, num_processes, is_main=place is None or place.is_main)
     if place is not None:
         return _measure(checked, place, arms, options, links, out)

@@ -10,7 +10,6 @@ import glob
 import gzip
 import io
 import itertools
-import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +20,7 @@ from typing import Any, BinaryIO
 import zstandard
 
 from relora_ds.errors import ConfigError
+from relora_ds.text import json_text
 
 Texts = Iterator[str | None]
 FORMATS = {"txt": "text", "json": "json", "jsonl": "json", "parquet": "parquet"}
@@ -62,7 +62,7 @@ def local_files(source: str, is_output: Callable[[Path], bool]) -> tuple[list[Pa
     elif glob.has_magic(source):
         candidates = [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
     elif _looks_like_a_path(source):
-        raise ConfigError("SOURCE", source, "there is no such file or folder")
+        raise ConfigError("SOURCE", source, "there is no such file or folder", "name a file, a folder, a glob or a hub data set")
     else:
         return None
     files = sorted((file for file in candidates if format_of(file) and not is_output(file)), key=lambda file: file.as_posix())
@@ -96,7 +96,7 @@ def open_source(source: str, files: list[Path] | None, config_name: str | None, 
     if files is None:
         return _of_hub(source, config_name, split, column)
     _refuse_without(column, source, itertools.islice(_rows(files, None), ROWS_WITHOUT_COLUMN))
-    return lambda: (_text(row, column) for row in _rows(files, column))
+    return lambda: (_text(row, column, str(file)) for file in files for row in _rows([file], column))
 
 
 def _refuse_without(column: str, source: str, head: Iterable[dict[str, Any]]) -> None:
@@ -107,14 +107,15 @@ def _refuse_without(column: str, source: str, head: Iterable[dict[str, Any]]) ->
             return
         columns = {**(columns or {}), **dict.fromkeys(row)}
     if columns is None:
-        raise ConfigError("SOURCE", source, "it has no documents")
+        raise ConfigError("SOURCE", source, "it has no documents", "name another")
     raise ConfigError("--text-column", column, f"{source} has no such column", f"its columns: {', '.join(columns)}")
 
 
-def _text(row: dict[str, Any], column: str) -> str | None:
+def _text(row: dict[str, Any], column: str, place: str) -> str | None:
     text = row.get(column)
     if text is not None and not isinstance(text, str):
-        raise ConfigError("--text-column", column, f"it holds {type(text).__name__} values, not text")
+        problem = f"in {place} it holds {type(text).__name__} values, not text"
+        raise ConfigError("--text-column", column, problem, "name a column of text, or leave that file out")
     return text
 
 
@@ -132,7 +133,7 @@ def _of_hub(source: str, config_name: str | None, split: str, column: str) -> Ca
     def texts() -> Texts:
         try:
             for row in chosen:
-                yield _text(row, column)
+                yield _text(row, column, source)
         except (OSError, ValueError, EOFError) as error:
             if isinstance(error, ConfigError):
                 raise
@@ -228,12 +229,12 @@ def _objects(file: Path, _column: str | None) -> Iterator[dict[str, Any]]:
             if not line.strip():
                 continue
             if line.lstrip().startswith("["):
-                whole = json.loads(line + lines.read())
+                whole = json_text.parse(line + lines.read())
                 numbered = enumerate(whole, start=1)
                 yield from (_object(row, f"entry {entry}") for entry, row in numbered)
                 return
             try:
-                row = json.loads(line)
+                row = json_text.parse(line)
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}") from None
             yield _object(row, f"line {number}")

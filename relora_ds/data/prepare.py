@@ -30,11 +30,14 @@ from relora_ds.data.documents import local_files, mend, open_source
 from relora_ds.data.token_dataset import DTYPES, INDEX_FILE, INDEX_FORMAT, MASK_64, TRAIN, VALIDATION, file_sha256, mix64
 from relora_ds.data.tokenizer import TOKENIZER_FILE, Given
 from relora_ds.errors import ConfigError
+from relora_ds.paths import make_folder, refuse_unwritable
 from relora_ds.run.folder import write_atomically
+from relora_ds.text import json_text
 
 PROGRESS_FILE = "progress.json"
 TRAINED_EOS = "<|endoftext|>"
 SMALLEST_BPE = 257  # all bytes, and the token that ends a document
+LARGEST_BPE = 1 << 24
 TRAINING_CHARACTERS, TRAINING_DOCUMENTS = 20_000_000, 100_000
 BATCH_CHARACTERS, BATCH_DOCUMENTS = 4_000_000, 1024
 MAX_HOLDOUT = 0.5
@@ -77,8 +80,11 @@ def prepare(
     """
     out, console = Path(out), Console(stderr=True, quiet=not progress)
     _check_settings(vocab_size if tokenizer is None else None, holdout, max_documents)
+    refuse_unwritable("OUT", out)
     found = local_files(source, lambda file: is_written(file, out))
     files, passed_over = found if found is not None else (None, [])
+    if files is not None:
+        _refuse_of_hub(source, config_name, split)
     given = None if tokenizer is None else tokenizers.load(tokenizer)
     fingerprint = _fingerprint(
         source=[source, config_name, split] if files is None else [[str(file.resolve()), file.stat().st_size] for file in files],
@@ -97,7 +103,13 @@ def prepare(
         console.print(f"passed over: {len(passed_over):,} hidden file(s) or metadata, such as {names}")
     texts = open_source(source, files, config_name, split, text_column)
     state = _read_record(out / PROGRESS_FILE, fingerprint)
+    head = list(islice(filter(None, islice(texts(), max_documents)), 2))
+    if not head:
+        rows = list(islice(texts(), max_documents))  # each of them empty
+        record = {"left_out": {"without_text": rows.count(None), "empty": rows.count("")}}
+        raise ConfigError("SOURCE", source, f"it has no documents ({tell_left_out(record) or 'no rows at all'})", "name another")
     if state is None:
+        _refuse_tokens(out)
         if given is None:
             console.print(f"training a byte-level BPE with {vocab_size} entries")
             trained = train_tokenizer(islice(texts(), max_documents), vocab_size)
@@ -107,10 +119,7 @@ def prepare(
         console.print(f"going on in {out} after {state['rows']:,} documents")
         before = state["rows"] - _total(state["splits"], "documents")  # of a version that did not tell them apart
         state.setdefault("left_out", {"without_text": 0, "empty": before})
-    is_alone = len(list(islice(filter(None, islice(texts(), max_documents)), 2))) == 1
-    _tokenize(islice(texts(), state["rows"], max_documents), out, state, seed, holdout, console, is_alone=is_alone)
-    if not any(counts["documents"] for counts in state["splits"].values()):
-        raise ConfigError("SOURCE", source, f"it has no documents ({tell_left_out(state) or 'no rows at all'})")
+    _tokenize(islice(texts(), state["rows"], max_documents), out, state, seed, holdout, console, is_alone=len(head) == 1)
     index = {"format": INDEX_FORMAT, "source": source, "text_column": text_column}
     index |= {"tokenizer": state["tokenizer"], "dtype": state["dtype"], "seed": seed, "holdout": holdout}
     index |= {"splits": {}, "left_out": state["left_out"], "mended": state["mended"], "fingerprint": fingerprint}
@@ -133,8 +142,15 @@ def _check_settings(trained_vocab_size: int | None, holdout: float, max_document
         raise ConfigError("--holdout", holdout, f"the held-out fraction must lie in [0, {MAX_HOLDOUT}]")
     if max_documents is not None and max_documents < 1:
         raise ConfigError("--max-documents", max_documents, "must be at least 1")
-    if trained_vocab_size is not None and trained_vocab_size < SMALLEST_BPE:
-        raise ConfigError("--vocab-size", trained_vocab_size, f"a byte-level BPE has at least {SMALLEST_BPE} entries")
+    if trained_vocab_size is not None and not SMALLEST_BPE <= trained_vocab_size <= LARGEST_BPE:
+        raise ConfigError("--vocab-size", trained_vocab_size, f"a byte-level BPE has {SMALLEST_BPE} to {LARGEST_BPE:,} entries")
+
+
+def _refuse_of_hub(source: str, config_name: str | None, split: str) -> None:
+    """Raises ConfigError for what is said of a data set of the hub, where files are read."""
+    for key, value in (("--config-name", config_name), ("--split", split if split != TRAIN else None)):
+        if value is not None:
+            raise ConfigError(key, value, f"is for data sets of the hub, and {source} is read from files", "leave it out")
 
 
 def is_written(file: Path, out: Path) -> bool:
@@ -182,10 +198,15 @@ def held_out(numbers: npt.NDArray[np.int64], seed: int, holdout: float) -> npt.N
     return (below | (numbers == 1)) & (numbers != 0) if holdout else below
 
 
+def _refuse_tokens(out: Path) -> None:
+    """Raises ConfigError for a folder whose token files are of nobody knows what."""
+    if (out / f"{TRAIN}.bin").exists() or (out / f"{VALIDATION}.bin").exists():
+        raise ConfigError("OUT", str(out), "token files are in it, but no record of a preparation", "name another folder")
+
+
 def _start(out: Path, fingerprint: str, given: Given) -> dict[str, Any]:
     """Makes the folder with the tokenizer in it, and the record of a preparation that has read nothing yet."""
-    if (out / f"{TRAIN}.bin").exists() or (out / f"{VALIDATION}.bin").exists():
-        raise ConfigError("--out", str(out), "token files are in it, but no record of a preparation", "name another folder")
+    make_folder("OUT", out)
     vocab_size = tokenizers.write(given, out)
     encoder_size = max(given.encoder.get_vocab().values()) + 1
     saved = {"file": TOKENIZER_FILE, "sha256": file_sha256(out / TOKENIZER_FILE)}
@@ -210,7 +231,7 @@ def _tokenize(
     Of a document that is the only one, the end is held out.
     """
     if file_sha256(out / TOKENIZER_FILE) != state["tokenizer"]["sha256"]:
-        raise ConfigError("--out", str(out), f"{TOKENIZER_FILE} has changed since the preparation began", "delete the folder")
+        raise ConfigError("OUT", str(out), f"{TOKENIZER_FILE} has changed since the preparation began", "delete the folder")
     tokenizer = tokenizers.read_encoder(out)
     tokenizer.encode_special_tokens = True  # a document that spells out a special token is text: only the joins are the token
     dtype, eos_id, splits = DTYPES[state["dtype"]], state["tokenizer"]["eos_id"], state["splits"]
@@ -283,7 +304,7 @@ def _reopen(path: Path, size: int) -> BinaryIO:
     """Opens a token file for appending after its first ``size`` bytes; what an interrupted batch left after them is cut off."""
     actual = path.stat().st_size if path.exists() else 0
     if actual < size:
-        raise ConfigError("--out", str(path.parent), f"{path.name} lost its end ({actual} of {size} bytes)", "delete the folder")
+        raise ConfigError("OUT", str(path.parent), f"{path.name} lost its end ({actual} of {size} bytes)", "delete the folder")
     file = open(path, "ab")  # noqa: SIM115 - the caller closes it
     file.truncate(size)
     return file
@@ -298,10 +319,14 @@ def _read_record(path: Path, fingerprint: str) -> dict[str, Any] | None:
     """The index or the progress at ``path``, ``None`` when there is none; ConfigError when it is of another preparation."""
     if not path.exists():
         return None
-    record = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        record = json_text.parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        said = f"{path.name} in it cannot be read: {error}"
+        raise ConfigError("OUT", str(path.parent), said, "delete that folder or name another one") from None
     if not isinstance(record, dict) or record.get("fingerprint") != fingerprint:
         problem = f"it holds another preparation ({path.name} is of another source, tokenizer or setting)"
-        raise ConfigError("--out", str(path.parent), problem, "delete that folder or name another one")
+        raise ConfigError("OUT", str(path.parent), problem, "delete that folder or name another one")
     return record
 
 

@@ -8,16 +8,18 @@ one that was never interrupted.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from relora_ds.errors import ConfigError
+from relora_ds.text import json_text
 
 INDEX_FILE = "index.json"
 INDEX_FORMAT = 1
@@ -28,16 +30,36 @@ DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u
 FEISTEL_ROUNDS = 8
 MASK_64 = (1 << 64) - 1
 GOLDEN_64 = 0x9E3779B97F4A7C15
+PROBES, PROBE_TOKENS = 16, 4096
+"""So many stretches of a token file, of so many tokens each, are looked at before a run begins; each batch is when it is read."""
 
 
-@dataclass(frozen=True)
-class SplitFile:
+class _Entry(BaseModel):
+    """Part of an index as it is written. What a newer version may add is passed over."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
+class SplitFile(_Entry):
     """One split: ``tokens`` tokens of ``documents`` documents in ``file``, whose bytes hash to ``sha256``."""
 
-    file: str
-    tokens: int
+    file: Annotated[str, Field(pattern=r"^[^/]+$")]
+    tokens: Annotated[int, Field(ge=0)]
     documents: int
     sha256: str
+
+
+class _Tokenizer(_Entry):
+    vocab_size: Annotated[int, Field(gt=0)]
+    encoder_size: Annotated[int, Field(gt=0)] | None = None
+    eos_id: Annotated[int, Field(ge=0)]
+
+
+class _Index(_Entry):
+    format: int
+    tokenizer: _Tokenizer
+    dtype: Literal["uint16", "uint32"]
+    splits: dict[str, SplitFile]
 
 
 @dataclass(frozen=True)
@@ -59,6 +81,11 @@ class TokenIndex:
         """SHA-256 of each split's tokens: what the folder holds, wherever it lies."""
         return {name: split.sha256 for name, split in self.splits.items()}
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether there is anything to evaluate on: not after ``--holdout 0``. A split that is missing is no choice of anyone's."""
+        return VALIDATION not in self.splits or self.splits[VALIDATION].tokens > 0
+
 
 def read_index(folder: Path) -> TokenIndex:
     """Reads ``folder/index.json`` and compares the sizes of the token files with it.
@@ -73,24 +100,30 @@ def read_index(folder: Path) -> TokenIndex:
         return ConfigError("data.path", str(folder), problem, "run `relora-ds prepare` on the text to make this folder")
 
     try:
-        raw = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+        raw = json_text.parse((folder / INDEX_FILE).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise refused(f"there is no {INDEX_FILE} in it, so it holds no finished preparation") from None
+    except OSError as error:
+        raise refused(f"{INDEX_FILE} cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise refused(f"{INDEX_FILE} is not JSON ({error})") from None
+    if isinstance(raw, dict) and raw.get("format", INDEX_FORMAT) != INDEX_FORMAT:
+        raise refused(f"{INDEX_FILE} has format {raw['format']!r}, this version reads format {INDEX_FORMAT}")
     try:
-        if raw["format"] != INDEX_FORMAT:
-            raise refused(f"{INDEX_FILE} has format {raw['format']!r}, this version reads format {INDEX_FORMAT}")
-        index = TokenIndex(
-            folder=folder,
-            vocab_size=int(raw["tokenizer"]["vocab_size"]),
-            encoder_size=int(raw["tokenizer"].get("encoder_size", raw["tokenizer"]["vocab_size"])),
-            eos_id=int(raw["tokenizer"]["eos_id"]),
-            dtype=DTYPES[raw["dtype"]],
-            splits={name: SplitFile(**split) for name, split in raw["splits"].items()},
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise refused(f"{INDEX_FILE} does not have the entries of a preparation ({error})") from None
+        found = _Index.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(name) for name in first["loc"])
+        raise refused(f"{INDEX_FILE} does not have the entries of a preparation ({place or 'all'}: {first['msg']})") from None
+    sizes = found.tokenizer
+    index = TokenIndex(
+        folder=folder,
+        vocab_size=sizes.vocab_size,
+        encoder_size=sizes.encoder_size or sizes.vocab_size,
+        eos_id=sizes.eos_id,
+        dtype=DTYPES[found.dtype],
+        splits=found.splits,
+    )
     for split in index.splits.values():
         path = folder / split.file
         expected = split.tokens * index.dtype.itemsize
@@ -219,6 +252,8 @@ class TokenDataset:
         self._length = tokens // sequence_length
         path = self.index.folder / self.index.splits[split].file
         flat: npt.NDArray[np.integer] = np.memmap(path, dtype=self.index.dtype, mode="r")
+        for start in np.linspace(0, max(0, tokens - PROBE_TOKENS), PROBES, dtype=np.int64):
+            self._refuse_strange(flat[start : start + PROBE_TOKENS])
         self._samples = flat[: self._length * sequence_length].reshape(self._length, sequence_length)
 
     def __len__(self) -> int:
@@ -231,7 +266,16 @@ class TokenDataset:
         epochs, positions = np.divmod(numbers, self._length)
         if self.shuffle:
             positions = permute(positions, self._length, self.seed, epochs)
-        return torch.from_numpy(self._samples[positions].astype(np.int64))
+        tokens = self._samples[positions]
+        self._refuse_strange(tokens)
+        return torch.from_numpy(tokens.astype(np.int64))
+
+    def _refuse_strange(self, tokens: npt.NDArray[np.integer]) -> None:
+        """Raises ConfigError for an id that no token has: on a GPU a model would end with an assertion that names nothing."""
+        largest = int(tokens.max(initial=0))
+        if largest >= self.index.vocab_size:
+            problem = f"a token file is damaged: it holds the id {largest}, its vocabulary ends before {self.index.vocab_size}"
+            raise ConfigError("data.path", str(self.index.folder), problem, "delete the folder and prepare it again")
 
 
 def global_batch_indices(update: int, global_batch: int) -> range:

@@ -16,12 +16,14 @@ from transformers.utils import cached_file
 
 from relora_ds.errors import ConfigError
 from relora_ds.run.folder import write_atomically
+from relora_ds.text import json_text
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 MAP_FILE = "special_tokens_map.json"
+ADDED_FILE = "added_tokens.json"
 FILES = (
-    TOKENIZER_FILE, CONFIG_FILE, MAP_FILE, "added_tokens.json", "chat_template.jinja", "chat_template.json",
+    TOKENIZER_FILE, CONFIG_FILE, MAP_FILE, ADDED_FILE, "chat_template.jinja", "chat_template.json",
     "additional_chat_templates/*.jinja", "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "tekken.json",
     "tokenization*.py",
 )  # fmt: skip
@@ -73,6 +75,8 @@ def load(name: str) -> Given:
             else AutoTokenizer.from_pretrained(name, trust_remote_code=False).backend_tokenizer
         )
         named = _named(folder) if folder is not None else special_tokens(path.parent)
+        if folder is not None:
+            _completed(encoder.get_vocab(), folder)  # or raises: before anything of it is written
     except Exception as error:  # both libraries raise many kinds, `tokenizers` nothing but this one
         raise ConfigError("--tokenizer", name, f"it cannot be loaded as a fast tokenizer ({error})") from error
     eos = next(
@@ -154,7 +158,10 @@ def hand_on(source: Path, target: Path) -> None:
 def special_tokens(folder: Path) -> dict[str, str]:
     """Special tokens by role, ``{"eos_token": "</s>", …}``, as far as the folder's files name them."""
     named = {**_read(folder / MAP_FILE), **{key: token for key, token in _read(folder / CONFIG_FILE).items() if token}}
-    return {role: token for role in ROLES if (token := _content(named.get(role)))}
+    found = {role: token for role in ROLES if (token := _content(named.get(role)))}
+    if strange := next((role for role, token in found.items() if not isinstance(token, str)), None):
+        raise _damaged(folder / CONFIG_FILE, f"its {strange} is {found[strange]!r}, not text")
+    return found
 
 
 def special_ids(folder: Path) -> dict[str, int | None] | None:
@@ -171,15 +178,27 @@ def vocabulary(folder: Path) -> dict[str, int]:
     Raises:
         ConfigError: a file is damaged.
     """
-    config = _read(folder / CONFIG_FILE)
     try:
         found = Tokenizer.from_file(str(folder / TOKENIZER_FILE)).get_vocab()
     except Exception as error:  # `tokenizers` raises nothing but this
         raise _damaged(folder / TOKENIZER_FILE, error) from None
-    listed = {str(_content(token)): int(number) for number, token in config.get("added_tokens_decoder", {}).items()}
-    found = {**listed, **_read(folder / "added_tokens.json"), **found}
-    more = [token for key in ("additional_special_tokens", "extra_special_tokens") for token in config.get(key) or ()]
+    return _completed(found, folder)
+
+
+def _completed(found: dict[str, int], folder: Path) -> dict[str, int]:
+    """Token -> id, with what the files beside tokenizer.json add. Raises ConfigError for one that is damaged."""
+    config, added = _read(folder / CONFIG_FILE), _read(folder / ADDED_FILE)
+    if not all(isinstance(number, int) for number in added.values()):
+        raise _damaged(folder / ADDED_FILE, "not every token in it has a number")
+    try:
+        listed = {str(_content(token)): int(number) for number, token in config.get("added_tokens_decoder", {}).items()}
+        more = [token for key in ("additional_special_tokens", "extra_special_tokens") for token in config.get(key) or ()]
+    except (TypeError, ValueError, AttributeError) as error:
+        raise _damaged(folder / CONFIG_FILE, error) from None
+    found = {**listed, **added, **found}
     for token in (*special_tokens(folder).values(), *map(_content, more)):
+        if not isinstance(token, str | None):
+            raise _damaged(folder / CONFIG_FILE, f"its special token {token!r} is not text")
         if token is not None and token not in found:
             found[token] = max(found.values()) + 1
     return found
@@ -226,7 +245,7 @@ def _content(token: Any) -> str | None:
 def _read(path: Path) -> dict[str, Any]:
     """A JSON object; an empty one where there is no such file. Raises ConfigError for anything else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        content = json_text.parse(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise _damaged(path, error) from None
     if not isinstance(content, dict):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from copy import deepcopy
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from relora_ds.errors import ConfigError
+from relora_ds.text import json_text
 
 COMMENTS = re.compile(r'("(?:\\.|[^"\\])*")|//[^\n]*|#[^\n]*|/\*.*?\*/', re.DOTALL)
 """Strings, which may look like comments within, and the comments that DeepSpeed allows in its files."""
@@ -30,8 +30,8 @@ def read(source: str | Path | Mapping[str, Any], *near: Path) -> dict[str, Any]:
     if path is None:
         raise ConfigError("deepspeed", str(source), "no such file", "name a DeepSpeed JSON file, e.g. ds_configs/zero2_bf16.json")
     try:
-        text = COMMENTS.sub(lambda found: found[1] or "\n" * found[0].count("\n"), path.read_text(encoding="utf-8"))
-        content = json.loads(text, object_pairs_hook=_without_twins)
+        text = COMMENTS.sub(lambda found: found[1] or "\n" * found[0].count("\n"), path.read_text(encoding="utf-8-sig"))
+        content = json_text.parse(text, object_pairs_hook=_without_twins)
     except ValueError as error:
         raise ConfigError("deepspeed", str(path), f"is not valid JSON: {error}") from None
     if not isinstance(content, dict):

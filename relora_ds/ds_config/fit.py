@@ -12,12 +12,20 @@ from deepspeed.accelerator import get_accelerator
 
 from relora_ds.config import Config, Traffic
 from relora_ds.ds_config.file import read
-from relora_ds.ds_config.values import BATCH, get, normalise, precision, remove, without_effect
+from relora_ds.ds_config.values import BATCH, get, normalise, precision, refuse_other_kinds, remove, without_effect
 from relora_ds.errors import ConfigError
+from relora_ds.zero import versions as zero_versions
 
 __all__ = [
     *("DTYPES", "adapt", "fit", "get", "idle", "normalise", "of_recipe", "precision", "precision_of", "read"),
-    *("refuse_other_precision", "refuse_unrunnable", "refuse_unsupported", "refuse_with_traffic", "sums_apart"),
+    *(
+        "refuse_other_kinds",
+        "refuse_other_precision",
+        "refuse_unrunnable",
+        "refuse_unsupported",
+        "refuse_with_traffic",
+        "sums_apart",
+    ),
 ]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,6 +41,7 @@ def of_recipe(recipe: Config, *near: Path) -> dict[str, Any]:
     content = normalise({key: value for key, value in content.items() if key not in (*BATCH, "gradient_clipping")})
     refuse_unsupported(content)
     _judge(content, _NEEDS_OF_RECIPES)
+    refuse_other_kinds(content)
     refuse_with_traffic(content, recipe.traffic)
     return content
 
@@ -137,13 +146,14 @@ _NEEDS: tuple[Rule, ...] = (
     ("zero_optimization.offload_param", bool, "needs ZeRO-3, which ReLoRA cannot run on", "leave it out"),
     ("zero_optimization.offload_optimizer.device", lambda v: v == "nvme", "moments on NVMe cannot be pruned", "use cpu or none"),
     ("zero_optimization.round_robin_gradients", bool, "DeepSpeed's fragment addresses are wrong with it", "leave it out"),
-    ("zero_optimization.zenflow", bool, "ZenFlow's selective optimizer cannot be restarted", "leave it out"),
+    ("zero_optimization.zenflow", lambda v: True, "ZenFlow's selective optimizer cannot be restarted", "leave it out"),
     (
         "zero_optimization.elastic_checkpoint",
         bool,
         "the factors have a step count of their own, which it cannot hold",
         "leave it out",
     ),
+    ("zero_optimization.allgather_bucket_size", lambda v: v < 1, "DeepSpeed divides by it", "leave it out"),
     ("zero_optimization.load_from_fp32_weights", lambda v: v is False, "a resume would lose the fp32 masters", "leave it out"),
     ("zero_optimization.compute_grad_norm", lambda v: v is False, "non-finite updates could not be skipped", "leave it out"),
     (
@@ -156,6 +166,10 @@ _NEEDS: tuple[Rule, ...] = (
     ("sequence_parallel_size", lambda v: v not in (0, 1), "sequence parallelism is not supported", "leave it out"),
     ("expert_parallel.enabled", bool, "expert parallelism is not supported", "leave it out"),
     ("compile.deepcompile", bool, "DeepCompile is not supported", "leave it out"),
+    ("autotuning.enabled", bool, "DeepSpeed would end the run after a few updates", "leave it out"),
+    ("hybrid_engine.enabled", bool, "an engine for generation, whose weights ReLoRA does not know", "leave it out"),
+    ("steps_per_print", lambda v: not isinstance(v, int) or v < 1, "is no number of updates", "use 10, or leave it out"),
+    ("fp16.loss_scale_window", lambda v: v < 1, "is no number of updates", "use 1000, or leave it out"),
     ("fp16.fp16_master_weights_and_grads", bool, "ReLoRA needs fp32 master weights", "leave it out"),
     ("bf16.bf16_master_weights_and_grads", bool, "ReLoRA needs fp32 master weights", "leave it out"),
     ("bf16.bf16_optimizer_states", bool, "ReLoRA needs fp32 moments", "leave it out"),
@@ -212,6 +226,10 @@ def refuse_with_traffic(config: Mapping[str, Any], traffic: Traffic) -> None:
     """Raises ConfigError for what the vocabulary's own way, if it has one, cannot be combined with."""
     if not traffic.is_on:
         return
+    problem = zero_versions.without_traffic()
+    if problem:
+        way_out = f"leave traffic out, or install deepspeed>={zero_versions.WITH_TRAFFIC}"
+        raise ConfigError("traffic", traffic.model_dump(), f"cannot be served: {problem}", way_out)
     stage, device = get(config, "zero_optimization.stage", 0), get(config, "zero_optimization.offload_optimizer.device")
     if stage not in (1, 2):
         raise ConfigError("deepspeed.zero_optimization.stage", stage, "traffic needs ZeRO stage 1 or 2", "leave traffic out")

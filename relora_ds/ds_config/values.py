@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
-from typing import Any
+from typing import Any, get_args
 
-from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum, get_bfloat16_config, get_float16_config, get_zero_config
+from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum, get_zero_config
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from relora_ds.errors import ConfigError, nearest
+from relora_ds.zero.versions import section_readers
 
 AUTO = "auto"
 BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -36,12 +38,10 @@ OTHERS = """
 """
 KEYS = frozenset((*DECIDING, *BATCH, *OTHERS.split()))
 """The settings and sections that DeepSpeed looks up; it passes over any other."""
+LIKENESS = 0.85
+"""From here on two names, as :mod:`difflib` compares them, are one and its misspelling; ``comment`` and ``comet`` are not."""
 
-_SECTIONS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
-    "bf16": get_bfloat16_config,
-    "fp16": get_float16_config,
-    "zero_optimization": get_zero_config,
-}
+_SECTIONS = section_readers()
 """What DeepSpeed makes of the sections that decide the arithmetic."""
 
 
@@ -57,7 +57,7 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
     _refuse_misspelt(content)
     _rename(content)
     for section, understand in _SECTIONS.items():
-        if section in content and not (section == "zero_optimization" and isinstance(content[section], bool)):
+        if section in content:
             content[section] = _typed(section, content[section], understand)
     for name in ("grad_accum_dtype", "param_dtype", "buffer_dtype"):
         _name_dtype(content, name)
@@ -71,11 +71,16 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_misspelt(content: Mapping[str, Any]) -> None:
-    """Raises ConfigError for what DeepSpeed would pass over, and was meant to decide what is trained."""
+    """Raises ConfigError for a name that DeepSpeed would pass over, and that was meant to be another."""
     for key in content:
-        meant = () if key in KEYS else difflib.get_close_matches(str(key).lower(), DECIDING, n=1, cutoff=0.8)
-        if meant:
-            raise ConfigError(f"deepspeed.{key}", content[key], "DeepSpeed has no such setting", f"did you mean {meant[0]!r}?")
+        if key not in KEYS and (meant := _meant(key, KEYS)):
+            raise ConfigError(f"deepspeed.{key}", content[key], "DeepSpeed has no such setting", meant)
+
+
+def _meant(key: str, names: Iterable[str]) -> str:
+    """A hint where a key is one of these names, misspelt; empty where it is none."""
+    found = difflib.get_close_matches(str(key).lower(), sorted(names), n=1, cutoff=LIKENESS)
+    return f"did you mean {found[0]!r}?" if found else ""
 
 
 def _rename(content: dict[str, Any]) -> None:
@@ -119,7 +124,7 @@ def _typed(section: str, given: Any, understand: Callable[[Mapping[str, Any]], A
     try:
         return _as_read(given, understand({section: given}))
     except ValidationError as error:
-        raise _refusal(error, section, given, understand({})) from None
+        raise _refusal(error, section, given) from None
     except Exception as error:  # DeepSpeed asserts, too
         raise ConfigError(f"deepspeed.{section}", given, str(error)) from None
 
@@ -137,17 +142,35 @@ def _as_read(given: Mapping[str, Any], parsed: BaseModel) -> dict[str, Any]:
     return content
 
 
-def _refusal(error: ValidationError, section: str, given: Any, default: BaseModel | None = None) -> ConfigError:
+def _refusal(error: ValidationError, section: str, given: Any) -> ConfigError:
     """The first thing that one of DeepSpeed's classes refuses, by its key."""
     first = error.errors()[0]
-    path = [str(name) for name in first["loc"]]
-    value = get(given, ".".join(path), given) if path and isinstance(given, Mapping) else given
-    key = ".".join(("deepspeed", section, *path))
+    loc = [str(name) for name in first["loc"]]
+    path = _path_in(given, loc[1:] if loc[:1] == [section] else loc)
+    key, value = ".".join(("deepspeed", section, *path)), get(given, ".".join(path), given) if path else given
     if first["type"] == "extra_forbidden":
-        known = [field.alias or name for name, field in type(default).model_fields.items()] if default else []
-        hint = nearest(path[-1], known) if known and len(path) == 1 else ""
-        return ConfigError(key, value, "DeepSpeed has no such setting", hint)
-    return ConfigError(key, value, first["msg"])
+        known = _settings_at(error.title, loc[:-1])
+        return ConfigError(key, value, "DeepSpeed has no such setting", nearest(loc[-1], known) if known else "leave it out")
+    return ConfigError(key, value, first["msg"].removeprefix("Value error, "))
+
+
+def _path_in(given: Any, path: list[str]) -> list[str]:
+    """Where a class's ``path`` lies in its section, or in a section within, which may have a class of its own."""
+    dotted, missing = ".".join(path), object()
+    if not path or not isinstance(given, Mapping) or get(given, dotted, missing) is not missing:
+        return path
+    return next(([name, *path] for name, inner in given.items() if get(inner, dotted, missing) is not missing), path)
+
+
+def _settings_at(title: str, path: list[str]) -> list[str]:
+    """The settings that the class of DeepSpeed's of this name has, at a path within; none where it cannot be told."""
+    classes: list[type[BaseModel]] = [DeepSpeedConfigModel]
+    classes += [more for one in classes for more in one.__subclasses__()]  # grows while it is walked
+    model = next((one for one in classes if one.__name__ == title), None)
+    for name in path:
+        annotation = model.model_fields[name].annotation if model is not None and name in model.model_fields else None
+        model = next((one for one in (annotation, *get_args(annotation)) if one in classes), None)
+    return [field.alias or name for name, field in model.model_fields.items()] if model is not None else []
 
 
 def _name_dtype(content: dict[str, Any], name: str) -> None:
@@ -202,25 +225,97 @@ def remove(content: dict[str, Any], path: str) -> None:
 def _refuse_what_deepspeed_refuses(content: Mapping[str, Any]) -> None:
     """Raises ConfigError, by its section, for what would end in an error of DeepSpeed's inside the ranks."""
     settings = {key: value for key, value in content.items() if key not in BATCH}  # sizes are judged where ranks are counted
-    error = _error_of_deepspeed(settings)
+    error, looked_up = _read_by_deepspeed(settings)
+    _refuse_unread(settings, looked_up)
     if error is None:
         return
+    _refuse_other_kinds(settings, looked_up)
     rest = {key: {name: value for name, value in settings.items() if name != key} for key in settings}
     key = next((key for key in settings if _error_of_deepspeed(rest[key]) is None), None)
     if key is None:
         raise ConfigError("deepspeed", list(content), f"DeepSpeed cannot read this: {error}")
     if isinstance(error, ValidationError):
         raise _refusal(error, key, content[key])
-    raise ConfigError(f"deepspeed.{key}", content[key], str(error) or type(error).__name__)
+    if not isinstance(content[key], Mapping) and re.search(r"has no attribute|mapping|iterable", str(error)):
+        raise ConfigError(f"deepspeed.{key}", content[key], "is not a section", "write its settings in braces, or leave it out")
+    raise ConfigError(f"deepspeed.{key}", content[key], f"DeepSpeed refuses it: {error or type(error).__name__}")
+
+
+LookedUp = Mapping[tuple[str, ...], Any]
+"""What is looked up in settings, by its path, with the default that it has there."""
 
 
 def _error_of_deepspeed(settings: Mapping[str, Any]) -> Exception | None:
     """What DeepSpeed's own reading raises, if anything."""
+    return _read_by_deepspeed(settings)[0]
+
+
+def _read_by_deepspeed(settings: Mapping[str, Any]) -> tuple[Exception | None, LookedUp]:
+    """What DeepSpeed's own reading raises, if anything, and what it looks up until then."""
+    looked_up: dict[tuple[str, ...], Any] = {}
     try:
-        DeepSpeedConfig({**deepcopy(dict(settings)), "train_micro_batch_size_per_gpu": 1})
+        DeepSpeedConfig(_Read({**deepcopy(dict(settings)), "train_micro_batch_size_per_gpu": 1}, looked_up))
     except Exception as error:
-        return error
-    return None
+        return error, looked_up
+    return None, looked_up
+
+
+def refuse_other_kinds(config: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a value, of what :func:`normalise` gives, that DeepSpeed would use as what it is not."""
+    _refuse_other_kinds(config, _read_by_deepspeed(config)[1])
+
+
+class _Read(dict[str, Any]):
+    """Settings that note what is looked up in them.
+
+    DeepSpeed has classes for some sections, which refuse what they do not know. All else it asks for key by key, and takes whatever
+    is there, so that a misspelt key is passed over, and ``"false"`` is true.
+    """
+
+    def __init__(self, content: Mapping[str, Any], looked_up: dict[tuple[str, ...], Any], path: tuple[str, ...] = ()) -> None:
+        inner = {
+            key: _Read(value, looked_up, (*path, key)) if isinstance(value, Mapping) else value for key, value in content.items()
+        }
+        super().__init__(inner)
+        self.looked_up, self.path = looked_up, path
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.looked_up.setdefault((*self.path, key), default)
+        return super().get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        self.looked_up.setdefault((*self.path, str(key)), None)
+        return super().__contains__(key)
+
+
+def _paths(settings: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Everything in settings, with its path."""
+    for name, value in settings.items():
+        yield (*path, name), value
+        if isinstance(value, Mapping):
+            yield from _paths(value, (*path, name))
+
+
+def _refuse_unread(settings: Mapping[str, Any], looked_up: LookedUp) -> None:
+    """Raises ConfigError for a name beside those that DeepSpeed looks up in a section, and that was meant to be one of them."""
+    for path, value in _paths(settings):
+        names = [found[-1] for found in looked_up if found[:-1] == path[:-1]]
+        if len(path) > 1 and path not in looked_up and (meant := _meant(path[-1], names)):
+            raise ConfigError(".".join(("deepspeed", *path)), value, "DeepSpeed has no such setting", meant)
+
+
+def _refuse_other_kinds(settings: Mapping[str, Any], looked_up: LookedUp) -> None:
+    """Raises ConfigError for a value that DeepSpeed would take as it is, and use as what its default is."""
+    for path, value in _paths(settings):
+        key, default = ".".join(("deepspeed", *path)), looked_up.get(path)
+        if isinstance(default, bool):
+            if value not in (True, False):
+                raise ConfigError(key, value, "is neither true nor false", "write true or false")
+        elif isinstance(default, (int, float)):
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise ConfigError(key, value, "is no number", f"DeepSpeed's own is {default}")
+        elif isinstance(default, Mapping) and not isinstance(value, Mapping):
+            raise ConfigError(key, value, "is not a section", "write its settings in braces, or leave it out")
 
 
 def get(config: Mapping[str, Any], dotted: str, default: Any = None) -> Any:

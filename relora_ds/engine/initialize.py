@@ -26,6 +26,7 @@ from relora_ds.method.full_rank import full_rank_line
 from relora_ds.method.lora import LORA_GROUP, param_groups, relora_layers, wrap
 from relora_ds.optimizer.wrapper import ReLoRAOptimizer
 from relora_ds.run import unpickle
+from relora_ds.zero import versions as zero_versions
 from relora_ds.zero.state import route_gradients
 from relora_ds.zero.vocabulary import Words, apart, words_of
 from relora_ds.zero.vocabulary_route import route_vocabulary
@@ -120,6 +121,7 @@ def initialize(
 
     settings = parse_relora(relora)
     ds_config.refuse_unsupported(content)
+    ds_config.refuse_other_kinds(content)
     if mpu is not None or isinstance(model, deepspeed.PipelineModule):
         raise ConfigError("model", type(model).__name__, "pipeline and tensor parallelism are not supported")
     if any(hasattr(module, "base_layer") for module in model.modules()):  # else PEFT's own factors would get factors
@@ -278,7 +280,11 @@ def _apart(model: nn.Module, optimizer: Any, groups: list[dict[str, Any]] | None
 
 
 def _route(engine: Any, settings: Traffic, words: Words) -> None:
-    """Gives a fresh engine's gradients their ways."""
+    """Gives a fresh engine's gradients their ways, once it is as in the newest version."""
+    untried = zero_versions.untried()
+    if untried and dist.get_rank() == 0:
+        warnings.warn(untried, stacklevel=1)
+    zero_versions.mend(engine)
     route = route_gradients(engine)
     if words.params:
         route_vocabulary(engine, words, settings, route)

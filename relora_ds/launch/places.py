@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -73,29 +74,52 @@ def of(env: Mapping[str, str]) -> Place | None:
     daemons by srun, whose variables the ranks inherit. Those of PMI and PMIx come last: srun may set them beside its own, which
     say more.
 
+    A variable that is empty is one that is not set.
+
     Raises:
-        ConfigError: a launcher was found, but not where rank 0 is, or its variables contradict srun's.
+        ConfigError: a launcher was found, but not where rank 0 is; its variables are no numbers, or contradict each other or srun's.
     """
     if env.get("RANK") and env.get("WORLD_SIZE"):
-        return _from_torch(env)
-    if any(name in env for name in MPIRUN_VARIABLES):
-        return _from_mpi(env)
+        return _consistent(_from_torch(env), "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if any(env.get(name) for name in MPIRUN_VARIABLES):
+        return _consistent(_from_mpi(env), *(_name(env, *MPI_NAMES[what]) for what in ("rank", "size", "local rank")))
     if _is_srun(env):
-        return _from_slurm(env)
-    if any(name in env for name in PMI_VARIABLES):
-        return _from_mpi(env)
+        return _consistent(_from_slurm(env), "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    if any(env.get(name) for name in PMI_VARIABLES):
+        return _consistent(_from_mpi(env), *(_name(env, *MPI_NAMES[what]) for what in ("rank", "size", "local rank")))
+    _refuse_half(env)
     return None
+
+
+def _consistent(place: Place, rank: str, size: str, local_rank: str) -> Place:
+    """The place as it is; raises ConfigError where its numbers, of the variables of these names, cannot be true together."""
+    way_out = "start the ranks by srun, torchrun or mpirun, which count them"
+    if place.rank >= place.world_size:
+        raise ConfigError(rank, place.rank, f"is not below {size}={place.world_size}", way_out)
+    if place.local_world_size is not None and place.local_world_size > place.world_size:
+        problem = f"is less than the {place.local_world_size} ranks of this node alone"
+        raise ConfigError(size, place.world_size, problem, way_out)
+    if (place.local_rank or 0) >= (place.local_world_size or place.world_size):
+        raise ConfigError(local_rank, place.local_rank, "is not below the number of ranks of this node", way_out)
+    return place
+
+
+def _refuse_half(env: Mapping[str, str]) -> None:
+    """Raises ConfigError for a rank without a number of ranks, or the other way round: left over, or the other was forgotten."""
+    for name, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
+        if env.get(name):
+            raise ConfigError(name, env[name], f"means nothing without {other}", f"unset {name}, or set both for each process")
 
 
 def _from_torch(env: Mapping[str, str]) -> Place:
     """torchrun, the deepspeed launcher (LOCAL_SIZE), and scripts that set the variables which torch reads."""
-    rank, size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
+    rank, size = _number(env, "RANK"), _number(env, "WORLD_SIZE", least=1)
     assert rank is not None and size is not None
     step = _from_slurm(env) if _is_step_of_tasks(env) else None
     if step is not None and not any(name in env for name in OWN_NUMBERING):
         _refuse_contradiction(rank, size, step)
-    address, port = env.get("MASTER_ADDR") or "127.0.0.1", _number(env, "MASTER_PORT")
-    local, local_size = _number(env, "LOCAL_RANK"), _number(env, "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+    address, port = env.get("MASTER_ADDR") or "127.0.0.1", _port(env)
+    local, local_size = _number(env, "LOCAL_RANK"), _number(env, "LOCAL_WORLD_SIZE", "LOCAL_SIZE", least=1)
     if step is not None and (step.rank, step.world_size) == (rank, size):  # a rank is a task
         local = step.local_rank if local is None else local
         local_size = local_size or step.local_world_size
@@ -119,31 +143,35 @@ def _is_srun(env: Mapping[str, str]) -> bool:
     An srun inside such a shell inherits SLURM_PTY_PORT, so that alone says nothing about a step of several tasks; a single task
     is alone either way.
     """
-    if "SLURM_STEP_ID" not in env or "SLURM_PROCID" not in env or int(env["SLURM_STEP_ID"]) > LAST_STEP_ID:
+    step = _number(env, "SLURM_STEP_ID")
+    if step is None or not env.get("SLURM_PROCID") or step > LAST_STEP_ID:
         return False
     return not ("SLURM_PTY_PORT" in env and env.get("SLURM_STEP_NUM_TASKS") == "1")
 
 
 def _is_step_of_tasks(env: Mapping[str, str]) -> bool:
-    return _is_srun(env) and env.get("SLURM_STEP_NUM_TASKS", "1") != "1"
+    return _is_srun(env) and (env.get("SLURM_STEP_NUM_TASKS") or "1") != "1"
 
 
 def _from_slurm(env: Mapping[str, str]) -> Place:
     """srun: one task per GPU. The master is the first node of the step, its port the same on all nodes."""
-    size = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
-    nodes = int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1")))
-    tasks = slurm_nodes.tasks_of_nodes(env.get("SLURM_STEP_TASKS_PER_NODE", f"{size // nodes}(x{nodes})"))
-    local_size = tasks[int(env.get("SLURM_NODEID", "0"))]
+    size = _number(env, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", least=1) or 1
+    nodes = _number(env, "SLURM_STEP_NUM_NODES", "SLURM_NNODES", least=1) or 1
+    counts, node = env.get("SLURM_STEP_TASKS_PER_NODE") or f"{size // nodes}(x{nodes})", _number(env, "SLURM_NODEID") or 0
+    tasks = slurm_nodes.tasks_of_nodes(counts)
+    if node >= len(tasks):
+        raise ConfigError("SLURM_STEP_TASKS_PER_NODE", counts, f"says nothing of node {node}", "start the ranks by srun")
     address = env.get("MASTER_ADDR") or ("127.0.0.1" if nodes == 1 else slurm_nodes.first_host(step_nodes(env)))
     reserved = env.get("SLURM_STEP_RESV_PORTS", "").replace(",", "-").partition("-")[0]  # of srun --resv-ports: 12345-12346
-    job, step, restart = (int(env.get(f"SLURM_{name}") or 0) for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
-    port = env.get("MASTER_PORT") or reserved or slurm_nodes.port_of(job, step, restart)
-    return Place(int(env["SLURM_PROCID"]), size, int(env.get("SLURM_LOCALID", "0")), local_size, address, int(port), "srun")
+    job, step, restart = (_number(env, f"SLURM_{name}") or 0 for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
+    port = _port({"MASTER_PORT": env.get("MASTER_PORT") or reserved}) or slurm_nodes.port_of(job, step, restart)
+    rank, local = (_number(env, name) or 0 for name in ("SLURM_PROCID", "SLURM_LOCALID"))
+    return Place(rank, size, local, tasks[node], address, port, "srun")
 
 
 def step_nodes(env: Mapping[str, str]) -> str:
     """The nodes of a step, or of the job, as SLURM writes them."""
-    return env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", ""))
+    return env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
 
 
 def _from_mpi(env: Mapping[str, str]) -> Place:
@@ -156,7 +184,7 @@ def _from_mpi(env: Mapping[str, str]) -> Place:
         raise ConfigError("MASTER_ADDR", None, problem, "set it, or install relora_ds[mpi]")
     if rank is None or not size or not local_size or local is None:
         rank, size, local, local_size = _mpi_place()
-    return Place(rank, size, local, local_size, address, _number(env, "MASTER_PORT") or DEFAULT_PORT, "mpirun")
+    return Place(rank, size, local, local_size, address, _port(env) or DEFAULT_PORT, "mpirun")
 
 
 @functools.cache
@@ -184,15 +212,28 @@ def load_mpi() -> Any:
     return MPI
 
 
-def _number(env: Mapping[str, str], *names: str) -> int | None:
-    """The first of some variables that is set. Raises ConfigError where it is no number."""
-    name = next((name for name in names if env.get(name)), None)
-    if name is None:
+def _name(env: Mapping[str, str], *names: str) -> str:
+    """The first of some variables that is set; of none, the first."""
+    return next((name for name in names if env.get(name)), names[0])
+
+
+def _number(env: Mapping[str, str], *names: str, least: int = 0, most: float = math.inf) -> int | None:
+    """The first of some variables that is set. Raises ConfigError where it is no whole number in the range."""
+    name = _name(env, *names)
+    if not env.get(name):
         return None
+    way_out = "unset it, or start the ranks by srun, torchrun or mpirun"
     try:
-        return int(env[name])
+        number = int(env[name])
     except ValueError:
-        raise ConfigError(name, env[name], "is no number", "unset it, or start the ranks by srun, torchrun or mpirun") from None
+        raise ConfigError(name, env[name], "is no number", way_out) from None
+    if not least <= number <= most:
+        raise ConfigError(name, number, f"is below {least}" if number < least else f"is above {most}", way_out)
+    return number
+
+
+def _port(env: Mapping[str, str]) -> int | None:
+    return _number(env, "MASTER_PORT", least=1, most=65535)
 
 
 def discover(environment: Mapping[str, str] | None = None) -> Place | None:

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import CONFIG_NAME, is_flash_attn_2_available
 
 from relora_ds.config import Model
 from relora_ds.errors import ConfigError, nearest
@@ -111,6 +111,8 @@ def slow_widths(config: PretrainedConfig) -> str | None:
 
 def read_hf_config(source: str | Path, key: str) -> PretrainedConfig:
     """A configuration from a folder, a file or the hub; ``key`` is the setting that named it, for the error."""
+    if isinstance(source, Path) and not (source / CONFIG_NAME).is_file():  # else its name would be asked of the hub
+        raise ConfigError(key, str(source), f"holds no {CONFIG_NAME}", "restore it, or name another folder")
     with explained(key, str(source), "cannot be loaded"):
         return AutoConfig.from_pretrained(str(source), trust_remote_code=False)  # None would ask, and wait for an answer
 
@@ -120,7 +122,7 @@ def explained(key: str, value: object, problem: str) -> Iterator[None]:
     """Turns what transformers raises about a user's input into one ConfigError of one line."""
     try:
         yield
-    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+    except (OSError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, StrictDataclassError) as error:
         if isinstance(error, ConfigError):
             raise
         text = " ".join(str(error).split()) or type(error).__name__
@@ -253,7 +255,20 @@ def build_meta(config: PretrainedConfig) -> PreTrainedModel:
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with explained("model.config", config.model_type, "cannot be built"):
-            return AutoModelForCausalLM.from_config(config)
+            try:
+                model = AutoModelForCausalLM.from_config(config)
+            except RuntimeError as error:  # torch on a size that no tensor can have
+                raise ValueError(str(error)) from None
+            model.tie_weights()  # transformers 5.0 leaves that out on the meta device
+            return model
+
+
+def refuse_encoder(model: PreTrainedModel, key: str) -> None:
+    """Raises ConfigError for a model whose tokens see those that follow them, of which a loss would say nothing: it only falls."""
+    sees = {module.is_decoder for module in model.modules() if isinstance(getattr(module, "is_decoder", None), bool)}
+    if sees == {False} and getattr(model.config, "is_decoder", None) is False:
+        problem = f"a {model.config.model_type} is an encoder, whose tokens see those that follow them"
+        raise ConfigError(f"{key}.is_decoder", False, problem, "set it to true, or take another architecture")
 
 
 def num_parameters(config: PretrainedConfig) -> int:

@@ -24,6 +24,7 @@ from relora_ds.models import build as models
 from relora_ds.models import generation, script_checkpoint
 from relora_ds.models.adapters import save_adapter
 from relora_ds.models.weights import Source
+from relora_ds.paths import refuse_unwritable
 from relora_ds.run.folder import RunFolder, give_usual_mode
 from relora_ds.run.manifest import Manifest
 
@@ -168,6 +169,9 @@ def stored_model(place: Path, *, trust: bool = False) -> PreTrainedModel:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise ConfigError("CHECKPOINT", str(checkpoint), f"does not fit the run's model: {str(error).splitlines()[-1]}") from None
+    if any(layer.weight is not None and layer.weight.values.is_meta for _, layer in lora.relora_layers(model)):
+        problem = "it holds no frozen weights, and its manifest names no base that does"
+        raise ConfigError("CHECKPOINT", str(checkpoint), problem, "take another checkpoint")
     return model
 
 
@@ -247,7 +251,8 @@ def _trained_in(run: RunFolder) -> torch.dtype:
 
 
 def _refuse_full(out: Path) -> None:
-    if out.exists() and any(out.iterdir()):
+    refuse_unwritable("OUT", out)
+    if out.is_dir() and any(out.iterdir()):
         raise ConfigError("OUT", str(out), "is not empty", "name a new folder")
 
 

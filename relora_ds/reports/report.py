@@ -13,15 +13,16 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import yaml
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from relora_ds.errors import ConfigError
+from relora_ds.paths import make_folder
 from relora_ds.reports.tables import markdown
 from relora_ds.run.folder import read_jsonl, read_traffic
+from relora_ds.text.yaml_text import read_yaml_file
 from relora_ds.units import human_bytes
 
 Record = dict[str, Any]
@@ -46,6 +47,7 @@ RESTART_COLUMNS = {"update": ",d", "restart": "d", "loss_before": ".4f", "loss_a
 RESTART_COLUMNS |= {"pruned_fraction": ".4f", "merge_error": ".1e", "seconds": ".2f", "bytes": ",.0f"}
 TRAFFIC_COLUMNS = {"updates": "", "ranks": "d", "nodes": "d", "per update": "", "gradients": "", "parameters": "", "restarts": ""}
 TRAFFIC_COLUMNS |= {"evaluation, checkpoints": "", "counted": "", "on the wire": ""}
+OF_A_START = ("first_update", "last_update", "world_size", "wire_bytes_per_update", "wire_bytes", "nodes")
 TRAFFIC_NOTE = """One line for each start of the run. Bytes that rank 0 sent, as rings send them; counted and on the wire: those of
 all ranks, and of all nodes' interfaces (headers and other programs' included, without what stays inside a node). ≥: there were other
 ways than the interfaces that could be read (`unseen` in traffic.json)."""
@@ -199,6 +201,13 @@ def without_redone(records: Iterable[Record], last: float = math.inf) -> list[Re
     return [record for record in kept if record["update"] <= last]
 
 
+def _is_of_ranks(record: Record) -> bool:
+    hosts, seconds = record.get("hosts"), record.get("forward_s")
+    if not isinstance(hosts, list) or not isinstance(seconds, list) or not hosts or len(hosts) != len(seconds):
+        return False
+    return all(isinstance(value, (int, float)) and value > 0 for value in seconds)
+
+
 def read_run(folder: Path, label: str | None = None) -> Run:
     """Reads one run folder; raises :class:`ConfigError` where it holds no update or a file of it is damaged."""
     metrics, config = folder / "metrics.jsonl", folder / "config.yaml"
@@ -212,9 +221,14 @@ def read_run(folder: Path, label: str | None = None) -> Run:
     evals = without_redone((record for record in records if "eval_loss" in record), last)
     logs = (folder / name for name in ("restarts.jsonl", "ranks.jsonl"))
     restarts, ranks = (without_redone(read_jsonl(log), last) if log.is_file() else [] for log in logs)
-    starts = read_traffic(folder / "traffic.json")
-    settings = (yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else None) or {}
-    return Run(label or folder.resolve().name, str(settings.get("method", "–")), updates, evals, restarts, ranks, starts)
+    for record in ranks:
+        if not _is_of_ranks(record):
+            problem = f"ranks.jsonl tells of update {record['update']} without hosts and their seconds"
+            raise ConfigError("RUN_DIR", str(folder), problem, "mend or remove that line")
+    starts = [start for start in read_traffic(folder / "traffic.json") if start.keys() >= set(OF_A_START)]
+    settings = read_yaml_file(config, "RUN_DIR") if config.is_file() else {}
+    method = settings.get("method", "–") if isinstance(settings, dict) else "–"
+    return Run(label or folder.resolve().name, str(method), updates, evals, restarts, ranks, starts)
 
 
 def unique_labels(folders: Sequence[Path]) -> list[str]:
@@ -320,7 +334,7 @@ def report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
         raise ConfigError("RUN_DIR", "", "no run folder is given", "name at least one")
     runs = [read_run(folder, label) for folder, label in zip(folders, unique_labels(folders), strict=True)]
     target = out or (folders[0] if len(folders) == 1 else Path("report"))
-    (target / "plots").mkdir(parents=True, exist_ok=True)
+    make_folder("--out", target / "plots")
     has_lora = any("lora_lr" in record for run in runs for record in run.updates)
     for stem, keys in zip(PICTURES, (("loss",), ("lora_lr", "lr") if has_lora else ("lr",), ("eval_perplexity",)), strict=True):
         _plot(target / "plots" / f"{stem}.png", runs, *keys)

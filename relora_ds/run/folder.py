@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from relora_ds.config import Config, parse, read_yaml
+from relora_ds.config import Config, parse
 from relora_ds.errors import ConfigError
+from relora_ds.text import json_text
+from relora_ds.text.yaml_text import read_yaml_file
 
 APPEND_TRIES, APPEND_PAUSE_S = 5, 0.2
 
@@ -92,7 +94,11 @@ class RunFolder:
         """The configuration that the run was started with."""
         if not self.config.is_file():
             raise ConfigError("RUN_DIR", str(self.path), "holds no config.yaml", "name the folder given as run.dir")
-        return parse(read_yaml(self.config.read_text(encoding="utf-8"), str(self.config)))
+        try:
+            return parse(read_yaml_file(self.config, "RUN_DIR"))
+        except ConfigError as error:
+            problem = f"its config.yaml is not as a run writes it: {error}"
+            raise ConfigError("RUN_DIR", str(self.path), problem, "restore it, or name another folder") from None
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -123,11 +129,11 @@ def give_usual_mode(*paths: Path) -> None:
 def read_traffic(path: Path) -> list[dict[str, Any]]:
     """The starts of a run in its traffic.json; none where the file is missing or damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json_text.parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
     starts = content.get("starts") if isinstance(content, dict) else None
-    return starts if isinstance(starts, list) else []
+    return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
@@ -199,9 +205,9 @@ def truncate_log(path: Path, last_update: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["update"] <= last_update:
+            if json_text.parse(line)["update"] <= last_update:
                 kept.append(line + "\n")
-        except ValueError:
+        except (ValueError, TypeError, KeyError):  # damaged: not of ours
             continue
     write_atomically(path, "".join(kept))
 
@@ -212,12 +218,14 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-            int(record["update"])
-        except (ValueError, TypeError, KeyError):
+            record = json_text.parse(line)
+            is_one = isinstance(record, dict) and isinstance(record.get("update"), int)
+        except ValueError:
+            is_one = False
+        if not is_one:
             if number == len(lines):
                 break
             problem = f"line {number} of {path.name} is no JSON object with an update number"
-            raise ConfigError("RUN_DIR", str(path.parent), problem, "mend or remove that line") from None
+            raise ConfigError("RUN_DIR", str(path.parent), problem, "mend or remove that line")
         records.append(record)
     return records

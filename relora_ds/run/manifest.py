@@ -11,9 +11,12 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from relora_ds.run.folder import write_atomically
+from relora_ds.text import json_text
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -22,6 +25,8 @@ UNKNOWN_TO_IT = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 """What a file system says of a call that it does not have."""
 Files = dict[str, dict[str, Any]]
 """{name: {"bytes": size, "sha256": hex digest}}"""
+Count = Annotated[int, Field(ge=0, strict=True)]
+Positive = Annotated[int, Field(gt=0, strict=True)]
 
 
 class ManifestError(ValueError):
@@ -46,12 +51,12 @@ class Manifest:
         files: everything in the folder but this manifest.
     """
 
-    update: int
-    phase: str
-    restarts: int
-    lora_updates: int
-    world_size: int
-    zero_stage: int
+    update: Count
+    phase: Annotated[str, Field(pattern="^(full|lora)$")]
+    restarts: Count
+    lora_updates: Count
+    world_size: Positive
+    zero_stage: Count
     precision: str
     config_sha256: str
     data: dict[str, Any]
@@ -62,14 +67,24 @@ class Manifest:
     files: Files = field(default_factory=dict)
     format: int = FORMAT
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+
+_READER = TypeAdapter(Manifest)
+
 
 def read(folder: Path) -> Manifest:
     """Raises ManifestError when the manifest is missing, empty, cut off or of another format."""
     content = read_json(folder)
     try:
-        return Manifest(**content)
-    except TypeError as error:
-        raise ManifestError(f"{folder / NAME}: is not a manifest of format {FORMAT}: {error}") from None
+        found = _READER.validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(name) for name in first["loc"])
+        raise ManifestError(f"{folder / NAME}: is not a manifest of format {FORMAT}: {place}: {first['msg']}") from None
+    if found.base is not None and {"folder", "sha256"} - found.base.keys():
+        raise ManifestError(f"{folder / NAME}: is not a manifest of format {FORMAT}: base: names no folder and its checksum")
+    return found
 
 
 def newest(checkpoints: Path) -> tuple[Path, Manifest] | None:
@@ -86,14 +101,23 @@ def read_json(folder: Path) -> dict[str, Any]:
     """The content of any manifest. Raises ManifestError."""
     path = folder / NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json_text.parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ManifestError(f"{path}: {error.strerror}") from None
     except ValueError:
         raise ManifestError(f"{path}: is not whole") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") != FORMAT or not _lists_files(content):
         raise ManifestError(f"{path}: is not a manifest of format {FORMAT}")
     return content
+
+
+def _lists_files(content: Mapping[str, Any]) -> bool:
+    """Whether a manifest lists files with their sizes and checksums."""
+    files = content.get("files")
+    return isinstance(files, dict) and all(
+        isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
+        for entry in files.values()
+    )
 
 
 def write(folder: Path, content: Manifest | Mapping[str, Any]) -> str:

@@ -14,10 +14,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from relora_ds.config import Positive, Section, explain, read_yaml
+from relora_ds.config import Positive, Section, explain
 from relora_ds.errors import ConfigError
 from relora_ds.paths import LocalPath
 from relora_ds.slurm.sbatch_environment import option_of
+from relora_ds.text.yaml_text import read_yaml_file
 
 SITE_FILE = Path(".config/relora-ds/slurm.yaml")
 """Under the home directory: the settings that are the same for all jobs of a user on a cluster."""
@@ -31,9 +32,9 @@ Lines = Annotated[list[str], Field(default_factory=list)]
 class Settings(Section):
     """What ``relora-ds slurm submit`` takes as options, with ``-`` for ``_``, and the site file as keys."""
 
-    nodes: Annotated[str, Field(pattern=r"^[1-9]\d*(-[1-9]\d*)?$")] = "1"
+    nodes: Annotated[str, Field(pattern=r"^[1-9]\d*(-[1-9]\d*)?$", examples=["2", "2-4"])] = "1"
     """A number, or a range such as 2-4: after a node failure the job goes on with fewer nodes rather than wait."""
-    gpus_per_node: Annotated[str, Field(pattern=r"^([\w.-]+:)?\d+$")] | None = None
+    gpus_per_node: Annotated[str | None, Field(pattern=r"^([\w.-]+:)?\d+$", examples=["8", "a100:8"])] = None
     """8, or with a type, a100:8; 0 on a cluster without GPUs."""
     gpu_request: GpuRequest = "gpus-per-node"
     """How sbatch is asked for them: --gpus-per-node=8, --gres=gpu:8, or not at all where a node is given with all that is in it."""
@@ -54,7 +55,7 @@ class Settings(Section):
     """Left out: the name of the recipe's file."""
     launcher: Launcher = "srun"
     """srun starts one process per GPU; torchrun one agent per node, which starts them; mpi: mpirun."""
-    signal: Annotated[str, Field(pattern=r"^(USR1|USR2|TERM|INT|HUP)$")] = "USR2"
+    signal: Literal["USR1", "USR2", "TERM", "INT", "HUP"] = "USR2"
     """Sent to all ranks before the time limit: they finish the update, write a checkpoint and end."""
     signal_before: Annotated[int, Field(ge=30, le=65535)] = 300
     """So many seconds before the limit: more than an update, an evaluation and a checkpoint take. SLURM looks only twice a minute."""
@@ -98,10 +99,10 @@ def read_site(path: Path) -> dict[str, Any]:
     """The keys of a site file; none where there is no file. Raises ConfigError for what is not a mapping."""
     if not path.is_file():
         return {}
-    content = read_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
-    if not isinstance(content, dict):
+    content = read_yaml_file(path, "slurm.yaml")
+    if not isinstance(content, dict | None):
         raise ConfigError("slurm.yaml", str(path), "must hold keys and values", "partition: gpu, for example")
-    return content
+    return content or {}
 
 
 def settings(site: dict[str, Any], options: dict[str, Any], site_path: Path = SITE_FILE) -> Settings:
@@ -110,7 +111,10 @@ def settings(site: dict[str, Any], options: dict[str, Any], site_path: Path = SI
     Raises:
         ConfigError: an unknown key, a value that cannot be used, or no word on how many ranks a node gets.
     """
-    site = {key: str(value) if key in ("nodes", "gpus_per_node", "time", "mem") else value for key, value in site.items()}
+    site = {
+        key: str(value) if key in ("nodes", "gpus_per_node", "time", "mem") and value is not None else value
+        for key, value in site.items()
+    }
     try:
         Settings.model_validate(site)
     except ValidationError as error:
@@ -118,9 +122,8 @@ def settings(site: dict[str, Any], options: dict[str, Any], site_path: Path = SI
     try:
         found = Settings.model_validate({**site, **options})
     except ValidationError as error:
-        complaint, first = explain(error, Settings, options), error.errors()[0]
-        said = str(first.get("ctx", {}).get("error") or first["msg"].lower())
-        raise ConfigError(option_name(complaint.key), complaint.value, said) from None
+        complaint = explain(error, Settings, options)
+        raise ConfigError(option_name(complaint.key), complaint.value, complaint.problem) from None
     _check(found)
     return found
 

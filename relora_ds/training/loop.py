@@ -127,7 +127,7 @@ class Trainer:
         )  # fmt: skip
         data, length, seed = Path(config.data.path), config.data.sequence_length, config.run.seed
         self.train_data = TokenDataset(data, "train", length, seed=seed)
-        self.held_out = TokenDataset(data, "validation", length, shuffle=False)
+        self.held_out = TokenDataset(data, "validation", length, shuffle=False) if checked.index.holds_out else None
         if place.is_main:
             say("building the model and its DeepSpeed engine")
         self._build(resume_from)
@@ -264,6 +264,9 @@ class Trainer:
         return self.engine.optimizer.restarts if isinstance(self.engine.optimizer, ReLoRAOptimizer) else 0
 
     def evaluate(self) -> None:
+        """The perplexity on what is held out, if anything is."""
+        if self.held_out is None:
+            return
         result = evaluate(
             self.engine.module, self.held_out, batch_size=self.config.train.micro_batch, device=self.device,
             max_tokens=self.config.train.eval_tokens, rank=self.place.rank, world_size=self.place.world_size,

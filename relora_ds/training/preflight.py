@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from transformers import PretrainedConfig
 
 from relora_ds.checkpoint import reader as checkpoints
 from relora_ds.config import Compile, Config
 from relora_ds.data import tokenizer
-from relora_ds.data.token_dataset import TokenDataset, TokenIndex, read_index
+from relora_ds.data.token_dataset import TRAIN, VALIDATION, TokenDataset, TokenIndex, read_index
 from relora_ds.ds_config import fit as ds_config
-from relora_ds.errors import ConfigError
+from relora_ds.errors import ConfigError, nearest
 from relora_ds.method import lora
 from relora_ds.method.full_rank import full_rank_line
 from relora_ds.models import adapters, compiling, generation
@@ -79,6 +80,7 @@ def check(
         trust: as in :class:`Checked`.
         on_cuda: whether the ranks have GPUs; None: as this machine, which will run them.
     """
+    _refuse_unknown(allow_changed)
     index = read_index(Path(config.data.path))
     resumed = _check_resume(config, index, allow_changed)
     if resumed is not None:  # whatever number of ranks wrote the newest checkpoint: it may be one that had to adapt as well
@@ -88,7 +90,7 @@ def check(
     if on_cuda is None and not torch.cuda.is_available():  # asked of a GPU, it would start CUDA in the launching process
         ds_config.refuse_unrunnable(ds_config.precision(fitted))
     architecture = _architecture(config, index, resumed)
-    _check_data(config, index, architecture)
+    evaluates = _check_data(config, index, architecture)
     if resumed is None:
         _check_tokenizer(config, index)
     generation.name_tokens(architecture, config.model, index.folder)
@@ -97,9 +99,9 @@ def check(
         dtype, device = ds_config.DTYPES[ds_config.precision(fitted)], torch.device("cuda" if here else "cpu")
         models.attention_implementation(config.model.attention, architecture, dtype=dtype, device=device)  # or raises
         uncompiled = _check_compile(config.model.compile, device)
-    full_rank = None
+    full_rank, model = None, models.build_meta(architecture)
+    models.refuse_encoder(model, "model.config" if config.model.path is None else "model.path")
     if config.method != "full":
-        model = models.build_meta(architecture)
         layers = lora.find_targets(model, config.relora.targets)
         lora.check_rank(layers, config.relora.rank)
         full_rank = full_rank_line(model) if config.has_lora_phase else None
@@ -110,7 +112,7 @@ def check(
     if resumed is None:
         _check_start(config, trust)
     slow = models.slow_widths(architecture) if on_cuda or (on_cuda is None and here) else None
-    remarks = (ds_config.idle(content), full_rank, config.short_last_interval(), slow, uncompiled)
+    remarks = (evaluates, ds_config.idle(content), full_rank, config.short_last_interval(), slow, uncompiled)
     return Checked(config, fitted, architecture, index, trust, tuple(filter(None, remarks)))
 
 
@@ -131,10 +133,15 @@ def _check_start(config: Config, trust: bool) -> None:
         unpickle.check([start / checkpoints.MODEL_STATES], trust=trust, key="model.path")
 
 
-def _check_data(config: Config, index: TokenIndex, architecture: PretrainedConfig) -> None:
+def _check_data(config: Config, index: TokenIndex, architecture: PretrainedConfig) -> str | None:
+    """Raises ConfigError for data that the model or the recipe cannot take; one line where nothing is held out."""
     length = config.data.sequence_length
-    for split in ("train", "validation"):
+    for split in (TRAIN, VALIDATION) if index.holds_out else (TRAIN,):
         TokenDataset(index.folder, split, length)  # raises when a split is shorter than one sample
+    for key in ("eval_every", "eval_tokens"):
+        if not index.holds_out and getattr(config.train, key) is not None:
+            problem = f"{config.data.path} holds out nothing (--holdout 0)"
+            raise ConfigError(f"train.{key}", getattr(config.train, key), problem, "leave it out, or prepare with a holdout")
     positions = getattr(architecture, "max_position_embeddings", None)
     if positions is not None and length > positions:
         raise ConfigError("data.sequence_length", length, f"longer than the model's {positions} positions")
@@ -145,6 +152,7 @@ def _check_data(config: Config, index: TokenIndex, architecture: PretrainedConfi
             f"its tokenizer has {index.encoder_size} entries, the model's vocabulary {architecture.vocab_size}",
             "leave the model's vocab_size out, or prepare the data with the model's tokenizer",
         )
+    return None if index.holds_out else f"no evaluation: {config.data.path} holds out nothing (--holdout 0)"
 
 
 def _check_tokenizer(config: Config, index: TokenIndex) -> None:
@@ -172,9 +180,10 @@ def _architecture(config: Config, index: TokenIndex, resumed: Manifest | None) -
 
 
 def _check_resume(config: Config, index: TokenIndex, allow_changed: Sequence[str]) -> Manifest | None:
-    """A run's folder that holds a checkpoint can only be gone on with by the same run; returns the newest checkpoint's manifest."""
+    """A run's folder that holds a checkpoint can only be gone on with by the same run; returns the manifest of the newest that has
+    all its files, whose contents rank 0 will read."""
     folder = RunFolder(Path(config.run.dir))
-    newest = checkpoints.newest(folder)
+    newest = checkpoints.choose(folder, lambda problem: None, deep=False)
     if newest is None:
         return None
     content = checkpoints.read_manifest(newest)
@@ -216,6 +225,24 @@ def _flat(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _is_under(key: str, sections: Sequence[str]) -> bool:
     return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+
+def _refuse_unknown(allowed: Sequence[str]) -> None:
+    """Raises ConfigError for a word of ``--allow-changed`` that no setting, and no section of them, has for its name."""
+    known = list(_settings(Config))
+    for key in allowed:
+        if not any(_is_under(name, [key]) for name in known):
+            raise ConfigError("--allow-changed", key, "is no setting of a recipe", nearest(key, known))
+
+
+def _settings(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """The dotted names of all settings."""
+    for name, field in model.model_fields.items():
+        path = f"{prefix}{field.alias or name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _settings(field.annotation, f"{path}.")
+        else:
+            yield path
 
 
 def _refuse_changes(changes: list[tuple[str, Any, Any]], run_dir: str, allowed: Sequence[str]) -> None:

@@ -30,9 +30,9 @@ from relora_ds.errors import ConfigError
 from relora_ds.method.frozen_weights import checksum
 from relora_ds.run import unpickle
 from relora_ds.zero import rounding
+from relora_ds.zero import versions as zero_versions
 from relora_ds.zero.gradient_reduction import means_of_own
 
-TESTED_DEEPSPEED = "0.19.8"
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 INTERNALS = ("single_partition_of_fp32_groups", "bit16_groups", "optimizer", "dp_process_group", "overflow", "step")
 REDUCTION = (
@@ -81,7 +81,7 @@ def check_internals(zero: Any) -> None:
     """
 
     def refuse(problem: str) -> None:
-        raise ConfigError("deepspeed", deepspeed.__version__, problem, f"install deepspeed=={TESTED_DEEPSPEED}")
+        raise ConfigError("deepspeed", deepspeed.__version__, problem, zero_versions.install())
 
     if type(zero) is not DeepSpeedZeroOptimizer:
         refuse(f"the engine's optimizer is {type(zero).__name__}, ReLoRA needs DeepSpeedZeroOptimizer (ZeRO stage 1 or 2)")

@@ -14,14 +14,15 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, GradPartitionBufferGroup
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from relora_ds.comm.counter import GRADIENT, LEDGER
 from relora_ds.config import Traffic
 from relora_ds.errors import ConfigError
+from relora_ds.zero import versions as zero_versions
 from relora_ds.zero.rows import encode, quantise_, row_bytes, sum_of_own
-from relora_ds.zero.state import TESTED_DEEPSPEED, GradientRoute, ZeroState, data_parallel_group, unroutable
+from relora_ds.zero.state import GradientRoute, ZeroState, data_parallel_group, unroutable
 from relora_ds.zero.vocabulary import Words
 
 STATE_KEY = "relora_ds_vocabulary"
@@ -55,7 +56,7 @@ def route_vocabulary(engine: Any, words: Words, settings: Traffic, route: Gradie
         missing = [name for name in INTERNALS if not hasattr(zero, name)]
         problem = f"DeepSpeed {deepspeed.__version__} has no {', '.join(missing)}" if missing else unroutable(zero, engine)
     if problem:
-        way_out = f"leave traffic out, or take ZeRO stage 1 or 2 of deepspeed=={TESTED_DEEPSPEED} alone"
+        way_out = f"leave traffic out, or take ZeRO stage 1 or 2 alone and {zero_versions.install()}"
         raise ConfigError("traffic", settings.model_dump(), f"cannot be served: {problem}", way_out)
     average = zero.gradient_average if route is None else route.average
     return VocabularyRoute(zero, words, settings, average=average)
@@ -228,7 +229,7 @@ class VocabularyRoute:
                 if own.numel:
                     view = flat.narrow(0, param._hp_mapping.hp_fragment_address.start, own.numel)
                     views.append(view.copy_(total.view(-1).narrow(0, own.start - begin, own.numel)))
-            self.zero.averaged_gradients[group] = GradPartitionBufferGroup(views, flat)
+            self.zero.averaged_gradients[group] = zero_versions.finished_gradients(views, flat)
         self.gathered, self.seen = 0, None
 
     def reduce(self, param: nn.Parameter) -> tuple[Tensor, int]:

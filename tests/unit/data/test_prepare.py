@@ -310,7 +310,7 @@ def test_other_preparation_in_the_folder(
         change = {}
     with pytest.raises(ConfigError, match="another preparation.*delete that folder") as caught:
         prepare(source, tmp_path / "out", **change)
-    assert caught.value.key == "--out"
+    assert caught.value.key == "OUT"
 
 
 @pytest.mark.parametrize("file", ["train.bin", "tokenizer.json"])

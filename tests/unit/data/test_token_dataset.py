@@ -34,7 +34,7 @@ def write_folder(folder: Path, dtype: str = "uint16", tokens: int = TOKENS) -> P
         data = np.arange(count).astype({"uint16": "<u2", "uint32": "<u4"}[dtype]).tobytes()
         (folder / f"{name}.bin").write_bytes(data)
         splits[name] = {"file": f"{name}.bin", "tokens": count, "documents": 1, "sha256": hashlib.sha256(data).hexdigest()}
-    tokenizer = {"file": "tokenizer.json", "sha256": "", "vocab_size": 70_000, "eos_id": 3}
+    tokenizer = {"file": "tokenizer.json", "sha256": "", "vocab_size": 80_000, "eos_id": 3}
     index = {"format": 1, "tokenizer": tokenizer, "dtype": dtype, "splits": splits}
     (folder / "index.json").write_text(json.dumps(index))
     return folder
@@ -52,7 +52,7 @@ def edit_index(folder: Path, **changes: object) -> None:
 
 def test_read_index_returns_what_was_written(folder: Path) -> None:
     index = read_index(folder)
-    assert (index.vocab_size, index.eos_id, index.dtype) == (70_000, 3, np.dtype("<u2"))
+    assert (index.vocab_size, index.eos_id, index.dtype) == (80_000, 3, np.dtype("<u2"))
     assert (index.splits["train"].tokens, index.splits["train"].documents) == (TOKENS, 1)
 
 

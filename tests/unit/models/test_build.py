@@ -134,6 +134,21 @@ def test_control_of_other_architectures_can_be_built_and_saved(settings: dict[st
     assert torch.isfinite(model(input_ids=torch.arange(6).view(1, 6)).logits).all()
 
 
+def test_a_tied_head_counts_once_whether_or_not_transformers_ties_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.0 does not on the meta device."""
+    target = models.hf_config(Model(config={**TINY_LLAMA, "tie_word_embeddings": True}), VOCAB_SIZE)
+    expected = models.num_parameters(target)
+    from_config = models.AutoModelForCausalLM.from_config
+
+    def untied(config: Any) -> Any:
+        model = from_config(config)
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        return model
+
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_config", untied)
+    assert models.num_parameters(target) == expected
+
+
 def test_a_control_that_cannot_be_is_told_in_one_line() -> None:
     with pytest.raises(ConfigError, match=r"method='control': no such llama is as small as 100 parameters; raise the rank"):
         models.control_config(tiny(), 100)

@@ -8,10 +8,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import AutoTokenizer, LlamaConfig
 
 from relora_ds import config
-from relora_ds.data.prepare import train_tokenizer
+from relora_ds.data.prepare import prepare, train_tokenizer
 from relora_ds.data.token_dataset import read_index
 from relora_ds.data.tokenizer import Given
 from relora_ds.data.tokenizer import write as write_tokenizer
@@ -219,3 +220,24 @@ def test_widths_that_gpus_multiply_slowly_are_told_where_the_ranks_have_gpus(rec
     assert not any("intermediate_size" in line for line in on_cpus)
     rounded = config.load(recipe, ["model.config.intermediate_size=49", "model.multiple_of=8"])
     assert not any("multiply slowly" in line for line in check(rounded, recipe, 1, on_cuda=True).remarks)
+
+
+@pytest.fixture
+def nothing_held_out(tmp_path: Path, recipe: Path, token_folder: Path) -> Path:
+    """``recipe`` with tokens of which none are held out."""
+    prepare(str(token_folder.parent / "text.jsonl"), tmp_path / "all", vocab_size=300, holdout=0, progress=False)
+    content = yaml.safe_load(recipe.read_text())
+    content["data"]["path"] = str(tmp_path / "all")
+    recipe.write_text(yaml.safe_dump(content))
+    return recipe
+
+
+def test_nothing_held_out_is_no_evaluation_and_said_so(nothing_held_out: Path, tmp_path: Path) -> None:
+    checked = check(config.load(nothing_held_out), nothing_held_out, 1)
+    assert f"no evaluation: {tmp_path / 'all'} holds out nothing (--holdout 0)" in checked.remarks
+
+
+@pytest.mark.parametrize("override", ["train.eval_every=2", "train.eval_tokens=64"])
+def test_an_evaluation_of_nothing_is_refused(nothing_held_out: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match=f"{override}: .* holds out nothing .*; leave it out, or prepare with a holdout"):
+        check(config.load(nothing_held_out, [override]), nothing_held_out, 1)

@@ -1,0 +1,212 @@
+"""Bad settings, recipes, environments and command lines: each is refused in one line, before anything is started or written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.unit.bad_inputs import NEW, TRAIN, Bad, appended, become_folder, judge, overridden, replaced, spoilt, write
+from tests.unit.launchers import SRUN
+
+SETTINGS = [
+    # types and ranges
+    overridden("relora.rank=0", "relora.rank=0", "greater than 0"),
+    overridden("relora.rank=4.5", "relora.rank=4.5", "valid integer"),
+    overridden("relora.rank=true", "relora.rank=True", "valid integer"),
+    overridden("relora.rank=", "relora.rank=None", "valid integer"),
+    overridden("relora.rank='8'", "relora.rank='8'", "valid integer"),
+    overridden("relora.rank=100000", "relora.rank=100000", "use at most 32"),
+    overridden("relora.alpha=.nan", "relora.alpha=nan", "finite"),
+    overridden("relora.dropout=1", "relora.dropout=1", "less than 1"),
+    overridden("relora.targets=[]", "relora.targets=[]", "names no layer", "all-linear"),
+    overridden("relora.targets=[1,2]", "relora.targets=[1, 2]", "valid string"),
+    overridden("relora.restart_every=2.0", "relora.restart_every=2.0", "valid integer"),
+    overridden("relora.restart_growth=0.5", "relora.restart_growth=0.5", "or equal to 1"),
+    overridden("relora.reset=magnitude", "relora.reset='magnitude'", "section with keys"),
+    overridden("relora.frozen.group_size=4", "relora.frozen.group_size=4", "equal to 8"),
+    overridden("optimizer.lr=high", "optimizer.lr='high'", "valid number"),
+    overridden("optimizer.lr=.inf", "optimizer.lr=inf", "finite"),
+    overridden("optimizer.betas=[0.9]", "optimizer.betas=[0.9]", "at least 2"),
+    overridden("optimizer.eps=0", "optimizer.eps=0", "greater than 0"),
+    overridden("train.updates=many", "train.updates='many'", "valid integer"),
+    overridden("train.keep=0", "train.keep=0", "greater than 0"),
+    overridden("train.hang_timeout=.inf", "train.hang_timeout=inf", "finite"),
+    overridden("run.seed=4294967296", "run.seed=4294967296", "less than 2147483648"),
+    overridden("model.gradient_checkpointing=1", "model.gradient_checkpointing=1", "valid boolean"),
+    overridden("data=tokens", "data='tokens'", "section with keys"),
+    # names
+    overridden("relora.rnak=8", "relora.rnak=8", "did you mean 'rank'?"),
+    overridden("optimiser.lr=1", "optimiser", "did you mean 'optimizer'?"),
+    overridden("checkpoint.asynchronous=true", "checkpoint.asynchronous=True", "unknown key", "did you mean 'async'?"),
+    overridden("optimizer.schedule=jaged", "optimizer.schedule='jaged'", "did you mean 'jagged'?"),
+    overridden("method=rlora", "method='rlora'", "did you mean 'relora'?"),
+    overridden("train.stop_signal=KILL", "train.stop_signal='KILL'", "USR1"),
+    overridden("model.preset=llama_61m model.config=null", "model.preset='llama_61m'", "did you mean 'llama_60m'?"),
+    Bad(f"{NEW} 'model.config={{model_type: lama}}'", ["model.config.model_type='lama'", "'llama'"]),
+    overridden("relora.targets=qproj", "relora.targets='qproj'", "did you mean 'q_proj'?"),
+    # what cannot be together
+    overridden("relora.warm_start=4", "relora.warm_start=4", "the run of 4 updates"),
+    overridden("relora.restart_every=null", "relora.restart_every=None", "method: lora"),
+    overridden("relora.restart_warmup=3", "relora.restart_warmup=3", "relora.restart_every=3"),
+    overridden("relora.init=residual", "relora.init='residual'", "relora.frozen.master=sharded"),
+    overridden("relora.frozen.dtype=none", "relora.frozen.dtype='none'", "leave relora.restart_every out"),
+    overridden("train.tokens=100", "train.updates=4", "give either this or train.tokens"),
+    overridden("train.global_batch=7", "train.global_batch=7", "train.micro_batch=2"),
+    overridden("train.global_batch=6", "train.global_batch=6", "use 4 or 8"),
+    overridden("model.preset=llama_60m", "model=", "give exactly one of the three"),
+    overridden("traffic.vocabulary_every=3 relora.warm_start=2", "relora.warm_start=2", "traffic.vocabulary_every=3"),
+    overridden("data.sequence_length=100", "data.sequence_length=100", "64 positions"),
+    # models
+    overridden("model.config.hidden_size=33", "model.config=", "hidden size (33)"),
+    overridden("model.config.num_attention_heads=0", "model.config=", "cannot be built"),
+    overridden("model.config.hidden_size=-4", "model.config=", "cannot be built"),
+    overridden("model.config.vocab_size=10", "data.path='tokens'", "300 entries", "leave the model's vocab_size out"),
+    overridden("model.config.model_type=bert", "model.config.is_decoder=False", "see those that follow", "set it to true"),
+    overridden("model.attention=flash_attention_2", "model.attention='flash_attention_2'", "use auto"),
+    overridden("model.weights=nowhere", "model.weights='nowhere'", "save_checkpoint"),
+    # paths
+    overridden("data.path=''", "data.path=''", "is empty", "name a file or a folder"),
+    overridden("run.dir=''", "run.dir=''", "is empty"),
+    overridden('run.dir="a\\0b"', "run.dir='a\\x00b'", "holds a NUL character"),
+    overridden("run.dir=$NOPE/x", "run.dir='$NOPE/x'", "NOPE is not set"),
+    overridden("run.dir=~nobody-here/x", "run.dir='~nobody-here/x'", "write ./~nobody-here"),
+    overridden("run.dir=recipe.yaml", "run.dir='recipe.yaml'", "is not a folder", "name a folder"),
+    overridden("run.dir=recipe.yaml/x", "run.dir='recipe.yaml/x'", "is not a folder"),
+    overridden("data.path=recipe.yaml", "data.path='recipe.yaml'", "relora-ds prepare"),
+    # the form of an override
+    overridden("nokey", "override='nokey'", "key.sub=value"),
+    overridden("=5", "override='=5'", "key.sub=value"),
+    overridden("relora.rank.x=5", "relora.rank.x='5'", "is a value, not a section"),
+    overridden("relora.rank=[", "relora.rank=", "is not valid YAML"),
+    overridden("relora.rank=*a", "relora.rank=", "undefined alias", "is not valid YAML"),
+    overridden("optimizer.lr=!!python/object:os.system", "optimizer.lr=", "is not valid YAML"),
+]  # fmt: skip
+RECIPES = [
+    spoilt("empty", write("recipe.yaml", ""), TRAIN, "RECIPE='recipe.yaml'", "holds no settings", "'run:'"),
+    spoilt("a list", write("recipe.yaml", "- a\n"), TRAIN, "RECIPE='recipe.yaml'", "holds no settings"),
+    spoilt("text", write("recipe.yaml", "text"), TRAIN, "RECIPE='recipe.yaml'", "holds no settings"),
+    spoilt("an open brace", write("recipe.yaml", "run: {dir: x\nmodel: 5"), TRAIN, "recipe.yaml", "line 2", "not valid YAML"),
+    spoilt("a tab", appended("\tx: 1\n"), TRAIN, "recipe.yaml", "is not valid YAML"),
+    spoilt("a key twice", appended("optimizer: {lr: 1}\n"), TRAIN, "optimizer='line ", "is given twice", "make one"),
+    spoilt("two documents", appended("---\nrun: 5\n"), TRAIN, "recipe.yaml", "another document"),
+    spoilt("UTF-16", write("recipe.yaml", "run: {dir: x}".encode("utf-16")), TRAIN, "RECIPE='recipe.yaml'", "not UTF-8"),
+    spoilt("latin-1", write("recipe.yaml", "# ä\n".encode("latin-1")), TRAIN, "RECIPE='recipe.yaml'", "not UTF-8"),
+    spoilt("zero bytes", write("recipe.yaml", b"\0" * 20), TRAIN, "recipe.yaml", "is not valid YAML"),
+    spoilt("deep nesting", write("recipe.yaml", "{" * 3000), TRAIN, "recipe.yaml", "is not valid YAML"),
+    spoilt("no such date", replaced("seed: 1", "seed: 2024-13-45"), TRAIN, "recipe.yaml", "month must be"),
+    spoilt("a date", replaced("seed: 1", "seed: 2024-01-05"), TRAIN, "run.seed=", "valid integer"),
+    spoilt("a tag", replaced("lr: 0.002", "lr: !!timestamp x"), TRAIN, "recipe.yaml", "is not valid YAML"),
+    spoilt("5000 digits", replaced("seed: 1", "seed: " + "9" * 5000), TRAIN, "recipe.yaml", "is not valid YAML"),
+    spoilt("a number for a key", appended("5: 6\n"), TRAIN, "5=5", "keys should be strings"),
+    spoilt("a list for a key", appended("[a, b]: 6\n"), TRAIN, "recipe.yaml", "unhashable key"),
+    spoilt("a misspelt section", replaced("train:", "trian:"), TRAIN, "trian=", "did you mean 'train'?"),
+    spoilt("no section run", replaced("run:", "x: &x"), TRAIN, "x=", "unknown key"),
+    spoilt("a folder", become_folder("recipe.yaml"), TRAIN, "RECIPE='recipe.yaml'", "Is a directory", "name a YAML file"),
+    Bad("train nowhere.yaml", ["RECIPE='nowhere.yaml'", "No such file", "name a YAML file"]),
+    Bad("train recipe.yaml/x", ["RECIPE='recipe.yaml/x'", "Not a directory"]),
+    Bad("train ''", ["RECIPE", "is empty", "name a file"]),
+    Bad("train 'a\0b'", ["RECIPE", "NUL character"], wording="a NUL character"),
+]
+PAIR = {"RANK": "0", "WORLD_SIZE": "2"}
+STEP = SRUN | {"SLURM_STEP_NUM_TASKS": "8"}
+START = "train recipe.yaml run.dir=other"
+"""As a launcher starts it."""
+ENVIRONMENTS = [
+    Bad(START, ["RANK='0'", "without WORLD_SIZE", "unset RANK"], environment={"RANK": "0"}),
+    Bad(START, ["RANK='0'", "without WORLD_SIZE"], environment={"RANK": "0", "WORLD_SIZE": ""}),
+    Bad(START, ["WORLD_SIZE='2'", "without RANK"], environment={"RANK": "", "WORLD_SIZE": "2"}),
+    Bad(START, ["RANK='one'", "is no number", "unset it"], environment=PAIR | {"RANK": "one"}),
+    Bad(START, ["WORLD_SIZE='two'", "is no number"], environment=PAIR | {"WORLD_SIZE": "two"}),
+    Bad(START, ["WORLD_SIZE=0", "is below 1"], environment=PAIR | {"WORLD_SIZE": "0"}),
+    Bad(START, ["RANK=-1", "is below 0"], environment=PAIR | {"RANK": "-1"}),
+    Bad(START, ["RANK=2", "not below WORLD_SIZE=2"], environment=PAIR | {"RANK": "2"}),
+    Bad(START, ["LOCAL_RANK='x'", "is no number"], environment=PAIR | {"LOCAL_RANK": "x"}),
+    Bad(START, ["LOCAL_RANK=5", "not below"], environment=PAIR | {"LOCAL_RANK": "5", "LOCAL_WORLD_SIZE": "2"}),
+    Bad(START, ["WORLD_SIZE=2", "4 ranks of this node"], environment=PAIR | {"LOCAL_WORLD_SIZE": "4"}),
+    Bad(START, ["LOCAL_WORLD_SIZE=0", "is below 1"], environment=PAIR | {"LOCAL_WORLD_SIZE": "0"}),
+    Bad(START, ["MASTER_PORT='x'", "is no number"], environment=PAIR | {"MASTER_PORT": "x"}),
+    Bad(START, ["MASTER_PORT=99999", "is above 65535"], environment=PAIR | {"MASTER_PORT": "99999"}),
+    Bad(START, ["SLURM_PROCID='x'", "is no number"], environment=STEP | {"SLURM_PROCID": "x"}, wording="SLURM_PROCID=x"),
+    Bad(START, ["SLURM_PROCID=8", "not below SLURM_STEP_NUM_TASKS=8"], environment=STEP | {"SLURM_PROCID": "8"}, wording="task 8"),
+    Bad(START, ["SLURM_STEP_ID='x'", "is no number"], environment=STEP | {"SLURM_STEP_ID": "x"}, wording="SLURM_STEP_ID=x"),
+    Bad(START, ["SLURM_STEP_NUM_TASKS='x'"], environment=STEP | {"SLURM_STEP_NUM_TASKS": "x"}, wording="x tasks"),
+    Bad(START, ["SLURM_STEP_NUM_NODES=0", "is below 1"], environment=STEP | {"SLURM_STEP_NUM_NODES": "0"}, wording="no nodes"),
+    Bad(START, ["SLURM_STEP_TASKS_PER_NODE='x'"], environment=STEP | {"SLURM_STEP_TASKS_PER_NODE": "x"}, wording="x a node"),
+    Bad(START, ["SLURM_STEP_TASKS_PER_NODE='4(x2)'", "node 7"], environment=STEP | {"SLURM_NODEID": "7"}, wording="node 7"),
+    Bad(START, ["SLURM_JOB_ID='x'", "is no number"], environment=STEP | {"SLURM_JOB_ID": "x"}, wording="SLURM_JOB_ID=x"),
+    Bad(START, ["MASTER_PORT='x'"], environment=STEP | {"MASTER_PORT": "x"}, wording="srun and MASTER_PORT=x"),
+    Bad(START, ["WORLD_SIZE=1", "srun started 8 tasks"], environment=STEP | {"RANK": "0", "WORLD_SIZE": "1"}, wording="both"),
+    Bad(f"{START} --nproc 2", ["--nproc=2", "started by torchrun"], environment=PAIR),
+    Bad(f"{START} --under srun", ["--under='srun'", "which rank this is"]),
+    Bad("slurm before recipe.yaml --tasks-per-node 1", ["SLURM_JOB_ID=None", "batch scripts"]),
+]  # fmt: skip
+SUBMIT = "slurm submit recipe.yaml --dry-run"
+COMMANDS = [
+    Bad("", ["COMMAND", "--help"], wording="nothing"),
+    Bad("trian recipe.yaml", ["'trian'", "--help"]),
+    Bad("train", ["RECIPE", "--help"]),
+    Bad("train recipe.yaml recipe.yaml", ["override='recipe.yaml'", "key.sub=value"]),
+    Bad("train recipe.yaml --nproc 0", ["--nproc=0", "at least 1"]),
+    Bad("train recipe.yaml --nproc two", ["--nproc", "'two'"]),
+    Bad("train recipe.yaml run.dir=other --nproc 3", ["train.global_batch=8", "use 6 or 12"]),
+    Bad("train recipe.yaml --nrpoc 2", ["--nrpoc", "did you mean '--nproc'?"]),
+    Bad(f"{TRAIN} --allow-changed relora.rnak", ["--allow-changed='relora.rnak'", "did you mean 'relora.rank'?"]),
+    Bad("eval", ["RUN_DIR", "--help"]),
+    Bad("eval nowhere", ["RUN_DIR='nowhere'", "no complete checkpoint", "name a run's folder"]),
+    Bad("eval ''", ["RUN_DIR", "is empty"]),
+    Bad("eval run --data nowhere", ["data.path='nowhere'", "relora-ds prepare"]),
+    Bad("eval run --max-tokens 0", ["--max-tokens=0", "at least 1"]),
+    Bad("eval run --batch-size=-1", ["--batch-size=-1", "at least 1"]),
+    Bad("export run", ["OUT", "--help"]),
+    Bad("export run tokens", ["OUT='tokens'", "is not empty", "name a new folder"]),
+    Bad("export run recipe.yaml", ["OUT='recipe.yaml'", "is not a folder", "name a folder"]),
+    Bad("export run recipe.yaml/x", ["OUT='recipe.yaml/x'", "is not a folder"]),
+    Bad("export run out --dtype int8", ["--dtype", "'int8'", "fp32"]),
+    Bad("checkpoints tokens", ["RUN_DIR='tokens'", "holds no run", "run.dir"]),
+    Bad("checkpoints run --verfy", ["--verfy", "did you mean '--verify'?"]),
+    Bad("report nowhere", ["RUN_DIR='nowhere'", "no metrics.jsonl", "name the folder"]),
+    Bad("report run --out recipe.yaml", ["--out=", "is not a folder"]),
+    Bad("traffic recipe.yaml --nproc 1", ["--nproc=1", "use at least 2"]),
+    Bad("traffic recipe.yaml --updates 0", ["--updates=0", "at least 1"]),
+    Bad("traffic recipe.yaml --arms full,zero9", ["--arms='zero9'", "did you mean 'zero2'?"]),
+    Bad("traffic recipe.yaml --link fast", ["--link='fast'", "100Mbit"]),
+    Bad("traffic recipe.yaml --out recipe.yaml", ["--out='recipe.yaml'", "is not a folder"]),
+    Bad("plan recipe.yaml", ["--gpus", "--help"]),
+    Bad("plan recipe.yaml --gpus 0", ["--gpus=0", "1 to 10,000"]),
+    Bad("plan recipe.yaml --gpus 2 --gpu h1000", ["--gpu='h1000'", "did you mean 'h100'?"]),
+    Bad("plan recipe.yaml --gpus 2 --gpu-memory lots", ["--gpu-memory='lots'", "80GB"]),
+    Bad("plan recipe.yaml --gpus 2 --tflops inf", ["--tflops=inf", "at most"]),
+    Bad("plan recipe.yaml --gpus 2 --mfu nan", ["--mfu=nan", "above 0"]),
+    Bad("plan recipe.yaml --gpus 2 --vocab-size 100000000000", ["--vocab-size=100000000000", "at most"]),
+    Bad("plan recipe.yaml --gpus 2 data.path=nowhere", ["data.path='nowhere'", "--vocab-size"]),
+    Bad(SUBMIT, ["--gpus-per-node=None", "--tasks-per-node"]),
+    Bad(f"{SUBMIT} --gpus-per-node 0", ["--tasks-per-node=None", "is required"]),
+    Bad(f"{SUBMIT} --gpus-per-node 2 --tasks-per-node 4", ["--tasks-per-node=4", "2 GPU(s)"]),
+    Bad(f"{SUBMIT} --gpus-per-node 2 --nodes 2-1", ["--nodes='2-1'", "--nodes 1-2"]),
+    Bad(f"{SUBMIT} --gpus-per-node 2 --nodes some", ["--nodes='some'", "2-4"]),
+    Bad(f"{SUBMIT} --gpus-per-node some", ["--gpus-per-node='some'", "a100:8"]),
+    Bad(f"{SUBMIT} --tasks-per-node 2 --signal KILL", ["--signal", "'KILL'", "USR1"]),
+    Bad(f"{SUBMIT} --tasks-per-node 2 --signal-before 5", ["--signal-before=5", "equal to 30"]),
+    Bad(f"{SUBMIT} --tasks-per-node 2 --sbatch-args=--array=0-3", ["--sbatch-args='--array=0-3'", "each recipe by itself"]),
+    Bad(f"{SUBMIT} --tasks-per-node 2 --site nowhere", ["--site='nowhere'", "no such file", "name a YAML file"]),
+    spoilt("a site file in latin-1", write("s", b"\xff"), f"{SUBMIT} --site s", "slurm.yaml='s'", "is not UTF-8"),
+    spoilt("a site file with a list", write("s", "[1]"), f"{SUBMIT} --site s", "slurm.yaml='s'", "keys and values"),
+    spoilt("a misspelt key of a site", write("s", "nods: 1"), f"{SUBMIT} --site s", "s.nods=1", "did you mean 'nodes'?"),
+    spoilt("a key of a site twice", write("s", "nodes: 1\nnodes: 2"), f"{SUBMIT} --site s", "line 2 of s", "twice"),
+    Bad("slurm status run", ["run.dir='run'", "no SLURM job", "slurm submit"]),
+    Bad("slurm logs run --lines=-1", ["--lines=-1", "at least 0"]),
+    Bad("slurm cancel run --wait=-1", ["--wait=-1", "at least 0"]),
+    Bad("slurm hostfile --slots 0 --job 1", ["--slots=0", "at least 1"]),
+]
+
+
+@pytest.mark.parametrize("bad", [*SETTINGS, *RECIPES, *ENVIRONMENTS, *COMMANDS], ids=str)
+def test_refused_in_one_line(bad: Bad, place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    judge(bad, place, monkeypatch, capfd)
+
+
+def test_the_good_recipe_is_started(place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """What all of these would do, were they not bad."""
+    with pytest.raises(pytest.fail.Exception, match="ranks were started"):
+        judge(Bad(NEW, []), place, monkeypatch, capfd)
