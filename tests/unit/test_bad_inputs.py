@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.bad_inputs import NEW, TRAIN, Bad, appended, become_folder, judge, overridden, replaced, spoilt, write
-from tests.unit.launchers import SRUN
+from tests.unit.launch.launchers import SRUN
 
 SETTINGS = [
     # types and ranges
