@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from relora_ds.errors import EXIT_DONE
-from relora_ds.models.export import export, load_merged
+from relora_ds.models.export import export_model, load_merged
 from tests.distributed.conftest import content  # noqa: F401 — a fixture: 18 updates, restarts after 8, 12 and 16
 from tests.distributed.pool import run
 from tests.distributed.test_equivalence import RESETS, plain_relora, poison_one_rank, zero_relora
@@ -52,5 +52,5 @@ def test_trains_stops_resumes_and_goes_on_with_another_number_of_ranks(content: 
     restarts = [read_log(tmp_path / name / "restarts.jsonl") for name in ("whole", "disturbed")]
     assert [record["update"] for record in restarts[0]] == [record["update"] for record in restarts[1]] == [8, 12, 16]
     exported = tmp_path / "exported"
-    export(tmp_path / "whole", exported)
+    export_model(tmp_path / "whole", exported)
     torch.save(logits(load_merged(tmp_path / "whole", dtype=torch.float32)), exported / LOGITS)

@@ -115,7 +115,7 @@ def test_rank_0_speaks_for_all_but_of_what_it_cannot_hear(
 
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(cli.launch, "start_process_group", refuse)
+    monkeypatch.setattr(cli.process_group, "start", refuse)
     assert main(["train", str(recipe), "relora.rank=0"]) == 2
     assert capfd.readouterr().err == told
 

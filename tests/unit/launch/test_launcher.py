@@ -176,7 +176,7 @@ LAUNCHERS = {
 """What is run, and how many children it has."""
 LAUNCHER = (
     "import signal, subprocess, sys, threading; signal.signal(signal.SIGHUP, signal.SIG_DFL); "  # ignored under nohup
-    "from relora_ds.launch.start import launcher, libraries; sys.executable = sys.argv[1]; "
+    "from relora_ds.launch import launcher; sys.executable = sys.argv[1]; "
 )
 
 
