@@ -214,10 +214,11 @@ def _recipe(checked: Checked, device: torch.device) -> Steps:
     phase = "lora" if checked.config.has_lora_phase else "full"
     model = phases.initial_model(checked, device, phase)
     engine = (phases.full_engine if phase == "full" else phases.lora_engine)(model, checked)
-    way: Way = "owner" if ds_config.get(checked.deepspeed, "zero_optimization.reduce_scatter", True) else "all-reduce"
     optimizer, every = engine.optimizer, checked.config.lora_settings.restart_every
     restarts = isinstance(optimizer, ReLoRAOptimizer) and checked.config.method == "relora" and every
-    return _engine_steps(engine, way, restart=optimizer.restart if restarts else None, between=every or 0)
+    return _engine_steps(
+        engine, foretold.way(checked.deepspeed), restart=optimizer.restart if restarts else None, between=every or 0
+    )
 
 
 def _full_rank(checked: Checked) -> Checked:

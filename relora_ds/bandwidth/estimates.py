@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,16 @@ from torch import nn
 
 from relora_ds.bandwidth import formulas
 from relora_ds.config import ReLoRA, Traffic
+from relora_ds.ds_config import fit as ds_config
 from relora_ds.method.lora import relora_layers
+from relora_ds.zero import versions
 from relora_ds.zero.rows import row_bytes
+
+
+def way(deepspeed: Mapping[str, Any]) -> formulas.Way:
+    """How the gradients of an engine with this DeepSpeed configuration travel."""
+    asked = ds_config.get(deepspeed, "zero_optimization.reduce_scatter", True)
+    return "owner" if asked and versions.reduces_to_owners() else "all-reduce"
 
 
 def vocabulary(params: Sequence[nn.Parameter], settings: Traffic, width: float) -> dict[str, Any]:

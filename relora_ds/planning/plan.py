@@ -278,7 +278,7 @@ class Planner:
             if name == "lora" and "full" in names:
                 peaks[change_footprint.MOMENT] = self.change(engine)
             memory[name] = {moment: dict(peak.parts) for moment, peak in peaks.items()}
-            update[name] = self.cost(self.phase(name), "owner")
+            update[name] = self.cost(self.phase(name), foretold.way(self.fitted))
         baseline = self.cost(self.phase("full", target=self.config.method == "control"), "all-reduce")
         totals = {(name, moment): sum(parts.values()) for name in names for moment, parts in memory[name].items()}
         phase, moment = max(totals, key=lambda place: totals[place])

@@ -48,6 +48,11 @@ def without_traffic() -> str:
     return f"DeepSpeed {deepspeed.__version__} does not take finished gradients of a group"
 
 
+def reduces_to_owners() -> bool:
+    """Whether the installed DeepSpeed has what :class:`relora_ds.zero.state.GradientRoute` replaces; from 0.19 on."""
+    return hasattr(stage_1_and_2.DeepSpeedZeroOptimizer, "_buffered_reduce_fallback_preserving_fp32")
+
+
 def finished_gradients(views: list[Tensor], flat: Tensor) -> Any:
     """What DeepSpeed takes for a group's reduced gradients on this rank; only where :func:`without_traffic` is empty.
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from relora_ds.bandwidth.formulas import Bytes
 from relora_ds.cli import main as cli
@@ -64,6 +65,15 @@ def test_both_phases_and_what_rules(recipe: Path, capsys: pytest.CaptureFixture[
         fast["compute_s"], fast["link_s"]
     )
     assert answer["restart"]["every"] == 10
+
+
+def test_gradients_of_an_older_deepspeed_are_counted_as_they_go_there(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [str(recipe), "--gpus", "4", "relora.warm_start=0"]
+    short = plan(capsys, *words)["update"]["lora"]["gradient_bytes"]
+    monkeypatch.delattr(DeepSpeedZeroOptimizer, "_buffered_reduce_fallback_preserving_fp32")
+    assert plan(capsys, *words)["update"]["lora"]["gradient_bytes"] == pytest.approx(4 * short), "two all-reduces"
 
 
 @pytest.mark.parametrize(
