@@ -15,15 +15,12 @@ VOCABULARY = 32_100
 WIDTH = 2
 RANKS = 8
 """The share (N-1)/N is in every figure, and goes out of the ratios; norms and losses are 100 bytes."""
-SCALE_BLOCK = 256
-"""Entries that share a 2-byte scale where gradients travel in 8 bits."""
 
 
-def sent(numel: int, way: formulas.Way, accumulation: int, **vocabulary: float) -> float:
+def sent(numel: int, way: formulas.Way, accumulation: int) -> float:
     return formulas.update_bytes(
         numel, world_size=RANKS, gradient_width=WIDTH, parameter_width=WIDTH, stage=2, accumulation=accumulation, way=way,
-        **vocabulary,
-    ).total  # type: ignore[arg-type]  # fmt: skip
+    ).total  # fmt: skip
 
 
 def row(name: str, rank: int) -> list[str]:
@@ -36,20 +33,15 @@ def row(name: str, rank: int) -> list[str]:
     low_rank_words = trainable - words + 2 * rank * (VOCABULARY + config.hidden_size)
     own = {accumulation: sent(trainable, "owner", accumulation) for accumulation in (1, 8)}
     default = {accumulation: sent(full, "all-reduce", accumulation) for accumulation in (1, 8)}
-    options = (
-        sent(low_rank_words, "owner", 8),
-        sent(trainable, "owner", 8, vocabulary_numel=words, vocabulary_every=4),
-        sent(trainable, "owner", 8, vocabulary_numel=words, vocabulary_gradient_width=1 + 2 / SCALE_BLOCK),
-    )
     ratios = [
-        own[1] / sent(full, "owner", 1), own[1] / default[1], own[8] / default[8], *(value / default[8] for value in options)
+        own[1] / sent(full, "owner", 1), own[1] / default[1], own[8] / default[8], sent(low_rank_words, "owner", 8) / default[8]
     ]  # fmt: skip
     return [name, str(rank), f"{full / 1e6:,.1f}", f"{trainable / 1e6:,.1f}", *(f"{ratio:.2%}" for ratio in ratios)]
 
 
 def main() -> None:
     columns = ["model", "rank", "parameters, M", "trainable, M", "same collectives", "defaults, 1", "defaults, 8"]
-    columns += ["low-rank vocabulary", "every 4", "8 bits"]
+    columns += ["low-rank vocabulary"]
     print(f"| {' | '.join(columns)} |")
     print("|" + "---|" * len(columns))
     for name, (hidden, *_) in PRESETS.items():

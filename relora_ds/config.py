@@ -196,22 +196,6 @@ class Train(Section):
     """So many seconds without progress: every rank's stacks are written and the job is ended."""
 
 
-class Traffic(Section):
-    """How the gradients of the vocabulary (the trained weights of embedding and head) are sent."""
-
-    vocabulary_every: Positive = 1
-    """They are summed over so many updates of a phase, and reduced, stepped and gathered with the last of them."""
-    vocabulary_rows: Literal["all", "seen"] = "all"
-    """seen: of the embedding's, each rank sends only the rows of tokens that it held, where this is less."""
-    vocabulary_dtype: Literal["auto", "int8"] = "auto"
-    """auto: DeepSpeed's ``communication_data_type``. int8: 8 bits with error feedback."""
-
-    @property
-    def is_on(self) -> bool:
-        """Whether anything differs from the usual way."""
-        return self != Traffic()
-
-
 class Checkpoint(Section):
     """How checkpoints are written."""
 
@@ -239,7 +223,6 @@ class Config(Section):
     relora: ReLoRA = ReLoRA()
     optimizer: Optimizer = Optimizer()
     train: Train
-    traffic: Traffic = Traffic()
     checkpoint: Checkpoint = Checkpoint()
     wandb: Wandb = Wandb()
     deepspeed: LocalPath | dict[str, Any]
@@ -337,14 +320,6 @@ def parse_relora(settings: dict[str, Any] | ReLoRA) -> ReLoRA:
     return relora
 
 
-def parse_traffic(settings: dict[str, Any] | Traffic | None) -> Traffic:
-    """The ``traffic`` section alone, for users of :func:`relora_ds.initialize`."""
-    try:
-        return settings if isinstance(settings, Traffic) else Traffic.model_validate(settings or {})
-    except ValidationError as error:
-        raise explain(error, Traffic, settings, prefix=("traffic",)) from None
-
-
 def explain(error: ValidationError, model: type[BaseModel], content: Any, prefix: tuple[str, ...] = ()) -> ConfigError:
     """pydantic's first complaint as one line: the key, the value, what is wrong, the nearest valid name."""
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a misspelt key explains a missing one
@@ -397,12 +372,6 @@ def _check_contradictions(config: Config) -> None:
         return
     if config.full_updates >= total:
         raise ConfigError("relora.warm_start", relora.warm_start, f"not shorter than the run of {total} updates")
-    every = config.traffic.vocabulary_every
-    if config.full_updates % every:
-        problem = (
-            f"not a multiple of traffic.vocabulary_every={every}: what is summed up at the end of the warm start would be lost"
-        )
-        raise ConfigError("relora.warm_start", relora.warm_start, problem)
     if config.method == "relora" and relora.restart_every is None and relora.reset.every is None:
         raise ConfigError("relora.restart_every", None, "ReLoRA needs restarts", "give a number of updates, or method: lora")
     check_relora(config.lora_settings)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from relora_ds.bandwidth import formulas
 from relora_ds.bandwidth.formulas import Way
 from relora_ds.comm import nic
 from relora_ds.comm.counter import GRADIENT, LEDGER, LOSS, START_UP, by_purpose, count_everything, label
-from relora_ds.config import Config, Traffic
+from relora_ds.config import Config
 from relora_ds.data.token_dataset import TokenDataset, rank_micro_batches
 from relora_ds.ds_config import fit as ds_config
 from relora_ds.engine.initialize import adamw
@@ -88,7 +87,6 @@ class Steps:
         updates_between_restarts: how many.
         way, stage, widths: for the formula; widths are those of gradients and parameters on the wire, in bytes.
         close: frees what can be freed.
-        vocabulary: what the formula is told of embedding and head, where ``traffic`` gives them a way of their own.
     """
 
     micro_batch: Callable[[Tensor, bool], Tensor]
@@ -97,7 +95,6 @@ class Steps:
     stage: int
     widths: tuple[float, float]
     close: Callable[[], None]
-    vocabulary: dict[str, Any] = field(default_factory=dict)
     restart: Callable[[], object] | None = None
     updates_between_restarts: int = 0
 
@@ -108,19 +105,16 @@ def arms_of(config: Config, chosen: Iterable[str] = ARMS) -> list[str]:
 
 
 def measure(arm: str, checked: Checked, place: Place, device: torch.device, updates: int) -> Measurement:
-    """Trains ``updates`` updates after one to warm up, or whole turns of ``traffic.vocabulary_every``. Every rank calls it."""
+    """Trains ``updates`` updates after one to warm up. Every rank calls it."""
     config = checked.config
-    turn = config.traffic.vocabulary_every
-    updates = turn * math.ceil(updates / turn)
     with LEDGER.purpose(START_UP):
         steps = _STARTS[arm](checked, device)
     data = TokenDataset(Path(config.data.path), "train", config.data.sequence_length, seed=config.run.seed)
     train = partial(_train, steps, data, checked, place, device)
-    for update in range(1, turn + 1):
-        train(update)
+    train(1)
     with _observed(place, device) as seen:
         started = time.perf_counter()
-        for update in range(turn + 1, turn + updates + 1):
+        for update in range(2, updates + 2):
             train(update)
         seconds = (time.perf_counter() - started) / updates
     counted = {purpose: value / updates for purpose, value in seen.counted.items()}
@@ -136,7 +130,7 @@ def measure(arm: str, checked: Checked, place: Place, device: torch.device, upda
     gradient_width, parameter_width = steps.widths
     formula = restart_formula + formulas.update_bytes(
         trainable, world_size=place.world_size, gradient_width=gradient_width, parameter_width=parameter_width, stage=steps.stage,
-        accumulation=accumulation(config, place.world_size), way=steps.way, **steps.vocabulary,
+        accumulation=accumulation(config, place.world_size), way=steps.way,
     ).total  # fmt: skip
     tokens = config.train.global_batch * config.data.sequence_length
     steps.close()
@@ -204,9 +198,7 @@ def _engine_steps(engine: Any, way: Way, *, restart: Callable[[], object] | None
 
     wire, stage = engine.communication_data_type, engine.zero_optimization_stage()
     widths = (float(wire.itemsize), float(next(engine.module.parameters()).element_size()))
-    route = getattr(engine.optimizer, "vocabulary", None)
-    vocabulary = {} if route is None else foretold.vocabulary(route.params, route.settings, widths[0])
-    return Steps(micro_batch, engine.module, way, stage, widths, partial(release, engine), vocabulary, restart, between)
+    return Steps(micro_batch, engine.module, way, stage, widths, partial(release, engine), restart, between)
 
 
 def _recipe(checked: Checked, device: torch.device) -> Steps:
@@ -223,7 +215,7 @@ def _recipe(checked: Checked, device: torch.device) -> Steps:
 
 def _full_rank(checked: Checked) -> Checked:
     """The recipe with all parameters trained, on the model itself (the control's is narrower)."""
-    config = checked.config.model_copy(update={"method": "full", "traffic": Traffic()})
+    config = checked.config.model_copy(update={"method": "full"})
     return replace(checked, config=config, architecture=models.hf_config(config.model, checked.index.vocab_size))
 
 

@@ -2,45 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from relora_ds.bandwidth import formulas
-from relora_ds.config import ReLoRA, Traffic
+from relora_ds.config import ReLoRA
 from relora_ds.ds_config import fit as ds_config
 from relora_ds.method.lora import relora_layers
 from relora_ds.zero import versions
-from relora_ds.zero.rows import row_bytes
 
 
 def way(deepspeed: Mapping[str, Any]) -> formulas.Way:
     """How the gradients of an engine with this DeepSpeed configuration travel."""
     asked = ds_config.get(deepspeed, "zero_optimization.reduce_scatter", True)
     return "owner" if asked and versions.reduces_to_owners() else "all-reduce"
-
-
-def vocabulary(params: Sequence[nn.Parameter], settings: Traffic, width: float) -> dict[str, Any]:
-    """What :func:`relora_ds.bandwidth.formulas.update_bytes` is told of the vocabulary; nothing where it goes the usual way.
-
-    Rows that are not sent because no token was theirs depend on the data: they are taken as sent.
-
-    Args:
-        params: the trained weights of embedding and head.
-        settings: the recipe's ``traffic`` section.
-        width: bytes of the other gradients' entries on the wire.
-    """
-    numel = sum(param.numel() for param in params)
-    if not (settings.is_on and numel):
-        return {}
-    coded = sum(param.shape[0] * row_bytes(param.shape[1], torch.int8) for param in params) / numel
-    return {
-        "vocabulary_numel": numel,
-        "vocabulary_every": settings.vocabulary_every,
-        "vocabulary_gradient_width": coded if settings.vocabulary_dtype == "int8" else width,
-    }
 
 
 def restart(model: nn.Module, settings: ReLoRA, world_size: int) -> float:

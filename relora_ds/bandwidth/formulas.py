@@ -58,33 +58,25 @@ def update_bytes(
     stage: int,
     accumulation: int,
     way: Way,
-    vocabulary_numel: int = 0,
-    vocabulary_every: int = 1,
-    vocabulary_gradient_width: float | None = None,
 ) -> Bytes:
     """What one rank sends in one update.
 
     Args:
-        numel: trainable parameters, the vocabulary's included.
+        numel: trainable parameters.
         world_size: number of ranks N.
         gradient_width: bytes of a gradient's entry on the wire (``communication_data_type``).
         parameter_width: bytes of an entry of the module's parameters.
         stage: of ZeRO, 1 or 2; nothing to ``owner`` and ``ddp``.
         accumulation: micro batches of an update; matters to ``all-reduce`` under stage 2 alone, which reduces after each.
         way: of the gradients.
-        vocabulary_numel: entries of the embedding and the head among ``numel``.
-        vocabulary_every: so many updates share one reduction and one gathering of these.
-        vocabulary_gradient_width: bytes of their gradients' entries on the wire; None: as ``gradient_width``.
     """
     once = share(world_size)
-    wide = gradient_width if vocabulary_gradient_width is None else vocabulary_gradient_width
-    others, vocabulary = numel - vocabulary_numel, vocabulary_numel / vocabulary_every
     reductions = accumulation if way == "all-reduce" and stage == 2 else 1
-    gradient = (once if way == "owner" else 2 * once * reductions) * (others * gradient_width + vocabulary * wide)
+    gradient = (once if way == "owner" else 2 * once * reductions) * numel * gradient_width
     is_sharded = way != "ddp"
     return Bytes(
         gradient=gradient,
-        parameters=once * (others + vocabulary) * parameter_width if is_sharded else 0.0,
+        parameters=once * numel * parameter_width if is_sharded else 0.0,
         norm=2 * once * NORM_BYTES if is_sharded else 0.0,
         loss=2 * once * (LOSS_BYTES + TIME_BYTES * world_size / TIMES_EVERY),
     )

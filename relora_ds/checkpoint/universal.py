@@ -58,9 +58,6 @@ def load(
     engine.global_samples = state["global_samples"]
     old = partial(_optimizer_states, checkpoint, content, trust)
     _load_restarts(optimizer, checkpoint, content, old)
-    vocabulary = getattr(optimizer, "vocabulary", None)
-    if vocabulary is not None:
-        vocabulary.load_shares(list(old()))
     return checkpoints.Progress(**content.progress)
 
 

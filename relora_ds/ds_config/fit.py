@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from relora_ds.config import Config, Traffic
+from relora_ds.config import Config
 from relora_ds.ds_config.file import read
 from relora_ds.ds_config.values import BATCH, get, normalise, precision, refuse_other_kinds, remove, without_effect
 from relora_ds.errors import ConfigError
-from relora_ds.zero import versions as zero_versions
 
 __all__ = [
     *("DTYPES", "adapt", "fit", "get", "idle", "normalise", "of_recipe", "precision", "precision_of", "read"),
@@ -23,7 +22,6 @@ __all__ = [
         "refuse_other_precision",
         "refuse_unrunnable",
         "refuse_unsupported",
-        "refuse_with_traffic",
         "sums_apart",
     ),
 ]
@@ -42,7 +40,6 @@ def of_recipe(recipe: Config, *near: Path) -> dict[str, Any]:
     refuse_unsupported(content)
     _judge(content, _NEEDS_OF_RECIPES)
     refuse_other_kinds(content)
-    refuse_with_traffic(content, recipe.traffic)
     return content
 
 
@@ -220,22 +217,3 @@ def _judge(config: Mapping[str, Any], rules: tuple[Rule, ...]) -> None:
         value = get(config, key)
         if value is not None and is_wrong(value):
             raise ConfigError(f"deepspeed.{key}", value, problem, way_out)
-
-
-def refuse_with_traffic(config: Mapping[str, Any], traffic: Traffic) -> None:
-    """Raises ConfigError for what the vocabulary's own way, if it has one, cannot be combined with."""
-    if not traffic.is_on:
-        return
-    problem = zero_versions.without_traffic()
-    if problem:
-        way_out = f"leave traffic out, or install deepspeed>={zero_versions.WITH_TRAFFIC}"
-        raise ConfigError("traffic", traffic.model_dump(), f"cannot be served: {problem}", way_out)
-    stage, device = get(config, "zero_optimization.stage", 0), get(config, "zero_optimization.offload_optimizer.device")
-    if stage not in (1, 2):
-        raise ConfigError("deepspeed.zero_optimization.stage", stage, "traffic needs ZeRO stage 1 or 2", "leave traffic out")
-    if device not in (None, "none"):
-        problem = "traffic brings gradients to optimizers on the ranks' devices"
-        raise ConfigError("deepspeed.zero_optimization.offload_optimizer.device", device, problem, "leave out this or traffic")
-    if get(config, "zero_optimization.compute_grad_norm") is False:
-        problem = "traffic needs to know which updates are skipped before gradients are sent"
-        raise ConfigError("deepspeed.zero_optimization.compute_grad_norm", False, problem, "leave out this or traffic")

@@ -17,7 +17,7 @@ from torch import nn
 from relora_ds.checkpoint.base import frozen_weights
 from relora_ds.checkpoint.reader import load_base
 from relora_ds.comm.counter import LEDGER, START_UP, count_everything, label
-from relora_ds.config import Optimizer, ReLoRA, Traffic, parse_relora, parse_traffic
+from relora_ds.config import Optimizer, ReLoRA, parse_relora
 from relora_ds.ds_config import fit as ds_config
 from relora_ds.errors import ConfigError
 from relora_ds.launch import libraries, process_group
@@ -28,8 +28,6 @@ from relora_ds.optimizer.wrapper import ReLoRAOptimizer
 from relora_ds.run import unpickle
 from relora_ds.zero import versions as zero_versions
 from relora_ds.zero.state import route_gradients
-from relora_ds.zero.vocabulary import Words, apart, words_of
-from relora_ds.zero.vocabulary_route import route_vocabulary
 
 ADAMS = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")
 
@@ -47,7 +45,6 @@ def initialize(
     config: str | Path | Mapping[str, Any] | None = None,
     *,
     relora: ReLoRA | dict[str, Any] | None = None,
-    traffic: Traffic | dict[str, Any] | None = None,
     lora_lr: float | None = None,
     seed: int = 0,
     rewarm: bool = True,
@@ -73,8 +70,6 @@ def initialize(
         config: DeepSpeed's configuration: a path or a dictionary.
         relora: the settings of :class:`relora_ds.config.ReLoRA`; None for ``deepspeed.initialize`` as it is, but for
             the way of the gradients.
-        traffic: the settings of :class:`relora_ds.config.Traffic`: how the gradients of embedding and head are sent, whose groups
-            then come last, as "vocabulary"; None for the usual way.
         lora_lr: learning rate of the factors; that of their group when None.
         seed: of the factors' initialisation.
         rewarm: whether learning rates climb from 0 again after a restart.
@@ -100,21 +95,14 @@ def initialize(
             warnings.warn(done, stacklevel=2)
     args = libraries.naming_gpu(args)
     count_everything()
-    saving = parse_traffic(traffic)
-    ds_config.refuse_with_traffic(content, saving)
     if relora is None:
-        words = Words()
-        if saving.is_on:
-            chosen = _materialise(model_parameters) or [{"params": [p for p in model.parameters() if p.requires_grad]}]
-            optimizer, groups = _groups(model, optimizer, chosen, lr_scheduler, content, None)
-            words, model_parameters = _apart(model, optimizer, groups)
         _join()
         plain = deepspeed.initialize(
             args, model, optimizer, model_parameters, training_data, lr_scheduler,
             mpu=mpu, collate_fn=collate_fn, config=content, **others,
         )  # fmt: skip
         ds_config.refuse_other_precision(plain[0], precision)
-        _route(plain[0], saving, words)
+        _route(plain[0])
         label(plain[0])
         plain[0].load_checkpoint = _reader(plain[0], trust)
         return plain
@@ -139,9 +127,6 @@ def initialize(
     if optimizer is None and "optimizer" not in content:
         optimizer = adamw(Optimizer())
     optimizer, groups = _groups(model, optimizer, given, lr_scheduler, content, lora_lr)
-    words = Words()
-    if saving.is_on:
-        words, groups = _apart(model, optimizer, groups)
     stores = _stores(model)
     _join()
     engine, zero, loader, scheduler = deepspeed.initialize(
@@ -151,7 +136,7 @@ def initialize(
     ds_config.refuse_other_precision(engine, precision)
     for remark in filter(None, (full_rank, ds_config.idle(content)) if dist.get_rank() == 0 else ()):
         warnings.warn(remark, stacklevel=2)
-    _route(engine, saving, words)
+    _route(engine)
     base = type(engine.basic_optimizer).__name__
     if base not in ADAMS:
         raise ConfigError("optimizer", base, f"ReLoRA prunes Adam's moments: one of {', '.join(ADAMS)}")
@@ -268,26 +253,13 @@ def _groups(
     return optimizer, param_groups(model, weight_decay=decay, lora_lr=lora_lr)
 
 
-def _apart(model: nn.Module, optimizer: Any, groups: list[dict[str, Any]] | None) -> tuple[Words, list[dict[str, Any]] | None]:
-    """The vocabulary that is in the groups (None: in the optimizer's own), and the groups with it apart."""
-    held = optimizer.param_groups if groups is None else groups
-    words = words_of(model).among(p for group in held for p in group["params"])
-    split = apart(held, words.params)
-    if groups is None:
-        optimizer.param_groups[:] = split
-        return words, None
-    return words, split
-
-
-def _route(engine: Any, settings: Traffic, words: Words) -> None:
-    """Gives a fresh engine's gradients their ways, once it is as in the newest version."""
+def _route(engine: Any) -> None:
+    """Gives a fresh engine's gradients their way, once it is as in the newest version."""
     untried = zero_versions.untried()
     if untried and dist.get_rank() == 0:
         warnings.warn(untried, stacklevel=1)
     zero_versions.mend(engine)
-    route = route_gradients(engine)
-    if words.params:
-        route_vocabulary(engine, words, settings, route)
+    route_gradients(engine)
 
 
 def regroup(model: nn.Module, groups: list[dict[str, Any]], lora_lr: float | None) -> list[dict[str, Any]]:

@@ -391,9 +391,7 @@ def _checksums(layer: lora.ReLoRALayer) -> None:
         checksum(tensor)
 
 
-def peaks(
-    rehearsed: Rehearsed, engine: Engine, trace: Trace, frozen: Frozen | None, *, restarts: bool, pending: int = 0
-) -> dict[str, Peak]:
+def peaks(rehearsed: Rehearsed, engine: Engine, trace: Trace, frozen: Frozen | None, *, restarts: bool) -> dict[str, Peak]:
     """The most that one GPU holds in a phase, by moment: start, backward pass, exchange, step, restart.
 
     Args:
@@ -402,10 +400,9 @@ def peaks(
         trace: of a micro batch.
         frozen: how frozen weights are kept; None in the full-rank phase.
         restarts: whether factors are merged in this phase.
-        pending: bytes of the vocabulary's gradients that wait for their turn, or of what 8 bits lost of them.
     """
     layout = Layout.of(rehearsed.model, engine.world_size)
-    parts = held(rehearsed, layout, engine, frozen) | ({"vocabulary's sums": pending} if pending else {})
+    parts = held(rehearsed, layout, engine, frozen)
     sharded = sharded_bytes(rehearsed, engine.world_size) if frozen is not None and frozen.master == "sharded" else 0
     found = {"start": start(layout, engine, parts, sharded)}
     for seen in layout.heaviest(engine):

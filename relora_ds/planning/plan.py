@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from relora_ds.bandwidth import estimates as foretold
 from relora_ds.bandwidth import formulas
 from relora_ds.bandwidth.formulas import Bytes, Way
-from relora_ds.config import Config, ReLoRA, Traffic
+from relora_ds.config import Config, ReLoRA
 from relora_ds.data.token_dataset import read_index
 from relora_ds.ds_config import fit as ds_config
 from relora_ds.errors import ConfigError
@@ -25,7 +25,6 @@ from relora_ds.models import build as models
 from relora_ds.planning import footprint, rehearsal
 from relora_ds.planning import phase_change as change_footprint
 from relora_ds.planning.footprint import Engine, Peak
-from relora_ds.zero.vocabulary import words_of
 
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
 FREE = 0.1
@@ -99,7 +98,6 @@ class Phase:
         self.traces: dict[tuple[int, tuple[Form, ...]], rehearsal.Trace] = {}
         self.restart: Peak | None = None
         trained = [p for p in self.rehearsed.model.parameters() if p.requires_grad]
-        self.words = words_of(self.rehearsed.model).among(trained).params
         self.trainable = sum(p.numel() for p in trained)
 
     def trace(self, micro_batch: int) -> rehearsal.Trace:
@@ -125,13 +123,11 @@ class Phase:
     def _linears(self) -> list[lora.ReLoRALinear]:
         return [module for _, module in lora.relora_layers(self.rehearsed.model) if isinstance(module, lora.ReLoRALinear)]
 
-    def peaks(self, engine: Engine, micro_batch: int, traffic: Traffic) -> dict[str, Peak]:
+    def peaks(self, engine: Engine, micro_batch: int) -> dict[str, Peak]:
         frozen = None if self.settings is None else self.settings.frozen
         restarts = self.settings is not None and self.settings.restart_every is not None
-        keeps = traffic.vocabulary_every > 1 or traffic.vocabulary_dtype == "int8"
         found = footprint.peaks(
             self.rehearsed, engine, self.trace(micro_batch), frozen, restarts=restarts and self.restart is None,
-            pending=footprint.FP32 * sum(p.numel() for p in self.words) if keeps else 0,
         )  # fmt: skip
         self.restart = found.get("restart", self.restart)
         return found if self.restart is None else {**found, "restart": self.restart}
@@ -252,7 +248,6 @@ class Planner:
         sent = formulas.update_bytes(
             phase.trainable, world_size=engine.world_size, gradient_width=engine.wire, parameter_width=engine.width,
             stage=engine.stage, accumulation=engine.accumulation, way=way,
-            **(foretold.vocabulary(phase.words, self.config.traffic, engine.wire) if way == "owner" else {}),
         )  # fmt: skip
         tokens = train.global_batch * self.config.data.sequence_length
         per_pass = train.micro_batch * self.config.data.sequence_length
@@ -274,7 +269,7 @@ class Planner:
         engine, names = self.engine(), self.names()
         memory, update = {}, {}
         for name in names:
-            peaks = self.phase(name).peaks(engine, self.config.train.micro_batch, self.config.traffic)
+            peaks = self.phase(name).peaks(engine, self.config.train.micro_batch)
             if name == "lora" and "full" in names:
                 peaks[change_footprint.MOMENT] = self.change(engine)
             memory[name] = {moment: dict(peak.parts) for moment, peak in peaks.items()}
@@ -325,7 +320,7 @@ class Planner:
     def peak(self, micro_batch: int, stage: int, frozen: str | None, checkpointing: bool) -> int:
         engine = replace(self.engine(micro_batch), stage=stage)
         phases = [self.phase(name, frozen=frozen, checkpointing=checkpointing) for name in self.names()]
-        most = max(peak.total for phase in phases for peak in phase.peaks(engine, micro_batch, self.config.traffic).values())
+        most = max(peak.total for phase in phases for peak in phase.peaks(engine, micro_batch).values())
         return most if len(phases) == 1 else max(most, self.change(engine, frozen=frozen, checkpointing=checkpointing).total)
 
     def largest(self, stage: int, frozen: str | None, checkpointing: bool) -> tuple[int, int] | None:

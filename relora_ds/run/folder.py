@@ -19,6 +19,10 @@ from relora_ds.errors import ConfigError
 from relora_ds.text import json_text
 from relora_ds.text.yaml_text import read_yaml_file
 
+GONE: dict[str, Any] = {"traffic": {"vocabulary_every": 1, "vocabulary_rows": "all", "vocabulary_dtype": "auto"}}
+"""Sections that earlier versions wrote into config.yaml, with what they say where a run did not use them."""
+
+
 APPEND_TRIES, APPEND_PAUSE_S = 5, 0.2
 
 
@@ -95,10 +99,22 @@ class RunFolder:
         if not self.config.is_file():
             raise ConfigError("RUN_DIR", str(self.path), "holds no config.yaml", "name the folder given as run.dir")
         try:
-            return parse(read_yaml_file(self.config, "RUN_DIR"))
+            return parse(without_gone(read_yaml_file(self.config, "RUN_DIR")))
         except ConfigError as error:
             problem = f"its config.yaml is not as a run writes it: {error}"
             raise ConfigError("RUN_DIR", str(self.path), problem, "restore it, or name another folder") from None
+
+
+def without_gone(content: dict[str, Any]) -> dict[str, Any]:
+    """An earlier version's settings without those that are gone.
+
+    Raises:
+        ConfigError: the run used one of them.
+    """
+    for key, default in GONE.items():
+        if content.get(key, default) != default:
+            raise ConfigError(key, content[key], "is not there any more", "go on with the version that the run was begun with")
+    return {key: value for key, value in content.items() if key not in GONE}
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -105,7 +105,6 @@ def full_engine(model: nn.Module, checked: Checked) -> Any:
         optimizer=adamw(checked.config.optimizer),
         model_parameters=groups,
         config=checked.deepspeed,
-        traffic=checked.config.traffic,
         trust=checked.trust,
     )
     return _compiled(engine, checked)
@@ -121,7 +120,6 @@ def lora_engine(model: nn.Module, checked: Checked) -> Any:
         model_parameters=_groups(model, config),
         config=checked.deepspeed,
         relora=settings,
-        traffic=config.traffic,
         seed=config.run.seed,
         rewarm=config.optimizer.schedule == "jagged",
         trust=checked.trust,

@@ -26,7 +26,7 @@ from relora_ds.run.folder import RunFolder
 from relora_ds.run.lock import WAY_OUT, RunLock
 from relora_ds.run.manifest import Manifest
 
-MATTERS = ("run.seed", "method", "model", "data", "relora", "optimizer", "traffic", "train.global_batch")
+MATTERS = ("run.seed", "method", "model", "data", "relora", "optimizer", "train.global_batch")
 """Settings that a resumed run must share with the run that it goes on with, unless the user insists …"""
 HARMLESS = (
     "model.attention",

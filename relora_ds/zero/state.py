@@ -1,4 +1,4 @@
-"""The inside of DeepSpeed's ZeRO optimizer (stages 1 and 2), which only this file and zero_vocabulary.py touch.
+"""The inside of DeepSpeed's ZeRO optimizer (stages 1 and 2), which only this file and versions.py touch.
 
 ZeRO keeps, for every parameter group, one flat fp32 master of all its parameters, cut into equal partitions: each rank owns one, with
 Adam's moments beside it. A parameter is therefore a *fragment* on the ranks that own a piece of it, and absent on the others. After

@@ -18,8 +18,6 @@ from torch import Tensor
 
 TESTED = ("0.16.9", "0.17.6", "0.18.9", "0.19.8")
 """Ascending. One for each minor version: others of the same are taken to be like it."""
-WITH_TRAFFIC = "0.19"
-"""The first minor version that can serve the recipe's ``traffic`` section."""
 
 Reader = Callable[[Mapping[str, Any]], Any]
 
@@ -41,26 +39,9 @@ def untried() -> str:
     return f"DeepSpeed {deepspeed.__version__} was not tried with relora_ds: {', '.join(TESTED)} were"
 
 
-def without_traffic() -> str:
-    """Why the vocabulary's gradients cannot have a way of their own in the installed DeepSpeed; empty where they can."""
-    if hasattr(stage_1_and_2, "GradPartitionBufferGroup"):
-        return ""
-    return f"DeepSpeed {deepspeed.__version__} does not take finished gradients of a group"
-
-
 def reduces_to_owners() -> bool:
     """Whether the installed DeepSpeed has what :class:`relora_ds.zero.state.GradientRoute` replaces; from 0.19 on."""
     return hasattr(stage_1_and_2.DeepSpeedZeroOptimizer, "_buffered_reduce_fallback_preserving_fp32")
-
-
-def finished_gradients(views: list[Tensor], flat: Tensor) -> Any:
-    """What DeepSpeed takes for a group's reduced gradients on this rank; only where :func:`without_traffic` is empty.
-
-    Args:
-        views: (n_i,) each, of the parameters in the partition, in their order, into ``flat``.
-        flat: (partition_size,).
-    """
-    return stage_1_and_2.GradPartitionBufferGroup(views, flat)
 
 
 # DeepSpeed's configuration

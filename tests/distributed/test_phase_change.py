@@ -82,9 +82,7 @@ def what_lives_on(content: dict[str, Any]) -> dict[str, bool]:
     return found
 
 
-@pytest.mark.parametrize("traffic", [{}, {"vocabulary_every": 2}])
-def test_nothing_of_the_old_engine_is_left_when_the_new_one_is_built(content: dict[str, Any], traffic: dict[str, Any]) -> None:
-    content["traffic"] = traffic
+def test_nothing_of_the_old_engine_is_left_when_the_new_one_is_built(content: dict[str, Any]) -> None:
     for found in run(2, what_lives_on, content):
         assert found and not any(found.values()), found
 
@@ -137,7 +135,6 @@ def updates_over_a_collection(content: dict[str, Any]) -> list[bool]:
 
 def test_the_new_engine_outlives_the_old_ones_collection(content: dict[str, Any]) -> None:
     """The embedding is the same parameter in both engines: what ends the old one must not take its address from the new one."""
-    content["traffic"] = {"vocabulary_every": 2}
     content["relora"] |= {"restart_every": 6, "restart_warmup": 0}
     results = run(2, updates_over_a_collection, content)
     assert any(found[0] for found in results), "some rank owns a piece of the embedding"

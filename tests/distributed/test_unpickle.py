@@ -256,7 +256,6 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "bf16, stage 1, sharded master": ({"stage": 1, "dtype": "bf16"}, {"relora": SHARDED}),
     "fp16, stage 2": ({"dtype": "fp16"}, {"relora": RELORA}),
     "offload": ({"offload_optimizer": {"device": "cpu", "pin_memory": False}}, {"relora": RELORA}),
-    "traffic": ({"dtype": "bf16"}, {"relora": RELORA, "traffic": {"vocabulary_every": 2, "vocabulary_dtype": "int8"}}),
     "a scheduler": ({}, {"relora": RELORA, "lr_scheduler": "ours"}),
 }
 

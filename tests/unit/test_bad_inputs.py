@@ -55,7 +55,6 @@ SETTINGS = [
     overridden("train.global_batch=7", "train.global_batch=7", "train.micro_batch=2"),
     overridden("train.global_batch=6", "train.global_batch=6", "use 4 or 8"),
     overridden("model.preset=llama_60m", "model=", "give exactly one of the three"),
-    overridden("traffic.vocabulary_every=3 relora.warm_start=2", "relora.warm_start=2", "traffic.vocabulary_every=3"),
     overridden("data.sequence_length=100", "data.sequence_length=100", "64 positions"),
     # models
     overridden("model.config.hidden_size=33", "model.config=", "hidden size (33)"),

@@ -259,7 +259,6 @@ OUT_OF_RANGE = [
     (["relora.alpha=0"], "relora.alpha=0", "greater than 0"),
     (["relora.dropout=1.0"], "relora.dropout=1.0", "less than 1"),
     (["relora.reset.ratio=1.01"], "relora.reset.ratio=1.01", "less than or equal to 1"),
-    (["traffic.vocabulary_every=0"], "traffic.vocabulary_every=0", "greater than 0"),
     (["relora.warm_start=-1"], "relora.warm_start=-1", "greater than or equal to 0"),
     (["relora.restart_every=0"], "relora.restart_every=0", "greater than 0"),
     (["optimizer.lr=-1e-3"], "optimizer.lr=-0.001", "greater than or equal to 0"),
@@ -324,11 +323,6 @@ CONTRADICTIONS = [
     ),
     (["method=control", "model={path: gpt2}"], "model.path='gpt2'", "the control is a smaller model; name it as model.config"),
     (["relora.rank=33"], "relora.rank=33", "larger than layer 'model.layers.0.self_attn.q_proj' of (32, 32); use at most 32"),
-    (
-        ["relora.warm_start=5", "traffic.vocabulary_every=2"],
-        "relora.warm_start=5",
-        "not a multiple of traffic.vocabulary_every=2: what is summed up at the end of the warm start would be lost",
-    ),
     (["data.sequence_length=65"], "data.sequence_length=65", "longer than the model's 64 positions"),
 ]
 DEEPSPEED = [
@@ -345,11 +339,6 @@ DEEPSPEED = [
         ["deepspeed.zero_optimization.offload_optimizer={device: nvme}"],
         "deepspeed.zero_optimization.offload_optimizer.device='nvme'",
         "use cpu or none",
-    ),
-    (
-        ["traffic.vocabulary_dtype=int8", "deepspeed.zero_optimization.offload_optimizer={device: cpu}"],
-        "deepspeed.zero_optimization.offload_optimizer.device='cpu'",
-        "leave out this or traffic",
     ),
     (["deepspeed.optimizer={type: AdamW}"], "deepspeed.optimizer='AdamW'", "the recipe's optimizer section decides this"),
     (["deepspeed.scheduler={type: WarmupLR}"], "deepspeed.scheduler='WarmupLR'", "leave it out"),

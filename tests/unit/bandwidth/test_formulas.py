@@ -33,15 +33,6 @@ def test_ddp_gathers_nothing() -> None:
     assert (sent.gradient, sent.parameters, sent.norm) == (4000, 0, 0)
 
 
-def test_the_vocabulary_may_go_less_often_and_narrower() -> None:
-    sent = update_bytes(
-        1000, world_size=2, gradient_width=2, parameter_width=2, stage=2, accumulation=1, way="owner",
-        vocabulary_numel=800, vocabulary_every=4, vocabulary_gradient_width=1,
-    )  # fmt: skip
-    assert sent.gradient == (200 * 2 + 800 / 4 * 1) / 2
-    assert sent.parameters == (200 * 2 + 800 / 4 * 2) / 2
-
-
 def test_one_rank_sends_nothing() -> None:
     assert update_bytes(1000, world_size=1, stage=2, accumulation=2, way="all-reduce", **WIRE) == Bytes(0, 0, 0, 0)
     assert restart_bytes(1000, num_tensors=4, choices=1, width=2, world_size=1, gathered_bytes=10**6) == 0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import re
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +11,9 @@ import pytest
 import torch
 from deepspeed.runtime.zero import stage_1_and_2
 
-from relora_ds.config import Traffic
-from relora_ds.ds_config import fit as ds_config
 from relora_ds.ds_config import values as ds_values
 from relora_ds.errors import ConfigError
 from relora_ds.zero import versions as zero_versions
-from relora_ds.zero import vocabulary_route as zero_vocabulary
-from tests.distributed.common import deepspeed_config
 
 
 class Zero:
@@ -124,26 +118,6 @@ def test_the_newest_and_other_optimizers_are_left_alone() -> None:
     mended(other)
     assert not {"step", "check_overflow", "independent_gradient_partition_epilogue"} & set(vars(zero))
     assert vars(other) == {}
-
-
-def test_the_vocabularys_way_can_be_imported_where_deepspeed_cannot_serve_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(stage_1_and_2, "GradPartitionBufferGroup")
-    spec = importlib.util.spec_from_file_location("a_copy", zero_vocabulary.__file__)
-    assert spec is not None and spec.loader is not None
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
-
-
-def test_traffic_is_refused_by_key_where_it_cannot_be_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, content = Traffic(vocabulary_every=2), deepspeed_config()
-    ds_config.refuse_with_traffic(content, asked)
-    monkeypatch.delattr(stage_1_and_2, "GradPartitionBufferGroup")
-    monkeypatch.setattr(deepspeed, "__version__", "0.18.9")
-    ds_config.refuse_with_traffic(content, Traffic())
-    with pytest.raises(ConfigError) as error:
-        ds_config.refuse_with_traffic(content, asked)
-    line = str(error.value)
-    assert re.match(r"traffic=\{.*'vocabulary_every': 2.*\}: cannot be served: DeepSpeed 0\.18\.9 does not", line)
-    assert line.endswith("leave traffic out, or install deepspeed>=0.19") and "\n" not in line
 
 
 @pytest.mark.parametrize(
