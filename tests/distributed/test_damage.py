@@ -45,6 +45,12 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def flip_in_a_name(path: Path) -> None:
+    """In JSON; in the middle it may hit the checksum of another file, which is then the one that is named."""
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b'"world_size"', b'"gorld_size"', 1))
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -59,7 +65,7 @@ DAMAGE = {
     "a truncated file": ("zero_pp_rank_0_mp_rank_00_optim_states.pt", cut, "bytes"),
     "a missing file": ("mp_rank_00_model_states.pt", Path.unlink, "is missing"),
     "an empty manifest": ("manifest.json", empty, "is not whole"),
-    "a flipped bit in the manifest": ("manifest.json", flip, "manifest.json"),
+    "a flipped bit in the manifest": ("manifest.json", flip_in_a_name, "manifest.json"),
 }
 
 
