@@ -1,6 +1,6 @@
 """Traffic on nodes: ranks under SLURM, each on a node of its own with an address and a byte counter, links as fast as asked.
 
-    python -m benchmarks.nodes bytes                    counted, foretold and on the wire: 2, 3, 4 nodes x methods x accumulation
+    python -m benchmarks.nodes bytes                    counted, estimated and on the wire: 2, 3, 4 nodes x methods x accumulation
     python -m benchmarks.nodes llama_60m DATA           all ways to train, llama_60m on 4 nodes
     python -m benchmarks.nodes seconds DATA 100mbit     seconds of an update over links of that speed, 4 nodes
 

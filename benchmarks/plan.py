@@ -1,4 +1,4 @@
-"""Memory at most, foretold beside measured, over methods, dtypes, stages and accumulation; and llama_60m as in the paper's table.
+"""Memory at most, estimated beside measured, over methods, dtypes, stages and accumulation; and llama_60m as in the paper's table.
 
     python -c "from benchmarks.plan import main; main()"
     python -c "from benchmarks.plan import changes; changes()"      # the change of phase
@@ -12,7 +12,7 @@ import itertools
 from typing import Any
 
 from tests.distributed.pool import close_all, run
-from tests.distributed.test_plan import INT8, LORA, case, foretold, foretold_change, measured, measured_change
+from tests.distributed.test_plan import INT8, LORA, case, estimated, foretold_change, measured, measured_change
 
 LLAMA_60M = {
     "sizes": {
@@ -47,18 +47,18 @@ def cases() -> list[tuple[str, dict[str, Any]]]:
 
 
 def main() -> None:
-    print("| model and method | dtype | ranks | stage | accumulation | measured, MB | foretold, MB | ratio |")
+    print("| model and method | dtype | ranks | stage | accumulation | measured, MB | estimated, MB | ratio |")
     print("|---|---|---|---|---|---|---|---|")
     for label, of in sorted(cases(), key=lambda entry: (entry[1]["world_size"], "60m" in entry[0])):
         most = max(max(peaks.values()) for peaks in run(of["world_size"], measured, of))
-        told = max(foretold(of).values())
+        told = max(estimated(of).values())
         print(f"| {label} | {most / 1e6:.2f} | {told / 1e6:.2f} | {told / most:.3f} |", flush=True)
     close_all()
 
 
 def changes() -> None:
-    """The most at the change of phase, foretold beside measured."""
-    print("| model, factors and frozen store | dtype | ranks | measured, MB | foretold, MB | ratio |")
+    """The most at the change of phase, estimated beside measured."""
+    print("| model, factors and frozen store | dtype | ranks | measured, MB | estimated, MB | ratio |")
     print("|---|---|---|---|---|---|")
     stores = {
         "as trained": LORA, "int8": INT8, "int8, sharded": {**LORA, "frozen": {"dtype": "int8", "master": "sharded"}},

@@ -181,7 +181,7 @@ class Train(Section):
     """Sequences of one forward pass on one rank."""
     eval_every: Positive | None = None
     eval_tokens: Positive | None = None
-    """Held-out tokens of one evaluation; null: all of them."""
+    """Validation tokens of one evaluation; null: all of them."""
     checkpoint_every: Positive | None = None
     """A checkpoint is also written at the end and when a signal stops the run."""
     keep: Positive = 2

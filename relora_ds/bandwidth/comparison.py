@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from relora_ds.bandwidth import estimates as foretold
-from relora_ds.bandwidth import formulas
+from relora_ds.bandwidth import estimates, formulas
 from relora_ds.bandwidth.formulas import Way
 from relora_ds.comm import nic
 from relora_ds.comm.counter import GRADIENT, LEDGER, LOSS, START_UP, by_purpose, count_everything, label
@@ -54,7 +53,7 @@ class Measurement:
         arm: a key of :data:`ARMS`.
         trainable: parameters.
         counted: sent as rings send, by purpose; ``restart`` is one restart over the updates between two.
-        formula: what :mod:`relora_ds.bandwidth.formulas` foretells.
+        formula: what :mod:`relora_ds.bandwidth.formulas` estimates.
         wire: what the interfaces sent (over all nodes, divided by the ranks).
         tokens: of one update.
         seconds: of one update, as measured here.
@@ -125,7 +124,7 @@ def measure(arm: str, checked: Checked, place: Place, device: torch.device, upda
         with _observed(place, device) as of_restart:
             steps.restart()
         counted["restart"] = sum(of_restart.counted.values()) / steps.updates_between_restarts
-        restart_formula = foretold.restart(steps.model, config.lora_settings, place.world_size) / steps.updates_between_restarts
+        restart_formula = estimates.restart(steps.model, config.lora_settings, place.world_size) / steps.updates_between_restarts
         wire += of_restart.wire / steps.updates_between_restarts
     gradient_width, parameter_width = steps.widths
     formula = restart_formula + formulas.update_bytes(
@@ -209,7 +208,7 @@ def _recipe(checked: Checked, device: torch.device) -> Steps:
     optimizer, every = engine.optimizer, checked.config.lora_settings.restart_every
     restarts = isinstance(optimizer, ReLoRAOptimizer) and checked.config.method == "relora" and every
     return _engine_steps(
-        engine, foretold.way(checked.deepspeed), restart=optimizer.restart if restarts else None, between=every or 0
+        engine, estimates.way(checked.deepspeed), restart=optimizer.restart if restarts else None, between=every or 0
     )
 
 

@@ -87,10 +87,10 @@ def build_parser() -> Parser:
     cli_slurm.add_insisting(train)
     train.set_defaults(run=run_train)
 
-    evaluation = commands.add_parser("eval", help="held-out perplexity of a run or a checkpoint")
+    evaluation = commands.add_parser("eval", help="validation perplexity of a run or a checkpoint")
     evaluation.add_argument("place", metavar="RUN_DIR|CHECKPOINT", type=path_argument)
     evaluation.add_argument("--data", type=path_argument, help="another token folder than the run's")
-    evaluation.add_argument("--max-tokens", type=int, help="evaluate on so many held-out tokens (default: the run's setting)")
+    evaluation.add_argument("--max-tokens", type=int, help="evaluate on so many validation tokens (default: the run's setting)")
     evaluation.add_argument("--batch-size", type=int, help="sequences of one forward pass (default: the run's micro batch)")
     cli_slurm.add_trust(evaluation)
     evaluation.set_defaults(run=run_eval)
@@ -322,7 +322,7 @@ def run_eval(options: argparse.Namespace, rest: Sequence[str]) -> int:
         model, data, batch_size=options.batch_size or settings.train.micro_batch, device=device,
         max_tokens=options.max_tokens or settings.train.eval_tokens,
     )  # fmt: skip
-    print(f"{checkpoint}: loss {result.loss:.6f}, perplexity {result.perplexity:.4f} over {result.tokens:,} held-out tokens")
+    print(f"{checkpoint}: loss {result.loss:.6f}, perplexity {result.perplexity:.4f} over {result.tokens:,} validation tokens")
     return EXIT_DONE
 
 

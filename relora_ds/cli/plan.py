@@ -25,7 +25,7 @@ PHASES = {"full": "full-rank phase", "lora": "LoRA phase"}
 
 def add_command(parent: Any) -> None:
     """Adds ``plan`` to the parser of ``relora-ds``."""
-    plan = parent.add_parser("plan", help="foretell memory, traffic and time of a recipe on N GPUs; starts nothing")
+    plan = parent.add_parser("plan", help="estimate memory, traffic and time of a recipe on N GPUs; starts nothing")
     plan.add_argument("recipe", metavar="RECIPE", type=text_argument, help="a YAML file")
     plan.add_argument("overrides", metavar="key.sub=value", nargs="*", help="replace single settings of the recipe")
     plan.add_argument("--gpus", type=int, required=True, help="of the whole job, up to 10,000")
@@ -147,7 +147,9 @@ def advice_table(advice: Mapping[str, Any]) -> list[str]:
         label = f"stage {choice['stage']}" + (f", frozen {choice['frozen']}" if choice["frozen"] else "")
         label += ", gradient checkpointing" if choice["gradient_checkpointing"] else ""
         rows.append([label, str(choice["micro_batch"] or "none"), _gb(choice["bytes"])])
-    verdict = "fits, as far as is foretold: evaluation, checkpoints and host memory are not" if advice["fits"] else "does not fit"
+    verdict = (
+        "fits, as far as is estimated: evaluation, checkpoints and host memory are not" if advice["fits"] else "does not fit"
+    )
     return [f"This recipe {verdict}.", *aligned(rows), *advice["hints"]]
 
 

@@ -32,7 +32,7 @@ def add_command(parent: Any) -> None:
     traffic.add_argument("--nproc", type=int, help="processes on this machine (default: one per GPU, but at least 2)")
     traffic.add_argument("--updates", type=int, default=3, help="to measure each way (default: %(default)s)")
     traffic.add_argument("--arms", default="recipe,full,zero2,zero1,ddp", help="what to compare (default: %(default)s)")
-    traffic.add_argument("--link", default=LINKS, help="speeds to foretell the seconds for (default: %(default)s)")
+    traffic.add_argument("--link", default=LINKS, help="speeds to estimate the seconds for (default: %(default)s)")
     traffic.add_argument(
         "--out", type=path_argument, help="folder for the table, the picture and the JSON (default: traffic/RECIPE)"
     )

@@ -1,4 +1,4 @@
-"""relora-ds plan: memory, traffic and time of a recipe on some number of GPUs, foretold before anything is started."""
+"""relora-ds plan: memory, traffic and time of a recipe on some number of GPUs, estimated before anything is started."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from relora_ds.bandwidth import estimates as foretold
-from relora_ds.bandwidth import formulas
+from relora_ds.bandwidth import estimates, formulas
 from relora_ds.bandwidth.formulas import Bytes, Way
 from relora_ds.config import Config, ReLoRA
 from relora_ds.data.token_dataset import read_index
@@ -38,7 +37,7 @@ UNKNOWN = {
     "zero_optimization.contiguous_gradients": (False,),
     "zero_optimization.reduce_scatter": (False,),
 }
-"""Settings whose memory is not foretold, beside sums of gradients in another dtype."""
+"""Settings whose memory is not estimated, beside sums of gradients in another dtype."""
 NOTES = {
     "cuda": (
         "From the code, not measured on a GPU; against CPU engines see benchmarks/plan.md. CUDA's context, NCCL's buffers, what "
@@ -170,7 +169,7 @@ class Planner:
         vocab_size: of the tokenizer; None for the token folder's.
 
     Raises:
-        ConfigError: what cannot be trained, or not be foretold.
+        ConfigError: what cannot be trained, or not be estimated.
     """
 
     def __init__(self, config: Config, recipe: Path, machine: Machine, vocab_size: int | None) -> None:
@@ -179,7 +178,7 @@ class Planner:
         unknown = [key for key, values in UNKNOWN.items() if ds_config.get(content, key) in values]
         unknown += ["data_types.grad_accum_dtype"] * ds_config.sums_apart(content)
         for key in unknown:
-            problem = "its memory cannot be foretold"
+            problem = "its memory cannot be estimated"
             raise ConfigError(f"deepspeed.{key}", ds_config.get(content, key), problem, "leave it out, or measure")
         self.fitted = ds_config.fit(content, config, machine.gpus)
         self.precision = ds_config.precision(content)
@@ -273,7 +272,7 @@ class Planner:
             if name == "lora" and "full" in names:
                 peaks[change_footprint.MOMENT] = self.change(engine)
             memory[name] = {moment: dict(peak.parts) for moment, peak in peaks.items()}
-            update[name] = self.cost(self.phase(name), foretold.way(self.fitted))
+            update[name] = self.cost(self.phase(name), estimates.way(self.fitted))
         baseline = self.cost(self.phase("full", target=self.config.method == "control"), "all-reduce")
         totals = {(name, moment): sum(parts.values()) for name in names for moment, parts in memory[name].items()}
         phase, moment = max(totals, key=lambda place: totals[place])
@@ -313,7 +312,7 @@ class Planner:
             return None
         phase = self.phase("lora")
         with phase.rehearsed.mode:
-            sent = foretold.restart(phase.rehearsed.model, settings, self.machine.gpus)
+            sent = estimates.restart(phase.rehearsed.model, settings, self.machine.gpus)
         crosses = self.machine.gpus > self.machine.gpus_per_node
         return {"bytes": sent, "link_s": sent / self.machine.link if crosses else 0.0, "every": settings.restart_every}
 

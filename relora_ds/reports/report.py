@@ -33,7 +33,7 @@ LOG_RATIO = 10  # perplexities that differ by more than this factor are drawn on
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito: for any colour vision
 UNITS = {"loss": f"nats per token (line: mean of {WINDOW})", "lr": "lr (full-rank weights)", "lora_lr": "lora_lr (LoRA factors)"}
 LAGS = 0.1  # a rank whose own work takes longer than the median rank's by this share is said to lag
-PICTURES = {"loss": "Training loss", "learning_rate": "Learning rate", "perplexity": "Held-out perplexity"}
+PICTURES = {"loss": "Training loss", "learning_rate": "Learning rate", "perplexity": "Validation perplexity"}
 # The columns of the two tables, with the format of their cells.
 RUN_COLUMNS = {"run": "", "method": "", "updates": ",d", "tokens": ",.0f", "restarts": "d", "final loss": ".4f"}
 RUN_COLUMNS |= {
@@ -51,7 +51,7 @@ OF_A_START = ("first_update", "last_update", "world_size", "wire_bytes_per_updat
 TRAFFIC_NOTE = """One line for each start of the run. Bytes that rank 0 sent, as rings send them; counted and on the wire: those of
 all ranks, and of all nodes' interfaces (headers and other programs' included, without what stays inside a node). ≥: there were other
 ways than the interfaces that could be read (`unseen` in traffic.json)."""
-NOTE = f"""Losses are nats per token; the final loss is the mean of the last {WINDOW} updates. PPL is the perplexity on held-out
+NOTE = f"""Losses are nats per token; the final loss is the mean of the last {WINDOW} updates. PPL is the perplexity on validation
 text, the warm-start one that of the last evaluation before LoRA. The loss axis fits all but the first 5 % of the updates."""
 
 

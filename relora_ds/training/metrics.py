@@ -53,7 +53,7 @@ class Progress:
         return (
             f"{record['phase']:>4} {update}/{self.total}  loss {loss}  {rates}"
             f"  {record['tokens_per_s']:,.0f} tokens/s  sent {human_bytes(record['sent_bytes'])}"
-            f"  restarts {record['restarts']}  left {left}"
+            f"  restarts {record['restarts']}  ETA {left}"
         )
 
     def break_line(self) -> None:
@@ -79,7 +79,7 @@ class Metrics:
     def evaluation(self, record: dict[str, Any]) -> None:
         self.log.append(record)
         self.progress.break_line()
-        say(f"update {record['update']}: held-out loss {record['eval_loss']:.4f}, perplexity {record['eval_perplexity']:.3f}")
+        say(f"update {record['update']}: validation loss {record['eval_loss']:.4f}, perplexity {record['eval_perplexity']:.3f}")
         self._to_wandb("eval", record)
 
     def restart(self, update: int, restart: RestartRecord) -> None:

@@ -1,4 +1,4 @@
-"""What ``relora-ds plan`` foretells, against engines: the memory at most, by moment, and the bytes of an update."""
+"""What ``relora-ds plan`` estimates, against engines: the memory at most, by moment, and the bytes of an update."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def measured(of: dict[str, Any]) -> dict[str, int]:
     return peaks
 
 
-def foretold(of: dict[str, Any]) -> dict[str, int]:
+def estimated(of: dict[str, Any]) -> dict[str, int]:
     settings = parse_relora(of["relora"]) if of["relora"] else None
     if settings is not None and settings.frozen.dtype == "auto":
         settings = settings.model_copy(update={"frozen": settings.frozen.model_copy(update={"dtype": of["dtype"]})})
@@ -203,7 +203,7 @@ def test_memory_of_the_change_of_phase(of: dict[str, Any]) -> None:
 )
 def test_memory_at_most(of: dict[str, Any]) -> None:
     """Within 5% at every moment, so also at the highest: what is left are scalars, positions and hashes."""
-    told, most = foretold(of), highest(of)
+    told, most = estimated(of), highest(of)
     assert set(told) == set(most)
     for _ in range(3):  # the least of them: on busy cores gloo's threads may let go of a tensor late
         if told == pytest.approx(most, rel=0.05):

@@ -228,7 +228,7 @@ def after_the_warm_start(content: dict[str, Any]) -> Trainer:
 
 
 def moments_over_the_change(content: dict[str, Any]) -> dict[str, Any]:
-    """Masters and first moments of embedding and norm, and the held-out loss, before and after the change of phase."""
+    """Masters and first moments of embedding and norm, and the validation loss, before and after the change of phase."""
     trainer = after_the_warm_start(content)
     names = ("model.embed_tokens.weight", "model.norm.weight")
     found: dict[str, Any] = {}

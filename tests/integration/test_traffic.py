@@ -1,4 +1,4 @@
-"""``relora-ds traffic`` on two nodes of a real SLURM: counted, foretold and on the wire."""
+"""``relora-ds traffic`` on two nodes of a real SLURM: counted, estimated and on the wire."""
 
 from __future__ import annotations
 

@@ -48,8 +48,8 @@ def test_a_restart_sends_counts_and_what_copies_lack() -> None:
         (2, 1, 2, 53_896),
         (2, 2, 2, 68_272),
     ]:
-        foretold = restart_bytes(**of_model, width=width, choices=choices, world_size=world_size)
-        assert foretold == pytest.approx(counted, rel=1e-3)
+        estimated = restart_bytes(**of_model, width=width, choices=choices, world_size=world_size)
+        assert estimated == pytest.approx(counted, rel=1e-3)
     plain = restart_bytes(**of_model, width=2, choices=1, world_size=4)
     assert restart_bytes(**of_model, width=2, choices=1, world_size=4, gathered_bytes=1e6) == plain + 0.75e6
 

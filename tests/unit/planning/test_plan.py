@@ -189,8 +189,8 @@ def test_operations_are_those_of_the_model(settings: ReLoRA | None) -> None:
     built = rehearsal.build(hf_config(Model(config=MODEL), 1), dtype=torch.float32, settings=settings, attention="eager")
     with counter() as counted:
         built.run(2, 32)
-    foretold = Phase(settings, built, 32).flops(2 * 32, per_pass=2 * 32, recomputes=False)
-    assert counted.get_total_flops() == pytest.approx(foretold, rel=0.02)
+    estimated = Phase(settings, built, 32).flops(2 * 32, per_pass=2 * 32, recomputes=False)
+    assert counted.get_total_flops() == pytest.approx(estimated, rel=0.02)
 
 
 @pytest.mark.parametrize("micro_batch", [4, 7])
@@ -199,14 +199,14 @@ def test_the_form_of_a_linear_layer_is_that_of_the_micro_batch(micro_batch: int)
     built = rehearsal.build(hf_config(Model(config=MODEL), 1), dtype=torch.float32, settings=ReLoRA(rank=16), on_cuda=False)
     phase = Phase(ReLoRA(rank=16), built, 32)
     assert set(phase._forms(micro_batch * 32)) == ({"split", "merged"} if micro_batch == 4 else {"merged"})
-    foretold = phase.trace(micro_batch)
+    estimated = phase.trace(micro_batch)
     for layer in phase._linears():
         layer.form = "auto"
-    assert foretold == built.run(micro_batch, 32)
+    assert estimated == built.run(micro_batch, 32)
 
 
 def test_a_rehearsal_is_exact_and_a_line() -> None:
-    """The peak of the real model to the byte; and micro batches of 2 and 3 foretell one of 7."""
+    """The peak of the real model to the byte; and micro batches of 2 and 3 estimate one of 7."""
     config = hf_config(Model(config=MODEL), 1)
     rehearsed = rehearsal.build(config, dtype=torch.float32, settings=None, on_cuda=False)
     phase, direct = Phase(None, rehearsed, 32), rehearsed.run(7, 32)
@@ -253,5 +253,5 @@ def test_the_bucket_of_the_recipes_of_this_project_is_as_plan_advises(name: str)
 
 def test_what_is_not_foretold_is_said_where_it_fits() -> None:
     said = [cli_plan.advice_table({"fits": fits, "choices": [], "hints": []})[0] for fits in (True, False)]
-    assert said[0] == "This recipe fits, as far as is foretold: evaluation, checkpoints and host memory are not."
+    assert said[0] == "This recipe fits, as far as is estimated: evaluation, checkpoints and host memory are not."
     assert said[1] == "This recipe does not fit."

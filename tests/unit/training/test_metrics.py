@@ -24,9 +24,9 @@ def test_progress_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     for update in (2, 3, 4, 9):
         progress.show({**RECORD, "update": update})
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].endswith("left ?")
+    assert lines[0].endswith("ETA ?")
     assert lines[1] == (
-        "[relora-ds] lora 3/9  loss 3.5000  lr 1.00e-03  lora_lr 2.00e-03  12,346 tokens/s  sent 4.52 MB  restarts 1  left 0:01:00"
+        "[relora-ds] lora 3/9  loss 3.5000  lr 1.00e-03  lora_lr 2.00e-03  12,346 tokens/s  sent 4.52 MB  restarts 1  ETA 0:01:00"
     )
     assert len(lines) == 3, "two seconds later nothing is printed, at the last update it is"
 
