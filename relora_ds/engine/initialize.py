@@ -27,7 +27,7 @@ from relora_ds.method.lora import LORA_GROUP, param_groups, relora_layers, wrap
 from relora_ds.optimizer.wrapper import ReLoRAOptimizer
 from relora_ds.run import unpickle
 from relora_ds.zero import versions as zero_versions
-from relora_ds.zero.state import route_gradients
+from relora_ds.zero.gradient_reduction import route_gradients
 
 ADAMS = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")
 

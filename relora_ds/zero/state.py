@@ -1,11 +1,9 @@
-"""The inside of DeepSpeed's ZeRO optimizer (stages 1 and 2), which only this file and versions.py touch.
+"""The inside of DeepSpeed's ZeRO optimizer (stages 1 and 2), which only this room touches.
 
 ZeRO keeps, for every parameter group, one flat fp32 master of all its parameters, cut into equal partitions: each rank owns one, with
 Adam's moments beside it. A parameter is therefore a *fragment* on the ranks that own a piece of it, and absent on the others. After
 each step the masters are copied over the module's parameters, so whoever changes a parameter must write the master as well as the
 module's copy, or the change is undone at the next step.
-
-Gradients take the shortest way to the owners of their pieces, once per update: :class:`GradientRoute`.
 
 What is relied on, and checked at start-up by :func:`check_internals`: ``single_partition_of_fp32_groups``, ``bit16_groups``,
 ``optimizer``, ``dp_process_group`` and, on each parameter, ``_hp_mapping`` with its two fragment addresses.
@@ -13,7 +11,6 @@ What is relied on, and checked at start-up by :func:`check_internals`: ``single_
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +18,6 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
@@ -31,18 +27,9 @@ from relora_ds.method.frozen_weights import checksum
 from relora_ds.run import unpickle
 from relora_ds.zero import rounding
 from relora_ds.zero import versions as zero_versions
-from relora_ds.zero.gradient_reduction import means_of_own
 
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 INTERNALS = ("single_partition_of_fp32_groups", "bit16_groups", "optimizer", "dp_process_group", "overflow", "step")
-REDUCTION = (
-    "average_tensor", "allreduce_and_scatter", "buffered_reduce_fallback", "_buffered_reduce_fallback_preserving_fp32",
-    "use_multi_rank_bucket_allreduce", "gradient_average", "sequence_parallel_size",
-    "partition_gradients", "gradient_accumulation_steps", "process_gradients", "get_gradient_for_reduction",
-    "overlapping_partition_gradients_reduce_epilogue",
-    "_fill_param_grad_accum_attribute", "use_separate_grad_accum", "use_grad_accum_attribute", "_coalesce_grad_reduction",
-)  # fmt: skip
-"""What :class:`GradientRoute` replaces, calls or sets."""
 
 
 class ZeroProxy:
@@ -109,116 +96,6 @@ def check_internals(zero: Any) -> None:
                 refuse("a parameter's master is not where its address says: the module's copy holds other values")
     if zero.single_partition_of_fp32_groups[0].dtype != torch.float32:
         refuse("the master weights are not fp32")
-
-
-def route_gradients(engine: Any) -> GradientRoute | None:
-    """Gives a fresh engine of ZeRO stage 1 or 2 the shortest way for its gradients; leaves any other engine as it is.
-
-    ``zero_optimization.reduce_scatter: false`` keeps DeepSpeed's all-reduce. An engine with parts that the route does not know keeps
-    it, too, with a warning.
-    """
-    zero = engine.optimizer
-    if type(zero) is not DeepSpeedZeroOptimizer or not getattr(zero, "reduce_scatter", False):
-        return None
-    problem = unroutable(zero, engine)
-    if problem:
-        warnings.warn(f"gradients go DeepSpeed's way, which sends 1.5 times the bytes or more: {problem}", stacklevel=3)
-        return None
-    return GradientRoute(zero, on_cpu=get_accelerator().device_name() == "cpu", defer=engine.managed_gradient_accumulation())
-
-
-def unroutable(zero: Any, engine: Any) -> str:
-    """Why the gradients of this optimizer have to go DeepSpeed's way; empty when they need not."""
-    missing = [name for name in REDUCTION if not hasattr(zero, name)]
-    if missing:
-        return f"DeepSpeedZeroOptimizer {deepspeed.__version__} has no {', '.join(missing)}"
-    others = {
-        "mixture of experts": zero.has_moe_layers,
-        "ZenFlow": zero.zenflow,
-        "sequence parallelism": zero.sequence_parallel_size > 1,
-        "pipeline parallelism": engine.pipeline_parallelism,
-        "DeepCompile": engine.is_deepcompile_enabled(),
-        "Muon": "Muon" in type(zero.optimizer).__name__,
-    }
-    return ", ".join(name for name, is_on in others.items() if is_on)
-
-
-class GradientRoute:
-    """The way of the gradients from the backward pass to the rank that owns them: once per update, each piece to its owner alone.
-
-    DeepSpeed all-reduces them, which sends twice the bytes, and under stage 2 does so after every micro-batch. Two things change:
-
-    - ``average_tensor`` still says which slice of a bucket belongs to which rank. On a CPU its all-reduce is
-      :func:`relora_ds.zero.gradient_reduction.means_of_own`, since gloo's own reduce sends up to twice the bytes; buckets that
-      are not contiguous
-      pass through it as well. Elsewhere it is DeepSpeed's own reduce to each owner, which NCCL serves at the ring's bytes.
-    - Under stage 2 with accumulation, gradients gather in ``param.grad``, as under stage 1 (in ``param.grad_accum`` where they are
-      to be summed in another dtype), until the last micro-batch, which reduces them while it goes backward, as a lone one does.
-
-    What DeepSpeed does with the reduced slices is untouched: its own partition is complete, the rest of a bucket is thrown away.
-
-    Args:
-        zero: DeepSpeed's optimizer, before its first backward pass.
-        on_cpu: whether gradients travel by gloo.
-        defer: whether gradients may wait for the last micro-batch, which the engine has to announce.
-    """
-
-    def __init__(self, zero: Any, *, on_cpu: bool, defer: bool) -> None:
-        self.zero = zero
-        self.average = zero.gradient_average
-        self.waiting: dict[nn.Parameter, int] = {}
-        if on_cpu:
-            zero.gradient_average = False  # divided after the sum, which one rounding less has
-            zero.use_multi_rank_bucket_allreduce = True  # the branch that hands over all slices of a bucket at once
-            zero.allreduce_and_scatter = self.scatter
-            zero.buffered_reduce_fallback = lambda rank, grads, wire, **others: self.reduce_apart(grads, wire)
-            zero._buffered_reduce_fallback_preserving_fp32 = lambda grads, params, wire, **others: self.reduce_apart(grads, wire)
-        else:
-            zero.use_multi_rank_bucket_allreduce = False
-        if defer and zero.partition_gradients and zero.gradient_accumulation_steps > 1:
-            zero.use_grad_accum_attribute = zero.use_separate_grad_accum
-            self.process, zero.process_gradients = zero.process_gradients, self.gather
-            self.finish = zero.overlapping_partition_gradients_reduce_epilogue
-            zero.overlapping_partition_gradients_reduce_epilogue = self.reduce_gathered
-
-    def scatter(self, bucket: Sequence[Any], wire: torch.dtype, *, process_group: Any, **others: Any) -> None:
-        """Reduces the slices of a bucket, (owners, slice, fp32 accumulator or None) each, to their owners."""
-        owners = [next(iter(ranks)) for ranks, _, _ in bucket]
-        pieces = [piece for _, piece, _ in bucket]
-        for cut, mean in means_of_own(pieces, owners, wire, process_group, average=self.average):
-            _, piece, accumulator = bucket[cut.index]
-            piece.narrow(0, cut.start, cut.numel).copy_(mean)
-            if accumulator is not None:
-                accumulator.narrow(0, cut.start, cut.numel).add_(mean)
-
-    def reduce_apart(self, grads: Sequence[Tensor], wire: torch.dtype) -> None:
-        """Reduces a bucket of gradients that lie apart (``contiguous_gradients: false``) in a copy of them."""
-        if not grads:
-            return
-        flat = torch.cat([grad.reshape(-1) for grad in grads])
-        self.zero.average_tensor(flat, wire)
-        for grad, reduced in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-            grad.copy_(reduced.view_as(grad))
-
-    def gather(self, param: nn.Parameter, group: int) -> None:
-        """Stands for ``process_gradients``, called with every gradient that is ready."""
-        if self.zero._coalesce_grad_reduction or self.zero.is_gradient_accumulation_boundary():
-            self.waiting.pop(param, None)
-            self.process(param, group)
-            return
-        self.waiting[param] = group
-        if self.zero.use_grad_accum_attribute:
-            self.zero._fill_param_grad_accum_attribute(param)
-
-    def reduce_gathered(self) -> None:
-        """Stands for the end of a backward pass: only that of the last micro-batch has something to reduce."""
-        if not self.zero.is_gradient_accumulation_boundary():
-            return
-        for param, group in self.waiting.items():  # those without a gradient in the last micro-batch
-            if self.zero.get_gradient_for_reduction(param) is not None:
-                self.process(param, group)
-        self.waiting.clear()
-        self.finish()
 
 
 def data_parallel_group(zero: Any, device: torch.device) -> CountedGroup:

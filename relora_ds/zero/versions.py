@@ -40,7 +40,7 @@ def untried() -> str:
 
 
 def reduces_to_owners() -> bool:
-    """Whether the installed DeepSpeed has what :class:`relora_ds.zero.state.GradientRoute` replaces; from 0.19 on."""
+    """Whether the installed DeepSpeed has what :class:`relora_ds.zero.gradient_reduction.GradientRoute` replaces; from 0.19 on."""
     return hasattr(stage_1_and_2.DeepSpeedZeroOptimizer, "_buffered_reduce_fallback_preserving_fp32")
 
 
