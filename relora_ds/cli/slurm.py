@@ -12,6 +12,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from relora_ds.cli.options import add_insisting, insisted
 from relora_ds.config import Config, load
 from relora_ds.console import say
 from relora_ds.environment import allocation, attempt, node_name, process_environment
@@ -116,25 +117,6 @@ def add_commands(parent: Any, parser_class: type[argparse.ArgumentParser]) -> No
     for command in (before, after):
         command.add_argument("--requeue-by", choices=typing.get_args(RequeueBy), default="requeue")
     after.add_argument("--max-stalled", type=int, default=3)
-
-
-def add_insisting(parser: argparse.ArgumentParser) -> None:
-    """Adds the options by which a user insists on what is otherwise refused."""
-    parser.add_argument(
-        "--allow-changed", metavar="KEY", action="append", default=[],
-        help="resume although this setting, or section, is not what it was; may be given several times",
-    )  # fmt: skip
-    add_trust(parser)
-
-
-def add_trust(parser: argparse.ArgumentParser) -> None:
-    """Adds the option by which a user vouches for whoever wrote a checkpoint."""
-    parser.add_argument("--trust", action="store_true", help="unpickle whatever a checkpoint holds, which can run anything")
-
-
-def insisted(options: argparse.Namespace) -> list[str]:
-    """The words of :func:`add_insisting`'s options, to be handed on."""
-    return [word for key in options.allow_changed for word in ("--allow-changed", key)] + ["--trust"] * options.trust
 
 
 def _add_setting(parser: argparse.ArgumentParser, name: str, annotation: Any) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from relora_ds.cli import slurm as cli_slurm
+from relora_ds.cli.options import add_trust
 from relora_ds.comm import nic
 from relora_ds.config import Run, load
 from relora_ds.console import say
@@ -36,7 +36,7 @@ def add_command(parent: Any) -> None:
     traffic.add_argument(
         "--out", type=path_argument, help="folder for the table, the picture and the JSON (default: traffic/RECIPE)"
     )
-    cli_slurm.add_trust(traffic)
+    add_trust(traffic)
     traffic.set_defaults(run=run_traffic)
 
 

@@ -269,3 +269,12 @@ def launched(under: str | None = None) -> Place | None:
 def single() -> Place:
     """One process that stands alone."""
     return Place(0, 1, 0, 1, "127.0.0.1", network.free_port(), "single")
+
+
+def speaks_as(rank: int) -> bool:
+    """Whether this process is the one to speak for a rank, 0 for what every rank finds; it is where nobody knows its rank."""
+    try:
+        place = discover()
+    except ConfigError:
+        return True
+    return place is None or place.rank == rank

@@ -13,7 +13,6 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 import relora_ds
-from relora_ds.zero import gradient_reduction
 from relora_ds.zero import gradient_reduction as reduction
 from tests.distributed import common
 from tests.distributed.pool import run
@@ -214,13 +213,13 @@ def test_sums(owners: list[int], numels: list[int], dtype: torch.dtype) -> None:
 
 def as_on_a_gpu(own_way: bool, accumulation: int) -> dict[str, Any]:
     """Losses and calls where the sums are left to DeepSpeed, as under NCCL."""
-    kept = gradient_reduction.get_accelerator
-    gradient_reduction.get_accelerator = lambda: SimpleNamespace(device_name=lambda: "cuda")
+    kept = reduction.get_accelerator
+    reduction.get_accelerator = lambda: SimpleNamespace(device_name=lambda: "cuda")
     try:
         with Wire() as wire:
             result = losses(own_way, "llama", {"stage": 2, "accumulation": accumulation})
     finally:
-        gradient_reduction.get_accelerator = kept
+        reduction.get_accelerator = kept
     return {**result, "calls": wire.calls}
 
 

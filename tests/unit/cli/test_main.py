@@ -14,10 +14,9 @@ import pytest
 import torch.distributed as dist
 
 from relora_ds import __version__
-from relora_ds.cli import main as cli
 from relora_ds.cli.main import main
 from relora_ds.errors import AllError, ConfigError, RankError
-from relora_ds.launch import launcher, libraries
+from relora_ds.launch import launcher, libraries, process_group
 
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "SLURM_STEP_ID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
@@ -115,7 +114,7 @@ def test_rank_0_speaks_for_all_but_of_what_it_cannot_hear(
 
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(cli.process_group, "start", refuse)
+    monkeypatch.setattr(process_group, "start", refuse)
     assert main(["train", str(recipe), "relora.rank=0"]) == 2
     assert capfd.readouterr().err == told
 
