@@ -20,7 +20,7 @@ def many(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_process_uses_the_cores_that_it_is_bound_to() -> None:
     own = sorted(os.sched_getaffinity(0))[0]
-    program = f"import os; os.sched_setaffinity(0, [{own}]); from relora_ds import cores; print(cores.usable())"
+    program = f"import os; os.sched_setaffinity(0, [{own}]); from relora_ds.launch import cores; print(cores.usable())"
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "1"
 
 

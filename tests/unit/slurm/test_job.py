@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +11,10 @@ import pytest
 
 from relora_ds.config import Config
 from relora_ds.errors import ConfigError
+from relora_ds.run import manifest as manifests
 from relora_ds.run.folder import RunFolder
 from relora_ds.run.lock import RunLock
+from relora_ds.run.manifest import Manifest
 from relora_ds.slurm import client as slurm_client
 from relora_ds.slurm import job as slurm_job
 from relora_ds.slurm.client import Job, SlurmError
@@ -83,20 +84,11 @@ def checkpoint(run: RunFolder, update: int) -> None:
     """A folder that says it is a checkpoint of ``update``."""
     folder = run.checkpoints / f"update_{update:07}"
     folder.mkdir(parents=True)
-    names = (
-        "phase",
-        "restarts",
-        "lora_updates",
-        "world_size",
-        "zero_stage",
-        "precision",
-        "config_sha256",
-        "data",
-        "rng",
-        "progress",
-    )
-    content = {**dict.fromkeys(names), "update": update, "base": None, "versions": {}, "format": 1}
-    (folder / "manifest.json").write_text(json.dumps(content))
+    content = Manifest(
+        update=update, phase="lora", restarts=1, lora_updates=update, world_size=4, zero_stage=2, precision="bf16", config_sha256="",
+        data={}, rng={}, progress={}, base=None, versions={},
+    )  # fmt: skip
+    manifests.write(folder, content)
 
 
 # The decision
