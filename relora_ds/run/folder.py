@@ -99,21 +99,30 @@ class RunFolder:
         if not self.config.is_file():
             raise ConfigError("RUN_DIR", str(self.path), "holds no config.yaml", "name the folder given as run.dir")
         try:
-            return parse(without_gone(read_yaml_file(self.config, "RUN_DIR")))
+            settings = read_yaml_file(self.config, "RUN_DIR")
+            return parse(without_gone(settings))
+        except Gone:
+            raise
         except ConfigError as error:
             problem = f"its config.yaml is not as a run writes it: {error}"
             raise ConfigError("RUN_DIR", str(self.path), problem, "restore it, or name another folder") from None
 
 
-def without_gone(content: dict[str, Any]) -> dict[str, Any]:
-    """An earlier version's settings without those that are gone.
+class Gone(ConfigError):
+    """A run used what this version does not have."""
+
+
+def without_gone(content: Any) -> Any:
+    """An earlier version's settings without those that are gone; what are no settings at all as they are.
 
     Raises:
-        ConfigError: the run used one of them.
+        Gone: the run used one of them.
     """
+    if not isinstance(content, dict):
+        return content
     for key, default in GONE.items():
         if content.get(key, default) != default:
-            raise ConfigError(key, content[key], "is not there any more", "go on with the version that the run was begun with")
+            raise Gone(key, content[key], "is not there any more", "go on with the version that the run was begun with")
     return {key: value for key, value in content.items() if key not in GONE}
 
 

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from relora_ds import config
@@ -165,6 +166,16 @@ def test_read_config_returns_what_the_run_was_started_with(tmp_path: Path, setti
     started_with = config.parse(settings)
     folder.config.write_text(config.dump(started_with), encoding="utf-8")
     assert folder.read_config() == started_with
+
+
+def test_settings_that_are_gone_matter_only_where_a_run_used_them(tmp_path: Path, settings: dict[str, Any]) -> None:
+    run = RunFolder(tmp_path)
+    gone = {"vocabulary_every": 1, "vocabulary_rows": "all", "vocabulary_dtype": "auto"}
+    write_atomically(run.config, yaml.safe_dump({**settings, "traffic": gone}))
+    assert run.read_config() == config.parse(settings)
+    write_atomically(run.config, yaml.safe_dump({**settings, "traffic": {**gone, "vocabulary_every": 2}}))
+    with pytest.raises(ConfigError, match=r"traffic=\{.*'vocabulary_every': 2.*\}: is not there any more; go on with the version"):
+        run.read_config()
 
 
 def test_a_line_that_another_machine_wrote_over_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
