@@ -16,7 +16,7 @@ RUN_0_1 = Path(__file__).parent / "data" / "run_0_1.tar.xz"
 
 
 def test_a_run_of_the_flat_package_goes_on(tmp_path: Path) -> None:
-    """The losses are those that it had then, to what other bits of products make of a run (another CPU has them); so is what the restarts did."""
+    """The losses, and what the restarts did, are as they were then, as far as another CPU's bits allow."""
     with tarfile.open(RUN_0_1) as archive:
         archive.extractall(tmp_path, filter="data")
     run = tmp_path / "run"
