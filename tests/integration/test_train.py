@@ -147,7 +147,7 @@ def test_a_stopped_rank_ends_the_job_and_is_named(recipe: Recipe, tmp_path: Path
     (folder,) = (run_dir / "stacks").iterdir()
     assert line.endswith(f"stacks: {folder}")
     (written,) = folder.iterdir()
-    assert written.name == "rank_00000.txt" and "train.py" in written.read_text()
+    assert written.name == "rank_00000.txt" and "training/loop.py" in written.read_text()
     (fault,) = faults.read(run_dir)
     assert (fault["kind"], fault["rank"], fault["host"]) == ("hang", 1, socket.gethostname())
     assert fault["update"] >= 12
