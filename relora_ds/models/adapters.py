@@ -1,8 +1,7 @@
 """Weights that come from other tools, and go to them: PEFT's LoRA adapters, and plain DeepSpeed checkpoints.
 
 What comes in is a :data:`~relora_ds.models.weights.Source` for :func:`relora_ds.models.build.fill`. Its files are checked when
-the source is made,
-so that what does not fit is told in one line before any weight is there.
+the source is made, so that what does not fit is told in one line before any weight is there.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Means of gradients over the ranks, each piece on the rank that owns it and nowhere else, for gloo.
 
 Of every n bytes of gradients (N-1)/N·n leave each rank, where an all-reduce sends twice as many. Which piece belongs to whom is
-ZeRO's business: see zero.py.
+ZeRO's business: see state.py.
 """
 
 from __future__ import annotations

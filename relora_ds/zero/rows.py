@@ -1,7 +1,7 @@
 """Sums of matrices over the ranks, row by row: each rank gets the rows that it owns, from each other one only those that this has.
 
 What travels is bytes: a row in a floating dtype, or in 8 bits with a scale for each block. Which rows belong to whom is ZeRO's
-business: see zero_vocabulary.py. Collectives run on the device of the tensors.
+business: see vocabulary_route.py. Collectives run on the device of the tensors.
 """
 
 from __future__ import annotations

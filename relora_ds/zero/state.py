@@ -1,4 +1,4 @@
-"""The inside of DeepSpeed's ZeRO optimizer (stages 1 and 2), which only this file and zero_vocabulary.py touch.
+"""The inside of DeepSpeed's ZeRO optimizer (stages 1 and 2), which only this room touches.
 
 ZeRO keeps, for every parameter group, one flat fp32 master of all its parameters, cut into equal partitions: each rank owns one, with
 Adam's moments beside it. A parameter is therefore a *fragment* on the ranks that own a piece of it, and absent on the others. After
@@ -150,8 +150,8 @@ class GradientRoute:
 
     - ``average_tensor`` still says which slice of a bucket belongs to which rank. On a CPU its all-reduce is
       :func:`relora_ds.zero.gradient_reduction.means_of_own`, since gloo's own reduce sends up to twice the bytes; buckets that
-      are not contiguous
-      pass through it as well. Elsewhere it is DeepSpeed's own reduce to each owner, which NCCL serves at the ring's bytes.
+      are not contiguous pass through it as well. Elsewhere it is DeepSpeed's own reduce to each owner, which NCCL serves at the
+      ring's bytes.
     - Under stage 2 with accumulation, gradients gather in ``param.grad``, as under stage 1 (in ``param.grad_accum`` where they are
       to be summed in another dtype), until the last micro-batch, which reduces them while it goes backward, as a lone one does.
 
@@ -370,8 +370,7 @@ class ZeroState:
 
         An fp32 copy lacks nothing. A 16-bit one lacks 2 bytes an entry, which each owner broadcasts for all these parameters at once,
         and 4 more where :mod:`relora_ds.zero.rounding` marks the entry (one in 65,536 of a bf16 copy): these are summed over the
-        ranks,
-        of which only the owner has more than 0.
+        ranks, of which only the owner has more than 0.
 
         Returns:
             {name: float32, the parameter's shape}, on the group's device.
