@@ -57,5 +57,5 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) .versions data/demo runs/demo .pytest_cache .mypy_cache .ruff_cache .jobs.log build *.egg-info
+	rm -rf $(VENV) .versions data/demo runs/demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .jobs.log build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""What the environment says of this process. It is read here, and set in ``launch`` only."""
+"""What the environment says of this process. It is read here and in ``launch``, which alone sets it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""DeepSpeed's ds_to_universal in a process of its own, in which no pickle runs anything: ``python -m
-relora_ds.checkpoint.converter …``.
+"""DeepSpeed's ds_to_universal in a process of its own, in which no pickle runs anything.
 
-Takes ds_to_universal's arguments, and ``--trust``.
+``python -m relora_ds.checkpoint.converter …`` takes ds_to_universal's arguments, and ``--trust``.
 """
 
 from __future__ import annotations

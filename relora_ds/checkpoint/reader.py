@@ -32,7 +32,7 @@ from relora_ds.version import __version__
 
 MODEL_STATES = "mp_rank_00_model_states.pt"
 DESCRIPTION = "relora_ds.json"
-"""Of a checkpoint that a script wrote: which layers were wrapped, and how (:mod:`relora_ds.engine.scripts`)."""
+"""Of a checkpoint that a script wrote: which layers were wrapped, and how (:mod:`relora_ds.models.script_checkpoint`)."""
 
 
 @dataclass

@@ -112,9 +112,8 @@ def read_index(folder: Path) -> TokenIndex:
     try:
         found = _Index.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(name) for name in first["loc"])
-        raise refused(f"{INDEX_FILE} does not have the entries of a preparation ({place or 'all'}: {first['msg']})") from None
+        fault = json_text.first_fault(error)
+        raise refused(f"{INDEX_FILE} does not have the entries of a preparation ({fault})") from None
     sizes = found.tokenizer
     index = TokenIndex(
         folder=folder,

@@ -56,8 +56,7 @@ def initialize(
     The target layers of ``model`` are wrapped in place (unless they already are), but for those whose weight is frozen
     (``requires_grad=False``), which stay as they are. The factors get parameter groups of their own, and
     ``engine.optimizer`` becomes a :class:`~relora_ds.optimizer.wrapper.ReLoRAOptimizer`, which restarts inside ``engine.step()``.
-    The loop
-    stays as it is; ``engine.save_checkpoint`` and ``load_checkpoint`` hold merged weights and restarts.
+    The loop stays as it is; ``engine.save_checkpoint`` and ``load_checkpoint`` hold merged weights and restarts.
 
     Args:
         args, training_data, collate_fn, others: as in ``deepspeed.initialize``.

@@ -37,9 +37,8 @@ class ReLoRALayer(nn.Module):
     """A layer whose weight is frozen and corrected by trainable low-rank factors: all but the forward pass, which is a subclass's.
 
     The weight is kept (out, in), in a :class:`~relora_ds.method.frozen_weights.FrozenWeight`. An embedding's is (vocabulary,
-    hidden), so its rows
-    are "out" and what it gives is "in": merges, shards and stores by rows mean the same for both. Until :meth:`reset` is called the
-    factors are undefined.
+    hidden), so its rows are "out" and what it gives is "in": merges, shards and stores by rows mean the same for both. Until
+    :meth:`reset` is called the factors are undefined.
 
     Args:
         base: the layer to wrap; its weight goes into the store, its bias is taken over and stays trainable.

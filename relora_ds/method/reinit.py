@@ -75,8 +75,7 @@ def principal_inputs(
 
     Subspace iteration in float64 (Golub and Van Loan, Matrix Computations, 8.2.4), Q = orth(Rᵀ R Q). Only sums of (in, r) matrices
     travel. R, Q and R Q are rounded to whole numbers of so few bits that all sums are exact (:mod:`relora_ds.method.exact`):
-    whoever holds
-    which rows, the result is the same bits. Rounding Q and R Q matters less than what the iteration leaves out.
+    whoever holds which rows, the result is the same bits. Rounding Q and R Q matters less than what the iteration leaves out.
 
     Args:
         residual: gives this rank's rows anew at every call, in pieces (rows, in).

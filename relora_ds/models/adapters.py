@@ -1,8 +1,7 @@
 """Weights that come from other tools, and go to them: PEFT's LoRA adapters, and plain DeepSpeed checkpoints.
 
 What comes in is a :data:`~relora_ds.models.weights.Source` for :func:`relora_ds.models.build.fill`. Its files are checked when
-the source is made,
-so that what does not fit is told in one line before any weight is there.
+the source is made, so that what does not fit is told in one line before any weight is there.
 """
 
 from __future__ import annotations
@@ -24,12 +23,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from relora_ds.checkpoint.reader import MODEL_STATES
 from relora_ds.errors import ConfigError
 from relora_ds.method import exact
 from relora_ds.method.lora import ReLoRAEmbedding, ReLoRALayer
 from relora_ds.models.weights import Source
 from relora_ds.run import unpickle
 from relora_ds.run.folder import give_usual_mode, write_atomically
+from relora_ds.text import json_text
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -76,7 +77,6 @@ INITS_BESIDE_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 """First values of the factors that leave the base as it is; others (PiSSA, OLoRA, ...) take their product out of it."""
 
 LATEST = "latest"
-MODEL_STATES = "mp_rank_00_model_states.pt"
 
 
 class Factors(NamedTuple):
@@ -153,7 +153,7 @@ def peft_weights(folder: Path, base: Source, model: PreTrainedModel) -> Source:
 
 def _read_adapter_config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        config = json_text.parse((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError("model.path", str(folder), f"its {ADAPTER_CONFIG} cannot be read: {error}") from None
     if not isinstance(config, dict):

@@ -272,9 +272,8 @@ def exchange_bytes(layout: Layout, engine: Engine, names: Sequence[str]) -> int:
     """What the reduction of a bucket takes at most beside the bucket itself.
 
     On a CPU (:func:`relora_ds.zero.gradient_reduction.means_of_own`): what is packed, what is received, and the fp32 sum, of one
-    round; with the
-    sum of the round before and, while packing, what was packed then. On CUDA DeepSpeed reduces to one owner after the other, in a
-    copy of what is that owner's where it does not lie in one piece.
+    round; with the sum of the round before and, while packing, what was packed then. On CUDA DeepSpeed reduces to one owner after
+    the other, in a copy of what is that owner's where it does not lie in one piece.
     """
     slices: list[list[int]] = []
     for name in names:

@@ -101,14 +101,14 @@ class RunFolder:
         try:
             settings = read_yaml_file(self.config, "RUN_DIR")
             return parse(without_gone(settings))
-        except Gone:
+        except GoneError:
             raise
         except ConfigError as error:
             problem = f"its config.yaml is not as a run writes it: {error}"
             raise ConfigError("RUN_DIR", str(self.path), problem, "restore it, or name another folder") from None
 
 
-class Gone(ConfigError):
+class GoneError(ConfigError):
     """A run used what this version does not have."""
 
 
@@ -116,13 +116,13 @@ def without_gone(content: Any) -> Any:
     """An earlier version's settings without those that are gone; what are no settings at all as they are.
 
     Raises:
-        Gone: the run used one of them.
+        GoneError: the run used one of them.
     """
     if not isinstance(content, dict):
         return content
     for key, default in GONE.items():
         if content.get(key, default) != default:
-            raise Gone(key, content[key], "is not there any more", "go on with the version that the run was begun with")
+            raise GoneError(key, content[key], "is not there any more", "go on with the version that the run was begun with")
     return {key: value for key, value in content.items() if key not in GONE}
 
 

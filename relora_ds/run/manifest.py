@@ -79,9 +79,8 @@ def read(folder: Path) -> Manifest:
     try:
         found = _READER.validate_python(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(name) for name in first["loc"])
-        raise ManifestError(f"{folder / NAME}: is not a manifest of format {FORMAT}: {place}: {first['msg']}") from None
+        fault = json_text.first_fault(error)
+        raise ManifestError(f"{folder / NAME}: is not a manifest of format {FORMAT}: {fault}") from None
     if found.base is not None and {"folder", "sha256"} - found.base.keys():
         raise ManifestError(f"{folder / NAME}: is not a manifest of format {FORMAT}: base: names no folder and its checksum")
     return found

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from pydantic import ValidationError
+
 
 def parse(text: str, **how: Any) -> Any:
     """As ``json.loads``, with its keyword arguments.
@@ -16,3 +18,9 @@ def parse(text: str, **how: Any) -> Any:
         return json.loads(text, **how)
     except RecursionError:
         raise ValueError("it nests too deep") from None
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first thing that is wrong with the content of such JSON, in words: its place in it, and what was expected there."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'all'}: {first['msg']}"

@@ -1,7 +1,12 @@
 """The gradients' way to the ranks that own them, once per update: each piece to its owner and nowhere else.
 
+<<<<<<< HEAD
 Of every n bytes of gradients (N-1)/N·n leave each rank, where an all-reduce sends twice as many. :class:`GradientRoute` leads them
 there through DeepSpeed's ZeRO optimizer; :func:`means_of_own`, for gloo, knows nothing of ZeRO.
+=======
+Of every n bytes of gradients (N-1)/N·n leave each rank, where an all-reduce sends twice as many. Which piece belongs to whom is
+ZeRO's business: see state.py.
+>>>>>>> main
 """
 
 from __future__ import annotations
@@ -169,8 +174,7 @@ class GradientRoute:
 
     - ``average_tensor`` still says which slice of a bucket belongs to which rank. On a CPU its all-reduce is
       :func:`means_of_own`, since gloo's own reduce sends up to twice the bytes; buckets that
-      are not contiguous
-      pass through it as well. Elsewhere it is DeepSpeed's own reduce to each owner, which NCCL serves at the ring's bytes.
+      are not contiguous pass through it as well. Elsewhere it is DeepSpeed's own reduce to each owner, which NCCL serves at the ring's bytes.
     - Under stage 2 with accumulation, gradients gather in ``param.grad``, as under stage 1 (in ``param.grad_accum`` where they are
       to be summed in another dtype), until the last micro-batch, which reduces them while it goes backward, as a lone one does.
 

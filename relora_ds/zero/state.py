@@ -247,8 +247,7 @@ class ZeroState:
 
         An fp32 copy lacks nothing. A 16-bit one lacks 2 bytes an entry, which each owner broadcasts for all these parameters at once,
         and 4 more where :mod:`relora_ds.zero.rounding` marks the entry (one in 65,536 of a bf16 copy): these are summed over the
-        ranks,
-        of which only the owner has more than 0.
+        ranks, of which only the owner has more than 0.
 
         Returns:
             {name: float32, the parameter's shape}, on the group's device.

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from relora_ds.environment import expand
-from relora_ds.paths import path_argument
+from relora_ds.errors import ConfigError
+from relora_ds.paths import path_argument, refuse_unwritable
 
 ENVIRONMENT = {"SCRATCH": "/scratch/me", "EMPTY": "", "TILDE": "~/x"}
 HOME = str(Path.home())
@@ -50,3 +51,17 @@ def test_the_command_line_tells_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert path_argument("$HERE/a") == Path("/here/a")
     with pytest.raises(argparse.ArgumentTypeError, match="the environment variable UNSET is not set, or empty"):
         path_argument("$UNSET/a")
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_by_its_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Asked of the nearest folder that is there; root may write anywhere, so the answer is given."""
+    asked: list[Path] = []
+    monkeypatch.setattr("relora_ds.paths.os.access", lambda path, mode: bool(asked.append(path)))
+    with pytest.raises(
+        ConfigError, match=re.escape(f"run.dir='{tmp_path / 'a' / 'b'}': {tmp_path} cannot be written to; name another")
+    ):
+        refuse_unwritable("run.dir", tmp_path / "a" / "b")
+    assert asked == [tmp_path]
+    monkeypatch.setattr("relora_ds.paths.os.access", lambda path, mode: True)
+    refuse_unwritable("run.dir", tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == [], "it only asks"

@@ -9,7 +9,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import pytest
+import hypothesis
+from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from relora_ds.config import Config, parse
@@ -21,8 +22,6 @@ from relora_ds.run import manifest
 from relora_ds.text.yaml_text import read_yaml
 from tests.unit.bad_inputs import BASE, INDEX, MANIFEST
 
-hypothesis = pytest.importorskip("hypothesis")
-st = hypothesis.strategies
 bounded = hypothesis.settings(
     max_examples=150, derandomize=True, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
 )

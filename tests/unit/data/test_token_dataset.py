@@ -189,6 +189,25 @@ def test_split_without_one_sample(folder: Path) -> None:
     assert len(TokenDataset(folder, "train", TOKENS)) == 1
 
 
+@pytest.mark.parametrize(("place", "is_seen_at_once"), [(3, True), (5000, False)], ids=["in a probe", "between probes"])
+def test_an_id_that_no_token_has_is_refused_when_it_is_read_at_the_latest(
+    tmp_path: Path, place: int, is_seen_at_once: bool
+) -> None:
+    folder = write_folder(tmp_path / "tokens", "uint32", tokens=200_000)
+    data = np.zeros(200_000, dtype="<u4")
+    data[place] = 80_000
+    (folder / "train.bin").write_bytes(data.tobytes())
+    with pytest.raises(
+        ConfigError, match=r"data\.path=.* holds the id 80000, its vocabulary ends before 80000; delete the folder"
+    ):
+        dataset = TokenDataset(folder, "train", LENGTH, shuffle=False)
+        assert not is_seen_at_once
+        dataset.batch(np.array([0, place // LENGTH]))
+    assert len(TokenDataset(write_folder(tmp_path / "others", "uint32", tokens=80_000), "train", LENGTH)) == 10_000, (
+        "the last id is one"
+    )
+
+
 def test_unknown_split(folder: Path) -> None:
     with pytest.raises(ConfigError, match="no split 'test'"):
         TokenDataset(folder, "test", LENGTH)

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import relora_ds
+from relora_ds.engine import initialize as engines
 from relora_ds.engine.initialize import regroup
 from relora_ds.errors import ConfigError
 from relora_ds.launch import libraries, process_group
@@ -39,6 +40,16 @@ def test_deepspeed_is_told_which_gpu_is_this_ranks(monkeypatch: pytest.MonkeyPat
     for relora in (None, {"rank": 2, "alpha": 4, "targets": ["0"]}):
         with pytest.raises(RuntimeError, match="True"):
             relora_ds.initialize(model=model(), config={"train_batch_size": 1, "zero_optimization": {"stage": 2}}, relora=relora)
+
+
+@pytest.mark.parametrize(("version", "rank", "times"), [("0.15.4", 0, 1), ("0.15.4", 1, 0), ("0.19.8", 0, 0)])
+def test_rank_0_warns_of_a_deepspeed_that_was_not_tried(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder, version: str, rank: int, times: int
+) -> None:
+    monkeypatch.setattr(deepspeed, "__version__", version)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: rank)
+    engines._route(SimpleNamespace(optimizer=None))  # an engine that is none of ZeRO's is left as it is
+    assert sum(f"DeepSpeed {version} was not tried" in str(warning.message) for warning in recwarn) == times
 
 
 def test_factors_follow_the_group_of_their_weight() -> None:
