@@ -173,8 +173,8 @@ class GradientRoute:
     DeepSpeed all-reduces them, which sends twice the bytes, and under stage 2 does so after every micro-batch. Two things change:
 
     - ``average_tensor`` still says which slice of a bucket belongs to which rank. On a CPU its all-reduce is
-      :func:`means_of_own`, since gloo's own reduce sends up to twice the bytes; buckets that
-      are not contiguous pass through it as well. Elsewhere it is DeepSpeed's own reduce to each owner, which NCCL serves at the ring's bytes.
+      :func:`means_of_own`, since gloo's own reduce sends up to twice the bytes; buckets that are not contiguous pass through it as
+      well. Elsewhere it is DeepSpeed's own reduce to each owner, which NCCL serves at the ring's bytes.
     - Under stage 2 with accumulation, gradients gather in ``param.grad``, as under stage 1 (in ``param.grad_accum`` where they are
       to be summed in another dtype), until the last micro-batch, which reduces them while it goes backward, as a lone one does.
 
