@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from relora_ds.cli.options import new_command
 from relora_ds.errors import EXIT_DONE, EXIT_FAILED, refuse_rest
 from relora_ds.launch import libraries
 from relora_ds.paths import path_argument
@@ -13,10 +14,13 @@ from relora_ds.paths import path_argument
 
 def add_command(parent: Any) -> None:
     """Adds the command to the parser of ``relora-ds``."""
-    listing = parent.add_parser("checkpoints", help="a run's checkpoints: size, what each needs, whether it is whole")
-    listing.add_argument("place", metavar="RUN_DIR", type=path_argument)
-    listing.add_argument("--verify", action="store_true", help="read every file and compare it with its checksum")
-    listing.set_defaults(run=run_checkpoints)
+    listing = new_command(
+        parent, "checkpoints", run_checkpoints, "List a run's checkpoints, their sizes, and the files that each needs.",
+        about="A checkpoint that is incomplete or damaged is named, and the exit code is 1.",
+        examples=["relora-ds checkpoints runs/demo", "relora-ds checkpoints runs/demo --verify"],
+    )  # fmt: skip
+    listing.add_argument("place", metavar="RUN_DIR", type=path_argument, help="The folder of the run (run.dir of its recipe).")
+    listing.add_argument("--verify", action="store_true", help="Read every file and compare it with its checksum.")
 
 
 def run_checkpoints(options: argparse.Namespace, rest: Sequence[str]) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from relora_ds.cli.options import add_trust
+from relora_ds.cli.options import CHECKPOINT_HELP, add_trust, new_command
 from relora_ds.errors import EXIT_DONE, ConfigError, refuse_below, refuse_rest
 from relora_ds.launch import libraries
 from relora_ds.paths import path_argument
@@ -15,13 +15,25 @@ from relora_ds.paths import path_argument
 
 def add_command(parent: Any) -> None:
     """Adds the command to the parser of ``relora-ds``."""
-    evaluation = parent.add_parser("eval", help="validation perplexity of a run or a checkpoint")
-    evaluation.add_argument("place", metavar="RUN_DIR|CHECKPOINT", type=path_argument)
-    evaluation.add_argument("--data", type=path_argument, help="another token folder than the run's")
-    evaluation.add_argument("--max-tokens", type=int, help="evaluate on so many validation tokens (default: the run's setting)")
-    evaluation.add_argument("--batch-size", type=int, help="sequences of one forward pass (default: the run's micro batch)")
+    evaluation = new_command(
+        parent, "eval", run_eval, "Compute the validation loss and perplexity of a run or a checkpoint.",
+        about="It runs in one process, on a GPU if there is one.",
+        examples=["relora-ds eval runs/demo", "relora-ds eval runs/demo/checkpoints/update_0000800 --max-tokens 20000"],
+    )  # fmt: skip
+    evaluation.add_argument("place", metavar="RUN_DIR|CHECKPOINT", type=path_argument, help=CHECKPOINT_HELP)
+    evaluation.add_argument(
+        "--data", metavar="FOLDER", type=path_argument,
+        help="The token folder whose validation tokens are used. Default: the run's own (data.path).",
+    )  # fmt: skip
+    evaluation.add_argument(
+        "--max-tokens", metavar="N", type=int,
+        help="Evaluate on so many validation tokens. Default: the run's train.eval_tokens.",
+    )  # fmt: skip
+    evaluation.add_argument(
+        "--batch-size", metavar="N", type=int,
+        help="Sequences of one forward pass. Default: the run's train.micro_batch.",
+    )  # fmt: skip
     add_trust(evaluation)
-    evaluation.set_defaults(run=run_eval)
 
 
 def run_eval(options: argparse.Namespace, rest: Sequence[str]) -> int:

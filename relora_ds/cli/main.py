@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import NoReturn
 
 from relora_ds.cli import checkpoints, evaluate, export, plan, prepare, report, slurm, traffic, train
+from relora_ds.cli.options import EXIT_CODES, Parser
 from relora_ds.errors import (
     EXIT_BAD_CONFIG,
     EXIT_FAILED,
@@ -20,30 +21,27 @@ from relora_ds.launch import places
 from relora_ds.slurm.client import SlurmError
 from relora_ds.version import __version__
 
-if TYPE_CHECKING:  # it imports torch
-    pass
+EPILOG = f"""\
+relora-ds COMMAND --help explains a command, with its options and examples.
 
+{EXIT_CODES}
 
-class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, and with its errors in this project's form: one line, exit code 2."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
-
-    def error(self, message: str) -> NoReturn:
-        print(f"relora-ds: error: {message} (try {self.prog} --help)", file=sys.stderr)
-        raise SystemExit(EXIT_BAD_CONFIG)
+Examples:
+  relora-ds prepare recipes/corpus/english.jsonl.gz data/demo --vocab-size 1024
+  relora-ds train recipes/demo.yaml --nproc 2
+  relora-ds report runs/demo"""
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="relora-ds", description="ReLoRA pre-training on DeepSpeed.")
-    parser.add_argument("--version", action="version", version=f"relora-ds {__version__}")
+    """The parser of the command line. The batch scripts' own commands are in it, too, but not in its help."""
+    parser = Parser(prog="relora-ds", description="Pre-train language models by ReLoRA on DeepSpeed.", epilog=EPILOG)
+    parser.add_argument("--version", action="version", version=f"relora-ds {__version__}", help="Show the version and exit.")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
     for command in (prepare, train, evaluate, export, checkpoints, report, traffic, plan):
         command.add_command(commands)
-    slurm.add_commands(commands, Parser)
+    slurm.add_commands(commands)
     return parser
 
 

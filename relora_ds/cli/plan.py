@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from relora_ds.cli.options import add_recipe, new_command
 from relora_ds.config import load
 from relora_ds.errors import EXIT_DONE, ConfigError, nearest, with_rest
 from relora_ds.launch import libraries
-from relora_ds.paths import text_argument
 from relora_ds.reports.tables import aligned
 from relora_ds.units import parse_bytes
 
@@ -25,20 +25,42 @@ PHASES = {"full": "full-rank phase", "lora": "LoRA phase"}
 
 def add_command(parent: Any) -> None:
     """Adds ``plan`` to the parser of ``relora-ds``."""
-    plan = parent.add_parser("plan", help="estimate memory, traffic and time of a recipe on N GPUs; starts nothing")
-    plan.add_argument("recipe", metavar="RECIPE", type=text_argument, help="a YAML file")
-    plan.add_argument("overrides", metavar="key.sub=value", nargs="*", help="replace single settings of the recipe")
-    plan.add_argument("--gpus", type=int, required=True, help="of the whole job, up to 10,000")
-    plan.add_argument("--gpus-per-node", type=int, help="that share a network link (default: 8; 1 with --device cpu)")
-    plan.add_argument("--link", default="100Gbit", help="of a node: 1Gbit, 200Gbit, 25GB/s (default: %(default)s)")
-    plan.add_argument("--gpu", default="h100", help=f"{', '.join(GPUS)} (default: %(default)s)")
-    plan.add_argument("--gpu-memory", help="of one GPU: 80GB, 40GiB (default: the GPU's)")
-    plan.add_argument("--tflops", type=float, help="peak of one GPU (default: the GPU's, in bf16)")
-    plan.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches (default: %(default)s)")
-    plan.add_argument("--vocab-size", type=int, help="of the tokenizer, where data.path is not there yet")
-    plan.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
-    plan.add_argument("--json", action="store_true", help="print everything as JSON")
-    plan.set_defaults(run=run_plan)
+    plan = new_command(
+        parent, "plan", run_plan, "Estimate memory, network traffic and time of a recipe on N GPUs.",
+        about="""\
+Nothing is started: no GPU, process group or token folder is needed. The last
+lines say whether the recipe fits, and which settings would.""",
+        examples=[
+            "relora-ds plan recipes/llama_1b.yaml --gpus 64 --gpu a100 --vocab-size 32100",
+            "relora-ds plan recipes/llama_130m.yaml --gpus 1 --gpu rtx4090 --vocab-size 32100 train.micro_batch=50",
+        ],
+    )  # fmt: skip
+    add_recipe(plan)
+    plan.add_argument("--gpus", metavar="N", type=int, required=True, help="GPUs of the whole job, 1 to 10,000.")
+    plan.add_argument(
+        "--gpus-per-node", metavar="N", type=int,
+        help="GPUs of a node, which share its network link. Default: 8; with --device cpu, 1.",
+    )  # fmt: skip
+    plan.add_argument(
+        "--link", metavar="SPEED", default="100Gbit",
+        help="Speed of a node's network link in each direction, e.g. 1Gbit, 200Gbit or 25GB/s. Default: %(default)s.",
+    )  # fmt: skip
+    plan.add_argument(
+        "--gpu", metavar="NAME", default="h100",
+        help=f"Model of the GPUs, for their peak and memory: {', '.join(GPUS)}. Default: %(default)s.",
+    )  # fmt: skip
+    plan.add_argument("--gpu-memory", metavar="SIZE", help="Memory of one GPU, e.g. 80GB or 40GiB. Default: that of --gpu.")
+    plan.add_argument("--tflops", metavar="X", type=float, help="Peak of one GPU in TFLOP/s. Default: that of --gpu in bf16.")
+    plan.add_argument(
+        "--mfu", metavar="SHARE", type=float, default=0.4,
+        help="Share of the peak that training reaches (model FLOPs utilisation). Default: %(default)s.",
+    )  # fmt: skip
+    plan.add_argument(
+        "--vocab-size", metavar="N", type=int,
+        help="Vocabulary of the tokenizer, where data.path is not there yet and the model does not say it.",
+    )  # fmt: skip
+    plan.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="Where to train. Default: %(default)s.")
+    plan.add_argument("--json", action="store_true", help="Print everything as JSON, in bytes and seconds.")
 
 
 def run_plan(options: argparse.Namespace, rest: Sequence[str]) -> int:

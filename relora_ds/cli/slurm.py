@@ -12,7 +12,10 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from relora_ds.cli.options import add_insisting, insisted
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from relora_ds.cli.options import Parser, add_insisting, add_recipe, insisted, new_command
 from relora_ds.config import Config, load
 from relora_ds.console import say
 from relora_ds.environment import allocation, attempt, node_name, process_environment
@@ -33,101 +36,130 @@ from relora_ds.slurm.script import (
 )
 
 HELP = {
-    "nodes": "a number, or a range: 2-4 goes on with fewer after a failure",
-    "gpus_per_node": "8, or with a type, a100:8; 0 without GPUs",
-    "gpu_request": "how they are asked for: --gpus-per-node=8, --gres=gpu:8, or not at all",
-    "tasks_per_node": "ranks on a node (default: one per GPU)",
-    "cpus_per_task": "cores of a rank",
-    "mem": "memory of a node: 512G, or 0 for all",
-    "time": "limit of one start: 24:00:00; the job requeues itself",
-    "partition": "", "account": "", "qos": "", "constraint": "", "exclude": "nodes not to use",
-    "job_name": "default: the recipe's name",
-    "launcher": "what starts the ranks",
-    "signal": "asks the ranks to stop before the limit",
-    "signal_before": "seconds before the limit",
-    "requeue_by": "scontrol requeue, a successor job, or not at all",
-    "max_stalled": "starts in a row without a newer checkpoint that end the job",
-    "setup": "a shell line before all else: module load …; may be given several times",
-    "environment_file": "NAME=VALUE lines for all processes",
-    "container": "words before the training command: apptainer exec --nv image.sif",
-    "container_python": "interpreter inside the container (default: python)",
-    "python": "interpreter on the nodes (default: this one)",
-    "sbatch_args": "another option of sbatch, as --sbatch-args=--reservation=week; may be given several times",
-    "srun_args": "another option of srun or mpirun; may be given several times",
-}  # fmt: skip
+    "nodes": ("N|N-M", "Nodes of the job. With a range, as 2-4, it goes on with fewer after a node has failed."),
+    "gpus_per_node": ("N|TYPE:N", "GPUs of a node, as 8 or a100:8; 0 for none. Needed, unless --tasks-per-node is given."),
+    "gpu_request": ("", "How SLURM is asked for the GPUs: by --gpus-per-node, by --gres, or not at all."),
+    "tasks_per_node": ("N", "Ranks of a node. Default: one per GPU."),
+    "cpus_per_task": ("N", "CPU cores of a rank. Default: the site's, often 1."),
+    "mem": ("SIZE", "Memory of a node, as 512G; 0 for all of it. Default: the site's."),
+    "time": ("TIME", "Time limit of one start, as 24:00:00 or 2-00:00. Default: the partition's."),
+    "partition": ("PARTITION", "The partition to run in. Default: the site's."),
+    "account": ("ACCOUNT", "The account to charge. Default: your default account."),
+    "qos": ("QOS", "The quality of service to ask for. Default: the site's."),
+    "constraint": ("FEATURES", "Features that the nodes must have, as sbatch takes them. Default: none."),
+    "exclude": ("NODES", "Nodes not to use, as node[3,7]. Default: none."),
+    "job_name": ("NAME", "The name of the job. Default: the recipe's."),
+    "launcher": ("", "What starts the ranks."),
+    "signal": ("", "The signal that asks the ranks to stop before the time limit. Default: the recipe's train.stop_signal."),
+    "signal_before": ("SECONDS", "How long before the time limit that signal is sent."),
+    "requeue_by": ("", "How the job starts again: by scontrol requeue, as a job that waits for its end, or not at all."),
+    "max_stalled": ("N", "Starts in a row without a newer checkpoint that end the job."),
+    "setup": ("LINE", "A shell line to run before all else, as 'module load cuda'. May be given several times."),
+    "environment_file": ("FILE", "A file of NAME=VALUE lines, which all processes get. Default: none."),
+    "container": ("COMMAND", "What to put before the training command, as 'apptainer exec --nv image.sif'. Default: nothing."),
+    "container_python": ("PATH", "The Python inside the container. Default: python."),
+    "python": ("PATH", "The Python on the nodes. Default: the one that runs this command."),
+    "sbatch_args": ("OPTION", "One more option of sbatch, as --sbatch-args=--reservation=week. May be given several times."),
+    "srun_args": ("OPTION", "One more option of srun, or of mpirun. May be given several times."),
+}
+"""For each field of :class:`Settings`: what its value is called in the usage (nothing: its choices), and its help. What the field
+has as a default is added to the help where that does not say it."""
+PLACE = "The folder of the run (run.dir of its recipe), or the recipe."
 
 
-def add_commands(parent: Any, parser_class: type[argparse.ArgumentParser]) -> None:
+def add_commands(parent: Any) -> None:
     """Adds ``slurm`` and its commands to the parser of ``relora-ds``."""
-    slurm = parent.add_parser("slurm", help="submit to a SLURM cluster, and look after the job")
-    commands = slurm.add_subparsers(dest="slurm_command", required=True, metavar="COMMAND", parser_class=parser_class)
+    slurm = parent.add_parser(
+        "slurm",
+        help="Submit to a SLURM cluster, and look after the job.",
+        description="Submit to a SLURM cluster, and look after the job.",
+        epilog="Examples:\n  relora-ds slurm submit recipes/llama_1b.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00\n"
+        "  relora-ds slurm status runs/llama_1b",
+    )
+    commands = slurm.add_subparsers(dest="slurm_command", required=True, metavar="COMMAND", parser_class=Parser)
+    _add_submit(commands)
+    new_command(
+        commands, "status", run_status, "Show the job's state and the run's progress.",
+        examples=["relora-ds slurm status runs/llama_1b"],
+    )  # fmt: skip
+    logs = new_command(
+        commands, "logs", run_logs, "Show the last lines of the job's output.",
+        examples=["relora-ds slurm logs --follow runs/llama_1b"],
+    )  # fmt: skip
+    cancel = new_command(
+        commands, "cancel", run_cancel, "Let the ranks write a checkpoint, then end the job for good.",
+        about="Submit the recipe again to resume the run.", examples=["relora-ds slurm cancel runs/llama_1b"],
+    )  # fmt: skip
+    for command in map(commands.choices.get, ("status", "logs", "cancel")):
+        command.add_argument("place", metavar="RUN_DIR|RECIPE", type=path_argument, help=PLACE)
+    logs.add_argument("--follow", "-f", action="store_true", help="Show what is written from now on, too, until the job ends.")
+    logs.add_argument("--lines", "-n", metavar="N", type=int, default=40, help="Lines to show. Default: %(default)s.")
+    cancel.add_argument(
+        "--wait", metavar="SECONDS", type=float, default=120.0,
+        help="How long the ranks may take for the checkpoint; 0 to end the job at once. Default: %(default)g.",
+    )  # fmt: skip
 
-    submit = commands.add_parser("submit", help="check, write the batch script, submit; the job requeues itself until it is done")
-    submit.add_argument("recipe", metavar="RECIPE", type=text_argument, help="a YAML file")
-    submit.add_argument("overrides", metavar="key.sub=value", nargs="*", help="replace single settings of the recipe")
-    submit.add_argument("--dry-run", action="store_true", help="print the batch script, write and submit nothing")
+    hostfile = new_command(
+        commands, "hostfile", run_hostfile, "Print the nodes of an allocation as the deepspeed launcher reads them.",
+        examples=["relora-ds slurm hostfile --slots 8 > hostfile"],
+    )  # fmt: skip
+    hostfile.add_argument("--slots", metavar="N", type=int, required=True, help="Processes of a node.")
+    hostfile.add_argument("--job", metavar="ID", type=int, help="The job's id. Default: the allocation that this runs in.")
+    _add_inside(commands)
+
+
+def _add_submit(commands: Any) -> None:
+    submit = new_command(
+        commands, "submit", run_submit, "Check a recipe, write its batch script, and submit it.",
+        about="""\
+The job stops with a checkpoint before its time limit and requeues itself until
+the last update. Every option from --nodes on may stand in the site file instead,
+with _ for -.""",
+        examples=[
+            "relora-ds slurm submit recipes/llama_1b.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00",
+            "relora-ds slurm submit recipes/llama_1b.yaml --nodes 2-4 optimizer.lr=3e-4 --dry-run",
+        ],
+    )  # fmt: skip
+    add_recipe(submit)
+    submit.add_argument("--dry-run", action="store_true", help="Print the batch script; write and submit nothing.")
     submit.add_argument(
-        "--no-check",
-        action="store_true",
-        help="leave the check of the recipe to the job: where this machine is too small for torch",
-    )
+        "--no-check", action="store_true",
+        help="Leave the check of the recipe to the job, where this machine is too small for torch.",
+    )  # fmt: skip
     submit.add_argument(
-        "--site",
-        type=path_argument,
-        help="site file with defaults for the options below (default: ~/.config/relora-ds/slurm.yaml)",
-    )
+        "--site", metavar="FILE", type=path_argument,
+        help=f"YAML file with what is the same for all of your jobs. Default: ~/{SITE_FILE}.",
+    )  # fmt: skip
     add_insisting(submit)
     for name, field in Settings.model_fields.items():
-        _add_setting(submit, name, field.annotation)
-    submit.set_defaults(run=run_submit)
+        _add_setting(submit, name, field)
 
-    for name, function, text in (
-        ("status", run_status, "the job's state and the run's progress"),
-        ("logs", run_logs, "the job's output"),
-        ("cancel", run_cancel, "let the ranks write a checkpoint, then end the job for good"),
-    ):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("place", metavar="RUN_DIR|RECIPE", type=path_argument)
-        command.set_defaults(run=function)
-        if name == "logs":
-            command.add_argument("--follow", "-f", action="store_true", help="go on with what comes until the job is over")
-            command.add_argument("--lines", "-n", type=int, default=40, help="default: %(default)s")
-        if name == "cancel":
-            command.add_argument(
-                "--wait", type=float, default=120.0, metavar="S", help="seconds for the checkpoint (default: %(default)s)"
-            )
 
-    hostfile = commands.add_parser("hostfile", help="the nodes of an allocation in the form that the deepspeed launcher reads")
-    hostfile.add_argument("--slots", type=int, required=True, help="processes on a node")
-    hostfile.add_argument("--job", type=int, help="a job's id (default: the allocation this runs in)")
-    hostfile.set_defaults(run=run_hostfile)
+def _add_setting(parser: argparse.ArgumentParser, name: str, field: FieldInfo) -> None:
+    """One option for one field of :class:`Settings`, which judges the value."""
+    metavar, text = HELP[name]
+    kind = str(field.annotation)
+    taken: dict[str, Any] = {"action": "append"} if "list" in kind else {"type": int} if "int" in kind else {}
+    taken |= {"metavar": metavar} if metavar else {"choices": typing.get_args(field.annotation)}
+    if field.default not in (None, PydanticUndefined) and "Default:" not in text:
+        text += f" Default: {field.default}."
+    parser.add_argument(option_name(name), default=argparse.SUPPRESS, help=text, **taken)
 
-    inside = "used by the batch scripts"
-    before = commands.add_parser("before", help=f"{inside}: check, and print how many nodes to use")
-    after = commands.add_parser("after", help=f"{inside}: requeue, or not")
-    torchrun = commands.add_parser("torchrun", help=f"{inside}: start torchrun's agent for this node")
+
+def _add_inside(commands: Any) -> None:
+    """What the batch scripts call: not in the list of commands, since it has no help."""
+    before, after, torchrun = (commands.add_parser(name) for name in ("before", "after", "torchrun"))
     for command, run in ((before, run_before), (after, run_after), (torchrun, run_torchrun)):
         command.add_argument("recipe", metavar="RECIPE", type=text_argument)
         command.set_defaults(run=run)
     for command in (before, torchrun):
         command.add_argument("--tasks-per-node", type=int, required=True)
         add_insisting(command)
-    before.add_argument("--probe", metavar="COMMAND", help="what must run where the ranks are to: a container's interpreter")
-    after.add_argument("--code", type=int, required=True, help="of what started the ranks")
+    before.add_argument("--probe", metavar="COMMAND")  # must run where the ranks are to: a container's interpreter
+    after.add_argument("--code", type=int, required=True)  # of what started the ranks
     for command in (before, after):
         command.add_argument("--requeue-by", choices=typing.get_args(RequeueBy), default="requeue")
     after.add_argument("--max-stalled", type=int, default=3)
-
-
-def _add_setting(parser: argparse.ArgumentParser, name: str, annotation: Any) -> None:
-    """One option for one field of :class:`Settings`, which judges the value."""
-    text = str(annotation)
-    kind: dict[str, Any] = {"action": "append"} if "list" in text else {"type": int} if "int" in text else {}
-    if "Literal" in text:
-        kind["choices"] = typing.get_args(annotation)
-    parser.add_argument(
-        option_name(name), default=argparse.SUPPRESS, help=HELP[name] or None, metavar=None if "choices" in kind else "X", **kind
-    )
 
 
 def read_place(place: Path) -> Config:

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from relora_ds.cli.options import add_trust
+from relora_ds.cli.options import add_recipe, add_trust, new_command
 from relora_ds.comm import nic
 from relora_ds.config import Run, load
 from relora_ds.console import say
 from relora_ds.errors import EXIT_DONE, ConfigError, nearest, with_rest
 from relora_ds.launch import launcher, libraries, places, process_group
-from relora_ds.paths import path_argument, refuse_unwritable, text_argument
+from relora_ds.paths import path_argument, refuse_unwritable
 from relora_ds.reports.tables import aligned
 from relora_ds.units import parse_bytes
 
@@ -26,18 +26,38 @@ LINKS = "100Mbit,1Gbit,10Gbit"
 
 def add_command(parent: Any) -> None:
     """Adds ``traffic`` to the parser of ``relora-ds``."""
-    traffic = parent.add_parser("traffic", help="a recipe's network traffic, measured beside full-rank training")
-    traffic.add_argument("recipe", metavar="RECIPE", type=text_argument, help="a YAML file")
-    traffic.add_argument("overrides", metavar="key.sub=value", nargs="*", help="replace single settings of the recipe")
-    traffic.add_argument("--nproc", type=int, help="processes on this machine (default: one per GPU, but at least 2)")
-    traffic.add_argument("--updates", type=int, default=3, help="to measure each way (default: %(default)s)")
-    traffic.add_argument("--arms", default="recipe,full,zero2,zero1,ddp", help="what to compare (default: %(default)s)")
-    traffic.add_argument("--link", default=LINKS, help="speeds to estimate the seconds for (default: %(default)s)")
+    traffic = new_command(
+        parent, "traffic", run_traffic, "Measure what a recipe sends, beside full-rank training.",
+        about="""\
+A few updates are trained in each way that --arms names, with the same model, data
+and batch, and no run is written. Like train, it also runs under torchrun, srun and mpirun.""",
+        examples=[
+            "relora-ds traffic recipes/demo.yaml --nproc 2",
+            "relora-ds traffic recipes/llama_130m.yaml --nproc 8 --arms recipe,zero2 --link 10Gbit,100Gbit",
+        ],
+    )  # fmt: skip
+    add_recipe(traffic)
     traffic.add_argument(
-        "--out", type=path_argument, help="folder for the table, the picture and the JSON (default: traffic/RECIPE)"
+        "--nproc", metavar="N", type=int,
+        help="Processes to start on this machine, at least 2. Default: one per GPU, or 2.",
+    )  # fmt: skip
+    traffic.add_argument(
+        "--updates", metavar="N", type=int, default=3, help="Updates to measure of each way. Default: %(default)s."
     )
+    traffic.add_argument(
+        "--arms", metavar="NAMES", default="recipe,full,zero2,zero1,ddp",
+        help="The ways of training to compare: the recipe; full-rank training with the same collectives (full), "
+        "with DeepSpeed's defaults (zero2, zero1) and by DistributedDataParallel (ddp). Default: %(default)s.",
+    )  # fmt: skip
+    traffic.add_argument(
+        "--link", metavar="SPEEDS", default=LINKS,
+        help="Link speeds for which to estimate the seconds of an update. Default: %(default)s.",
+    )  # fmt: skip
+    traffic.add_argument(
+        "--out", metavar="FOLDER", type=path_argument,
+        help="The folder for the table, the picture and the JSON. Default: traffic/ and the recipe's name.",
+    )  # fmt: skip
     add_trust(traffic)
-    traffic.set_defaults(run=run_traffic)
 
 
 def run_traffic(options: argparse.Namespace, rest: Sequence[str]) -> int:

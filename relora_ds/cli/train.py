@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from relora_ds import environment
-from relora_ds.cli.options import add_insisting, insisted
+from relora_ds.cli.options import EXIT_CODES, add_insisting, add_recipe, insisted, new_command
 from relora_ds.config import Config, load
 from relora_ds.errors import EXIT_BAD_CONFIG, EXIT_FAILED, ConfigError, RankError, StartError, with_rest
 from relora_ds.launch import launcher, libraries, places, process_group
-from relora_ds.paths import refuse_unwritable, text_argument
+from relora_ds.paths import refuse_unwritable
 from relora_ds.run.folder import RunFolder
 from relora_ds.slurm.events import write_outcome
 from relora_ds.supervision import faults
@@ -23,20 +23,39 @@ from relora_ds.supervision.stop import StopSignal
 if TYPE_CHECKING:  # it imports torch
     from relora_ds.training.preflight import Checked
 
+ABOUT = f"""\
+Where run.dir holds a checkpoint, the run resumes from the newest whole one by
+itself. Else it starts at update 1.
+
+Called by hand, the command starts its processes on this machine. To start them
+on several, or by another launcher:
+  torchrun --nproc-per-node 8 -m relora_ds train RECIPE
+  deepspeed --module relora_ds train RECIPE
+  srun --ntasks-per-node 8 relora-ds train RECIPE
+  mpirun -n 8 relora-ds train RECIPE
+  relora-ds slurm submit RECIPE        (a job that requeues itself)
+
+{EXIT_CODES}"""
+
 
 def add_command(parent: Any) -> None:
     """Adds the command to the parser of ``relora-ds``."""
-    train = parent.add_parser("train", help="train a recipe; resumes by itself")
-    train.add_argument("recipe", metavar="RECIPE", type=text_argument, help="a YAML file")
-    train.add_argument("overrides", metavar="key.sub=value", nargs="*", help="replace single settings of the recipe")
-    train.add_argument("--nproc", type=int, help="processes on this machine (default: one per GPU, or 1)")
+    train = new_command(
+        parent, "train", run_train, "Train a recipe; a run that was stopped is resumed.", about=ABOUT,
+        examples=[
+            "relora-ds train recipes/demo.yaml --nproc 2",
+            "relora-ds train recipes/llama_130m.yaml --nproc 8 optimizer.lr=5e-4 run.dir=runs/low_lr",
+        ],
+    )  # fmt: skip
+    add_recipe(train)
     train.add_argument(
-        "--under",
-        choices=("srun", "torchrun", "mpirun"),
-        help="what starts the ranks: refused where it left no trace (used by scripts)",
+        "--nproc", metavar="N", type=int, help="Processes to start on this machine. Default: one per GPU; without GPUs, 1."
     )
+    train.add_argument(
+        "--under", choices=("srun", "torchrun", "mpirun"),
+        help="Refuse to start unless this launcher started the process. For scripts in which a container may hide it.",
+    )  # fmt: skip
     add_insisting(train)
-    train.set_defaults(run=run_train)
 
 
 def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
