@@ -203,9 +203,9 @@ def run_submit(options: argparse.Namespace, rest: Sequence[str]) -> int:
         return EXIT_DONE
     job, output = slurm.submit(config, found, deepspeed, text, workdir=workdir, environment=environment)
     print(f"submitted job {job}: {describe(found)}, into {config.run.dir}")
-    print(f"  relora-ds slurm status {config.run.dir}     state, update, speed, time left")
+    print(f"  relora-ds slurm status {config.run.dir}     state, update, speed, ETA")
     print(f"  relora-ds slurm logs -f {config.run.dir}    its output ({output})")
-    print(f"  relora-ds slurm cancel {config.run.dir}     a checkpoint, then the end; submit again to go on")
+    print(f"  relora-ds slurm cancel {config.run.dir}     a checkpoint, then the end; submit again to resume")
     return EXIT_DONE
 
 

@@ -204,7 +204,7 @@ def status(config: Config) -> Iterator[str]:
     events, job = known_job(run)
     yield from job_lines(job, client.job(job, events.cluster(job)), events)
     if (following := events.successor(job)) is not None:
-        yield f"job {following} is to go on when it has ended"
+        yield f"job {following} resumes the run when it has ended"
     yield from run_lines(run, config)
 
 
@@ -260,7 +260,7 @@ def run_lines(run: RunFolder, config: Config) -> Iterator[str]:
     loss = "skipped" if last["loss"] is None else f"loss {last['loss']:.4f}"
     yield (
         f"{run.path}: update {last['update']:,} of {total:,} ({last['update'] / total:.1%}), phase {last['phase']}, {loss}, "
-        f"{speed:,.0f} tokens/s, ReLoRA restarts {last['restarts']}, about {_time(left)} of training left"
+        f"{speed:,.0f} tokens/s, ReLoRA restarts {last['restarts']}, ETA {_time(left)}"
     )
     yield f"newest checkpoint: update {newest_update(run):,}"
 

@@ -269,10 +269,10 @@ def after(
                 hand_over(shown, twice, say, events, environment)
         except SlurmError as error:
             say(
-                f"the job could not be started again: {error}; sbatch {shown.command or 'the script'} goes on from the checkpoint"
+                f"the job could not be started again: {error}; sbatch {shown.command or 'the script'} resumes from the checkpoint"
             )
     elif decision.go_on:
-        say(f"to go on from there: sbatch {shown.command or 'the same script'}")
+        say(f"to resume from there: sbatch {shown.command or 'the same script'}")
     else:
         withdraw_successor(attempt.job, say, events)
     return final

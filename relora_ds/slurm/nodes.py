@@ -50,9 +50,9 @@ def tasks_of_nodes(counts: str) -> list[int]:
 
 
 def port_of(job_id: int, step_id: int, restart: int = 0) -> int:
-    """The port on which a step's rank 0 listens: all ranks find the same, and neighbouring jobs, steps and restarts find others."""
-    # 6181 and 2389 are primes, about NUM_PORTS / 1.618 and that / 2.588: the first steps and restarts of a job lie far apart, with
-    # room for those of the next jobs. A port that another program of the node has taken must not be met again by each restart.
+    """The port on which a step's rank 0 listens: all ranks find the same, and neighbouring jobs, steps and requeues find others."""
+    # 6181 and 2389 are primes, about NUM_PORTS / 1.618 and that / 2.588: the first steps and requeues of a job lie far apart, with
+    # room for those of the next jobs. A port that another program of the node has taken must not be met again by each requeue.
     return FIRST_PORT + (job_id + 6181 * step_id + 2389 * restart) % NUM_PORTS
 
 

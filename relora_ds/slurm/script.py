@@ -269,7 +269,7 @@ _ABOUT = """\
 _HOW = {
     "requeue": "requeues itself",
     "dependency": "submits its successor",
-    "none": "says how to go on",
+    "none": "says how to resume",
 }
 _BEFORE = """\
 # SLURM's TERM (preemption, an operator's requeue) reaches the ranks, too: this shell waits for them and then decides.

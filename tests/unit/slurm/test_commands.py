@@ -280,7 +280,7 @@ def test_status(config: Config, run: RunFolder, monkeypatch: pytest.MonkeyPatch)
     assert job == "job 17 (a): RUNNING on node[1-2], running for 0:01:00, 1:00:00 left of its time limit"
     assert starts == "starts: 2, requeues: 1"
     assert ended.endswith("17.0 ended without a word at update 4 (vanished), first failed: node2")
-    numbers = "update 10 of 20 (50.0%), phase lora, loss 3.5000, 64 tokens/s, ReLoRA restarts 1, about 0:00:20 of training left"
+    numbers = "update 10 of 20 (50.0%), phase lora, loss 3.5000, 64 tokens/s, ReLoRA restarts 1, ETA 0:00:20"
     assert progress == f"{run.path}: {numbers}"
     assert newest == "newest checkpoint: update 0"
 
@@ -375,7 +375,7 @@ def test_a_job_and_the_successor_that_waits_for_it(
     states = {17: "RUNNING", 18: "PENDING"}
     monkeypatch.setattr(slurm_client, "job", lambda job, _: replace(RUNNING, id=job, state=states[job]))
     shown = list(slurm.status(config))
-    assert shown[0].startswith("job 17 (a): RUNNING") and shown[2] == "job 18 is to go on when it has ended"
+    assert shown[0].startswith("job 17 (a): RUNNING") and shown[2] == "job 18 resumes the run when it has ended"
     with pytest.raises(ConfigError, match=r"job 18 \(PENDING\) is there for it"):
         slurm.refuse_second(run)
     slurm.cancel(config, wait_s=0, stop_signal="USR2", say=lambda _: None)

@@ -460,7 +460,7 @@ def test_left_to_the_user(cluster: Cluster, before: Before, after: After, run: R
     before()
     write_outcome(run, "17.0", 75)
     assert after(75, requeue_by="none") == 75 and cluster.calls == []
-    assert said[-1] == "to go on from there: sbatch /runs/job.sbatch"
+    assert said[-1] == "to resume from there: sbatch /runs/job.sbatch"
 
 
 def test_cancelled_by_the_user(cluster: Cluster, before: Before, after: After, run: RunFolder) -> None:
