@@ -33,6 +33,8 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("-h", "--help", action="help", help="Show this help and exit.")
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("argument COMMAND: "):  # the help lists them, without those that scripts alone call
+            message = message.partition(" (choose from ")[0]
         print(f"relora-ds: error: {message} (try {self.prog} --help)", file=sys.stderr)
         raise SystemExit(EXIT_BAD_CONFIG)
 

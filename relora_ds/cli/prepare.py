@@ -17,7 +17,7 @@ def add_command(parent: Any) -> None:
         parent, "prepare", run_prepare, "Turn documents into a token folder, the data of a recipe.",
         about="""\
 Documents are .txt, .json, .jsonl (also .gz or .zst) or .parquet files, or a data
-set of the Hugging Face hub. Interrupted, the same command goes on where it was.
+set of the Hugging Face hub. Interrupted, the same command resumes.
 A share of the documents is held out for validation.""",
         examples=[
             "relora-ds prepare allenai/c4 data/c4 --config-name en --tokenizer t5-base",

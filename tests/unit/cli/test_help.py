@@ -92,8 +92,13 @@ def test_train_says_that_it_resumes_its_exit_codes_and_its_launchers() -> None:
     assert all(f"  {launcher} " in text for launcher in ("torchrun", "deepspeed", "srun", "mpirun"))
 
 
-def test_internal_commands_work_and_are_not_listed() -> None:
+def test_internal_commands_work_and_are_not_listed(capsys: pytest.CaptureFixture[str]) -> None:
     text = PUBLIC["relora-ds slurm"].format_help()
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["slurm", "sumbit"])
+    assert capsys.readouterr().err == (
+        "relora-ds: error: argument COMMAND: invalid choice: 'sumbit' (try relora-ds slurm --help)\n"
+    )
     assert "submit" in text and not any(re.search(rf"^ +{name}\b", text, re.MULTILINE) for name in INTERNAL)
     for line in ("before r.yaml --tasks-per-node 2 --trust", "after r.yaml --code 75", "torchrun r.yaml --tasks-per-node 2"):
         assert callable(parse(f"relora-ds slurm {line}").run)
