@@ -8,7 +8,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 NPROC  ?= 2
-JOBS   := tests/integration/test_slurm_jobs.py
+JOBS   := tests/cluster/test_slurm_jobs.py
 
 .PHONY: install train test test-versions check package format clean
 

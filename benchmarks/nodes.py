@@ -4,7 +4,7 @@
     python -m benchmarks.nodes llama_60m DATA           all ways to train, llama_60m on 4 nodes
     python -m benchmarks.nodes seconds DATA 100mbit     seconds of an update over links of that speed, 4 nodes
 
-The nodes are namespaces of this machine (tests/integration/cluster.py), so the cores are shared: seconds are those of a slow machine.
+The nodes are namespaces of this machine (tests/cluster/cluster.py), so the cores are shared: seconds are those of a slow machine.
 Needs root, SLURM and ``DATA``: a token folder of ``relora-ds prepare recipes/corpus/english.jsonl.gz DATA --vocab-size 32100``.
 """
 
@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.integration.cluster import Cluster
+from tests.cluster.cluster import Cluster
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "model.config={model_type: llama, hidden_size: 256, intermediate_size: 688, num_hidden_layers: 4, num_attention_heads: 4}"

@@ -19,8 +19,8 @@ import torch
 from relora_ds.config import parse
 from relora_ds.data.prepare import prepare
 from relora_ds.launch import places
-from relora_ds.training.loop import Trainer
 from relora_ds.training.preflight import check
+from relora_ds.training.trainer import Trainer
 from tests.distributed import pool
 from tests.distributed.pool import close_all, run
 from tests.memory import PeakMemory, live_bytes

@@ -2,7 +2,7 @@
 
     python benchmarks/slurm_demo.py OUT
 
-Needs what tests/integration/cluster.py needs (root, Debian's SLURM), and the tokens in data/demo (`make train` prepares them).
+Needs what tests/cluster/cluster.py needs (root, Debian's SLURM), and the tokens in data/demo (`make train` prepares them).
 The nodes are namespaces of this machine, each with a network of its own. The demo is trained
 
 - by ``relora-ds train --nproc 4``;
@@ -23,8 +23,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.integration.cluster import Cluster  # noqa: E402
-from tests.integration.conftest import environment, read_log  # noqa: E402
+from tests.cluster.cluster import Cluster  # noqa: E402
+from tests.command_line import environment, read_log  # noqa: E402
 
 RELORA = [sys.executable, "-m", "relora_ds"]
 RECIPE = "recipes/demo.yaml"

@@ -1,11 +1,11 @@
 """Records what SLURM tells the processes of jobs of many shapes, into tests/unit/data/slurm_environments.json.
 
     python -m benchmarks.slurm_environments                              the SLURM that is installed
-    TEST_SLURM=/tmp/slurm-24.11 python -m benchmarks.slurm_environments  another one: tests/integration/other_slurm.sh
+    TEST_SLURM=/tmp/slurm-24.11 python -m benchmarks.slurm_environments  another one: tests/cluster/other_slurm.sh
 
 The file is {version: {shape: {task: variables}}}. A task is a rank, or ``batch``, the script that started
 the ranks, or the ``shell`` that a user asked for. The nodes are
-namespaces of this machine with two GPUs each that are none (tests/integration/cluster.py). What is another in every recording, such
+namespaces of this machine with two GPUs each that are none (tests/cluster/cluster.py). What is another in every recording, such
 as folders and ports, is left out.
 """
 
@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.integration.cluster import PATH as SYSTEM_PATH
-from tests.integration.cluster import Cluster
+from tests.cluster.cluster import PATH as SYSTEM_PATH
+from tests.cluster.cluster import Cluster
 
 RECORD = Path(__file__).resolve().parents[1] / "tests" / "unit" / "data" / "slurm_environments.json"
 KEPT = re.compile(r"(SLURM|PMI|CUDA_|ROCR_|HIP_|ZE_|GPU_DEVICE|OMPI_COMM_|OMPI_UNIVERSE_)")

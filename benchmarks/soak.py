@@ -30,8 +30,9 @@ import yaml
 from benchmarks.kill_test import token_folder
 from relora_ds.config import load
 from relora_ds.launch import places, process_group
-from relora_ds.training.loop import Trainer, train
+from relora_ds.training.loop import train
 from relora_ds.training.preflight import check
+from relora_ds.training.trainer import Trainer
 from tests.memory import live_bytes
 
 RANKS, WARM_START, SAMPLES = 2, 20, 20

@@ -93,6 +93,10 @@ class RestartError(RuntimeError):
     """A restart left the ranks with different weights; the message names the layer and the ranks."""
 
 
+class TrainingError(RuntimeError):
+    """Training cannot go on; what is written stays."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A hint such as ``did you mean 'rank'?``, or the list of valid names when none is near."""
     names = list(valid)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from relora_ds.bandwidth import formulas
@@ -30,7 +29,6 @@ def restart(model: nn.Module, settings: ReLoRA, world_size: int) -> float:
         sum(factor.numel() for factor in factors),
         num_tensors=len(factors),
         choices=_choices(settings),
-        width=0 if factors[0].dtype == torch.float32 else 2,
         world_size=world_size,
         gathered_bytes=sum(layer.weight.stored_bytes for layer in layers if layer.weight is not None) if is_sharded else 0,
     )

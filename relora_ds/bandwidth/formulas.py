@@ -19,7 +19,9 @@ TIME_BYTES, TIMES_EVERY = 8, 20
 """Of each rank's own seconds, which go with the loss in every 20th update."""
 COUNTS_BYTES = 8 * 16 * 4
 """All-reduced for each tensor in one choice of what survives a restart: eight digits of 16 values, counted in int32."""
-RESTART_SCALARS, CHOICE_SCALARS = 40, 56
+MASTER_BYTES = 4
+"""Of an entry of the factors' fp32 masters, which every rank needs to merge them."""
+RESTART_SCALARS, CHOICE_SCALARS = 24, 56
 """Bytes of checksums and figures, all-reduced in every restart, and for every choice."""
 
 
@@ -82,21 +84,18 @@ def update_bytes(
     )
 
 
-def restart_bytes(
-    lora_numel: int, *, num_tensors: int, choices: int, width: float, world_size: int, gathered_bytes: float = 0.0
-) -> float:
+def restart_bytes(lora_numel: int, *, num_tensors: int, choices: int, world_size: int, gathered_bytes: float = 0.0) -> float:
     """What one rank sends in one restart, on the mean over the ranks.
 
     Args:
         lora_numel: entries of all factors.
         num_tensors: the factors.
         choices: how often what survives is chosen by counting: 1 for joint masks, 2 for independent ones, 0 where nothing is ranked.
-        width: bytes that the module's copy of a master lacks: 2 of a 16-bit one, 0 in fp32.
         world_size: number of ranks N.
         gathered_bytes: of the stored frozen weights with their scales, where a sharded master is rounded into them.
     """
     reduced = RESTART_SCALARS + choices * (CHOICE_SCALARS + COUNTS_BYTES * num_tensors)
-    return share(world_size) * (2 * reduced + width * lora_numel + gathered_bytes)
+    return share(world_size) * (2 * reduced + MASTER_BYTES * lora_numel + gathered_bytes)
 
 
 def update_flops(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from relora_ds import environment
 from relora_ds.cli.options import EXIT_CODES, add_insisting, add_recipe, insisted, new_command
 from relora_ds.config import Config, load
-from relora_ds.errors import EXIT_BAD_CONFIG, EXIT_FAILED, ConfigError, RankError, StartError, with_rest
+from relora_ds.errors import EXIT_BAD_CONFIG, EXIT_FAILED, ConfigError, RankError, StartError, TrainingError, with_rest
 from relora_ds.launch import launcher, libraries, places, process_group
 from relora_ds.paths import refuse_unwritable
 from relora_ds.run.folder import RunFolder
@@ -138,7 +138,7 @@ def _train_together(checked: Checked, place: places.Place, device: Any, stop: St
     """Trains; what ends a run in order, on all ranks, becomes its exit code."""
     from relora_ds.checkpoint.universal import ConversionError
     from relora_ds.checkpoint.writer import FencedError
-    from relora_ds.training.loop import TrainingError, train
+    from relora_ds.training.loop import train
 
     message, is_final = "", True
     try:

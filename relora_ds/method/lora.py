@@ -27,8 +27,6 @@ ROLES = {"output-head": "get_output_embeddings", "input-embedding": "get_input_e
 LORA_GROUP = "lora"
 DENSE_GROUP = "dense"
 NO_DECAY_GROUP = "no_decay"
-ENTRIES_AT_ONCE = 1 << 22
-"""Of factors that are merged together, but for a layer with more: 16 MiB in fp32."""
 Target: TypeAlias = nn.Linear | Conv1D | nn.Embedding
 DTYPE_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
@@ -447,20 +445,6 @@ def relora_layers(model: nn.Module) -> Iterator[tuple[str, ReLoRALayer]]:
     for name, module in model.named_modules():
         if isinstance(module, ReLoRALayer):
             yield name, module
-
-
-def layer_batches(model: nn.Module) -> Iterator[list[tuple[str, ReLoRALayer]]]:
-    """The wrapped layers, as many at once as :data:`ENTRIES_AT_ONCE` allows: a few large messages instead of many small ones."""
-    batch: list[tuple[str, ReLoRALayer]] = []
-    entries = 0
-    for name, layer in relora_layers(model):
-        more = sum(factor.numel() for factor in layer.factors().values())
-        if batch and entries + more > ENTRIES_AT_ONCE:
-            yield batch
-            batch, entries = [], 0
-        batch.append((name, layer))
-        entries += more
-    yield batch
 
 
 def param_groups(

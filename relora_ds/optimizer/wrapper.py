@@ -28,7 +28,7 @@ from relora_ds.comm.counter import LEDGER, RESTART, VERIFY
 from relora_ds.config import ReLoRA
 from relora_ds.method import exact
 from relora_ds.method.frozen_weights import MergeStats, ShardedMaster, stored_tensors
-from relora_ds.method.lora import ReLoRALayer, layer_batches, relora_layers
+from relora_ds.method.lora import ReLoRALayer, relora_layers
 from relora_ds.method.reinit import initial_A, principal_inputs
 from relora_ds.optimizer import moments
 from relora_ds.optimizer.replicas import Replicas
@@ -230,17 +230,11 @@ class ReLoRAOptimizer(ZeroProxy):
     def _merge_and_reinitialise(self) -> dict[str, MergeStats]:
         """Layer by layer, so that no more than one layer's change exists in fp32 at a time. Returns the figures by layer type."""
         stats: dict[str, MergeStats] = {}
-        copies_serve = self.masters.copies_serve()
-        for layers in layer_batches(self.model):
-            names = [f"{name}.{key}" for name, layer in layers for key in layer.factors()]
-            masters = (
-                self.masters.gather_by_copies(names) if copies_serve else {name: self.masters.gather(name) for name in names}
-            )
-            for name, layer in layers:
-                figures = self._merge(name, layer, {key: masters[f"{name}.{key}"] for key in layer.factors()})
-                kind = name.rpartition(".")[2]
-                stats[kind] = stats[kind] + figures if kind in stats else figures
-                self._reinitialise(name, layer)
+        for name, layer in relora_layers(self.model):
+            figures = self._merge(name, layer, {key: self.masters.gather(f"{name}.{key}") for key in layer.factors()})
+            kind = name.rpartition(".")[2]
+            stats[kind] = stats[kind] + figures if kind in stats else figures
+            self._reinitialise(name, layer)
         return stats if self.frozen_master is None else self._sum_over_ranks(stats)
 
     def _merge(self, name: str, layer: ReLoRALayer, factors: dict[str, Tensor]) -> MergeStats:

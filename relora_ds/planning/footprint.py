@@ -25,8 +25,6 @@ from relora_ds.zero.gradient_reduction import ROUND, rounds
 FP32 = 4
 NORM_WIDTH = 8
 """Gradient norms are taken in fp64, one parameter's at a time."""
-GATHERED = {4: 4, 2: 8}
-"""Bytes an entry of gathering the masters of a batch of layers, by those of the module's copies: theirs in fp32, laid end to end."""
 PRUNE_KEYS, PRUNE_WORK = 4, 16
 """Bytes an entry of the selection of moments: of the keys of all that this rank owns, and of what comes and goes for one tensor."""
 
@@ -351,14 +349,12 @@ def start(layout: Layout, engine: Engine, parts: Mapping[str, int], sharded: int
 def restart(rehearsed: Rehearsed, layout: Layout, engine: Engine, parts: Mapping[str, int], frozen: Frozen) -> Peak:
     """The most at a restart: merging one layer, choosing which moments stay, or comparing checksums."""
     work, seen = [0], set()
-    for batch in lora.layer_batches(rehearsed.model):
-        gathered = sum(factor.numel() for _, layer in batch for factor in layer.factors().values())
-        work.append(GATHERED[engine.width] * gathered)
-        for _, layer in batch:
-            if layer.weight is not None and (kind := (gathered, layer.weight.shape, layer.rank)) not in seen:
-                seen.add(kind)
-                work.append(FP32 * gathered + rehearsed.peak_of(_merge(rehearsed, layer, engine, frozen)))
-                work.append(rehearsed.peak_of(partial(_checksums, layer)))
+    for _, layer in lora.relora_layers(rehearsed.model):
+        if layer.weight is not None and (kind := (layer.weight.shape, layer.rank)) not in seen:
+            seen.add(kind)
+            gathered = sum(factor.numel() for factor in layer.factors().values())
+            work.append(FP32 * gathered + rehearsed.peak_of(_merge(rehearsed, layer, engine, frozen)))
+            work.append(rehearsed.peak_of(partial(_checksums, layer)))
     factors = next((group for group in layout.groups if any("lora_" in name for name in group.numels)), None)
     if factors is not None:
         work.append(PRUNE_KEYS * factors.partition + PRUNE_WORK * min(max(factors.numels.values()), factors.partition))

@@ -23,9 +23,7 @@ from torch import Tensor, nn
 
 from relora_ds.comm.counter import CountedGroup
 from relora_ds.errors import ConfigError
-from relora_ds.method.frozen_weights import checksum
 from relora_ds.run import unpickle
-from relora_ds.zero import rounding
 from relora_ds.zero import versions as zero_versions
 
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
@@ -220,77 +218,6 @@ class ZeroState:
                     part.copy_(self.fragment(name, key))
                 self.comm.broadcast(part, owner, "restart")
         return full.view(self.params[name].shape)
-
-    @torch.no_grad()
-    def copies_serve(self) -> bool:
-        """Whether :meth:`gather_by_copies` may build on the module's copies: the same bits on all ranks, and near the masters.
-
-        They are after every step and every load. They are not where a copy was changed by hand or by a fault, nor where fp16 is too
-        coarse for a quarter of the entries, which would take more bytes than the masters. The answer is the same on all ranks;
-        16 bytes travel for it.
-        """
-        num_far = 0
-        for name, param in self.params.items():
-            own, fragment = self.own_slice(name), self.fragment(name)
-            if fragment is not None:
-                copy = param.data.reshape(-1).narrow(0, own.start, own.numel)
-                num_far += rounding.num_far(fragment.to(copy.device), copy)
-        is_exact = any(param.dtype == torch.float32 for param in self.params.values())
-        num_entries = sum(param.numel() for param in self.params.values())
-        near = num_far == 0 if is_exact else 4 * self.comm.world_size * num_far <= num_entries
-        sums = torch.stack([checksum(param.data) for param in self.params.values()]).tolist()
-        return self.comm.agree(repr((near, sums)), "restart") and near
-
-    @torch.no_grad()
-    def gather_by_copies(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """:meth:`gather` for several masters, to the same bits, for what the module's copies lack; only where :meth:`copies_serve`.
-
-        An fp32 copy lacks nothing. A 16-bit one lacks 2 bytes an entry, which each owner broadcasts for all these parameters at once,
-        and 4 more where :mod:`relora_ds.zero.rounding` marks the entry (one in 65,536 of a bf16 copy): these are summed over the
-        ranks, of which only the owner has more than 0.
-
-        Returns:
-            {name: float32, the parameter's shape}, on the group's device.
-        """
-        params = [self.params[name] for name in names]
-        full = torch.cat([rounding.bits(param.data.reshape(-1)) for param in params]).to(self.comm.device)
-        if any(param.dtype != torch.float32 for param in params):
-            places = self._places(names)
-            masters = [part for name in names if (part := self.fragment(name)) is not None]
-            self._add_what_copies_lack(full, places, [part.to(full.device) for part in masters])
-        values = full.view(torch.float32).split([param.numel() for param in params])
-        return {name: value.view(param.shape) for name, value, param in zip(names, values, params, strict=True)}
-
-    def _places(self, names: Sequence[str]) -> list[list[slice]]:
-        """Where the pieces of each rank lie when these parameters are laid end to end."""
-        places: list[list[slice]] = [[] for _ in range(self.comm.world_size)]
-        start = 0
-        for name in names:
-            for owner, piece in enumerate(self._slices[name]):
-                if piece.numel:
-                    places[owner].append(slice(start + piece.start, start + piece.start + piece.numel))
-            start += self.params[name].numel()
-        return places
-
-    def _add_what_copies_lack(self, full: Tensor, places: list[list[slice]], masters: list[Tensor]) -> None:
-        """Turns the bit patterns of copies, (n,) int32, into those of their masters, of which this rank's pieces are given."""
-        lacking = torch.empty(full.numel(), dtype=torch.int16, device=full.device)
-        own = places[self.comm.rank]
-        for place, master in zip(own, masters, strict=True):
-            lacking[place] = rounding.differences(master, full[place].view(torch.float32))
-        for owner, parts in enumerate(places):
-            if parts:
-                packed = torch.cat([lacking[part] for part in parts])
-                self.comm.broadcast(packed.view(torch.uint8), owner, "restart")
-                for part, values in zip(parts, packed.split([part.stop - part.start for part in parts]), strict=True):
-                    lacking[part] = values
-        full += lacking
-        marked = lacking == rounding.MARK
-        if bool(marked.any()):
-            full.masked_fill_(marked, 0)
-            for place, master in zip(own, masters, strict=True):
-                full[place] = rounding.bits(master)
-            full[marked] = self.comm.all_reduce(full[marked], "restart")
 
     @torch.no_grad()
     def write(self, name: str, value: Tensor) -> None:

@@ -1,8 +1,9 @@
 """Distributed tests are real processes over gloo, kept in a pool per world size.
 
-A process needs seconds to import torch and DeepSpeed and to join a group, so the processes of one world size are started at its
-first use and serve all tests of the run. A test calls ``run(world_size, function, *args)``: every rank runs ``function(*args)``
-and the results come back in a list, by rank. ``function`` must be importable (top level of a module); results are pickled.
+A process needs seconds to import torch and DeepSpeed, so one imports them and all others are forked from it. The processes of one
+world size join a group at its first use and serve all tests of the run. A test calls ``run(world_size, function, *args)``: every rank
+runs ``function(*args)`` and the results come back in a list, by rank. ``function`` must be importable (top level of a module);
+results are pickled.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import multiprocessing
 import os
 import pickle
 import socket
-import subprocess
-import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,19 @@ def safe_isa() -> dict[str, str]:
     return {} if found is None else {ISA: found}
 
 
+@functools.cache
+def forked() -> ForkServerContext:
+    """Makes processes of one that has imported everything, on one thread each."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["relora_ds.training.loop", "transformers.models.llama.modeling_llama", __name__])
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when it is imported
+    forkserver.ensure_running()
+    os.environ.pop("OMP_NUM_THREADS")
+    os.environ |= {} if before is None else {"OMP_NUM_THREADS": before}
+    return context
+
+
 class RankError(AssertionError):
     """A rank raised; holds its traceback."""
 
@@ -57,18 +72,17 @@ class Pool:
         self.processes = []
         for rank in range(world_size):
             env = dict(
-                os.environ | safe_isa(),
+                safe_isa(),
                 RANK=str(rank),
                 LOCAL_RANK=str(rank),
                 WORLD_SIZE=str(world_size),
                 LOCAL_WORLD_SIZE=str(world_size),
                 MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=str(port),
-                OMP_NUM_THREADS="1",
-                PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             )
-            command = [sys.executable, "-m", "tests.distributed.pool", self.listener.address]
-            self.processes.append(subprocess.Popen(command, env=env, cwd=ROOT))
+            process = forked().Process(target=_serve, args=(str(self.listener.address), env))
+            process.start()
+            self.processes.append(process)
         self.connections: list[Connection] = [self.listener.accept() for _ in range(world_size)]
         by_rank = {connection.recv(): connection for connection in self.connections}
         self.connections = [by_rank[rank] for rank in range(world_size)]
@@ -97,7 +111,7 @@ class Pool:
         _pools.pop(self.world_size, None)
         for process in self.processes:
             process.kill()
-            process.wait()
+            process.join()
         for connection in self.connections:
             connection.close()
         with contextlib.suppress(FileNotFoundError):  # at exit the folder may be gone first
@@ -118,9 +132,10 @@ def close_all() -> None:
         pool.close()
 
 
-def _serve(address: str) -> None:
+def _serve(address: str, environment: dict[str, str]) -> None:
     import torch
 
+    os.environ |= environment
     torch.set_num_threads(1)
     place = places.discover()
     assert place is not None
@@ -142,7 +157,3 @@ def _serve(address: str) -> None:
             connection.send_bytes(pickle.dumps(answer))
         except (BrokenPipeError, ConnectionResetError):
             return
-
-
-if __name__ == "__main__":
-    _serve(sys.argv[1])

@@ -25,8 +25,8 @@ from relora_ds.models.export import export_model, load_merged
 from relora_ds.run import manifest as manifests
 from relora_ds.run.folder import RunFolder
 from relora_ds.training import loop as train
-from relora_ds.training.loop import Trainer
 from relora_ds.training.preflight import check
+from relora_ds.training.trainer import Trainer
 from tests.distributed import common
 from tests.distributed.pool import run
 from tests.distributed.test_training import at, read_log, train_here

@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 
+from relora_ds.callbacks import progress_line
 from relora_ds.checkpoint import reader as checkpoints
 from relora_ds.checkpoint.writer import FencedError, Saver
-from relora_ds.errors import ConfigError
+from relora_ds.errors import ConfigError, TrainingError
 from relora_ds.launch import places
 from relora_ds.run import lock
 from relora_ds.run import manifest as manifests
 from relora_ds.run.folder import RunFolder
-from relora_ds.training import loop as train
-from relora_ds.training import metrics
-from relora_ds.training.loop import Trainer, TrainingError
+from relora_ds.training import open_run
+from relora_ds.training.trainer import Trainer
 from tests.distributed.pool import run
 from tests.distributed.test_checkpoint import folders, losses
 from tests.distributed.test_training import at, read_log, train_here
@@ -102,14 +102,14 @@ def test_a_damaged_base_takes_its_checkpoints_along(finished: tuple[dict[str, An
 def resume(content: dict[str, Any]) -> str:
     """Trains to the end; returns all that the user is told, with the error that ended it."""
     told: list[str] = []
-    originals = train.say, metrics.say
-    train.say = metrics.say = told.append
+    original = open_run.say
+    open_run.say = progress_line.say = told.append
     try:
         train_here(content)
     except (ConfigError, TrainingError) as error:
         told.append(f"{type(error).__name__}: {error}")
     finally:
-        train.say, metrics.say = originals
+        open_run.say = progress_line.say = original
     return "\n".join(told)
 
 
@@ -162,7 +162,7 @@ def fill(ballast: Path, leave: int) -> None:
 
 def checkpoint_complete(trainer: Trainer) -> None:
     """Waits for the checkpoint on its way, on this rank alone."""
-    job = trainer.saver._job
+    job = trainer.checkpoints.saver._job
     if job is not None and job.thread is not None:
         job.thread.join()
 
@@ -194,7 +194,7 @@ def train_over_a_broken_disk(content: dict[str, Any], disk: str, how: str, *, me
         if place.is_main and number == 11:
             checkpoint_complete(self)
         if place.is_main and number == 12:
-            train.say(f"failures known before update 12: {self.failed_saves}")
+            progress_line.say(f"failures known before update 12: {self.checkpoints.failed_in_a_row}")
         if place.is_main and number == 14 and mended:
             MEND[how](disk)
         return original(self, number, stop_requested)

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 import relora_ds
+from relora_ds.callbacks.traffic import TrafficLog
 from relora_ds.comm.counter import EVALUATION, GRADIENT, LEDGER, LOSS, NORM, PARAMETERS, RESTART, VERIFY, by_purpose
 from relora_ds.launch.places import Place
-from relora_ds.training.traffic_log import TrafficLog
 from tests.distributed import common
 from tests.distributed.pool import run
 from tests.wire import SCALARS, Wire
@@ -152,7 +152,7 @@ def written(folder: str) -> None:
     place = Place(rank, world_size, rank, world_size, "127.0.0.1", 1, "torchrun")
     for first in (1, 5):
         log = TrafficLog(Path(folder) / "traffic.json", place, ["here"] * world_size, torch.device("cpu"), "")
-        log.begin(first)
+        log.count_from(first)
         for update in range(first, first + 2):
             with LEDGER.purpose(GRADIENT):
                 dist.all_reduce(torch.zeros(1_000_000))

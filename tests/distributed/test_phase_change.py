@@ -18,8 +18,8 @@ from relora_ds.engine.initialize import adamw
 from relora_ds.engine.release import release
 from relora_ds.launch import places
 from relora_ds.training import phases
-from relora_ds.training.loop import Trainer
 from relora_ds.training.preflight import check
+from relora_ds.training.trainer import Trainer
 from tests.distributed import common
 from tests.distributed.pool import run
 from tests.memory import live_bytes

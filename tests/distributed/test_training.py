@@ -20,7 +20,7 @@ from relora_ds.comm.counter import CountedGroup
 from relora_ds.config import parse
 from relora_ds.data.token_dataset import TokenDataset
 from relora_ds.engine.release import release
-from relora_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
+from relora_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, TrainingError
 from relora_ds.launch import places
 from relora_ds.method import lora
 from relora_ds.method.frozen_weights import FrozenWeight
@@ -30,9 +30,9 @@ from relora_ds.run.folder import RunFolder
 from relora_ds.supervision import faults
 from relora_ds.training import phases
 from relora_ds.training.evaluate import evaluate
-from relora_ds.training.loop import Trainer, TrainingError
 from relora_ds.training.loop import train as train_run
 from relora_ds.training.preflight import check
+from relora_ds.training.trainer import Trainer
 from relora_ds.zero.state import ZeroState
 from tests.conftest import TINY_LLAMA
 from tests.distributed.common import WITH_VOCABULARY

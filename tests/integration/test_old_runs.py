@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import command, read_log
+from tests.command_line import command, read_log
 
 RUN_0_1 = Path(__file__).parent / "data" / "run_0_1.tar.xz"
 """A run of version 0.1 on two ranks, when the package was one folder: stopped after update 8 of 12, with the metrics of all 12."""

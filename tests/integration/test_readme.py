@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from relora_ds.cli import main as cli
 from relora_ds.comm.network import free_port
-from tests.integration.conftest import ROOT, environment
+from tests.command_line import ROOT, environment
 
 BIN = Path(sys.executable).parent
 TWO_CPUS = {

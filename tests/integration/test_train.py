@@ -6,30 +6,16 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
-from relora_ds.supervision import faults
-from tests.integration.conftest import command, read_log, relora, start, wait_for_update, write_recipe
+from tests.command_line import command, read_log, relora, start, wait_for_update
 
 Recipe = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, token_folder: Path) -> Path:
-    """The folder of an uninterrupted run with two processes."""
-    folder = tmp_path_factory.mktemp("whole")
-    path = write_recipe(folder, token_folder, "run")
-    done = relora("train", path, "--nproc", 2, TORCH_EXTENSIONS_DIR=str(folder / "extensions"))
-    (folder / "told").write_text(done.stderr)
-    return folder / "run"
 
 
 def metrics(run_dir: Path) -> list[dict]:
@@ -58,103 +44,31 @@ def test_the_parameters_of_each_phase_are_told(whole: Path) -> None:
     assert re.search(r"lora 30/30  loss \S+  lr \S+  lora_lr \S+  \S+ tokens/s  sent", told)
 
 
-def kill_tree(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to the launcher and all ranks, at once, as a node that dies."""
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in family:
-        member.kill()
-    process.wait()
-    psutil.wait_procs(family, timeout=10)
-
-
-def kill_launcher(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to the launcher alone, as from the out-of-memory killer: the ranks go with it, also one that hangs."""
-    ranks = psutil.Process(process.pid).children()
-    assert len(ranks) == 2
-    ranks[1].suspend()
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 5  # at once; some time on a busy machine
-    while time.monotonic() < deadline and any(map(is_alive, ranks)):
-        time.sleep(0.02)
-    survivors = [rank for rank in ranks if is_alive(rank)]
-    for rank in survivors:
-        rank.kill()
-    assert not survivors
-
-
-def is_alive(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-
-
-def test_sigkill_and_resume(recipe: Recipe, tmp_path: Path, whole: Path) -> None:
-    """Killed in the full-rank phase and again after a restart: run again at once, it ends with the uninterrupted run's losses."""
-    path = recipe("killed")
-    for update, kill in ((5, kill_tree), (17, kill_launcher)):
-        process = start("train", path, "--nproc", 2)
-        wait_for_update(tmp_path / "killed", update, process)
-        kill(process)
-    told = relora("train", path, "--nproc", 2).stderr
-    assert "taking over" in told and "resuming from" in told
-    assert metrics(tmp_path / "killed") == metrics(whole)
-    assert read_log(tmp_path / "killed" / "restarts.jsonl") == read_log(whole / "restarts.jsonl")
+def wandb_steps(file: Path) -> tuple[str, list[int]]:
+    """The run id and the steps of the history records in a .wandb file; each tells the bytes of its update."""
+    wandb = Path(sys.executable).parent / "wandb"
+    records = [json.loads(line) for line in command([wandb, "leet", "inspect", "--json", file]).stdout.splitlines()]
+    assert all("train/sent_bytes" in json.dumps(record) for record in records if "train/loss" in json.dumps(record))
+    run_id = next(record["run"]["run_id"] for record in records if record["type"] == "run")
+    return run_id, sorted({record["history"]["step"]["num"] for record in records if record["type"] == "history"})
 
 
 def test_sigterm_writes_a_checkpoint_and_exits_75(recipe: Recipe, tmp_path: Path, whole: Path) -> None:
-    path = recipe("stopped", train={"checkpoint_every": None})
-    process = start("train", path, "--nproc", 2)
+    """And goes on from there, also on wandb: the real one, offline, without a key or a question, with one id."""
+    path = recipe("stopped", train={"checkpoint_every": None}, wandb={"mode": "auto"})
+    keyless = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_SILENT": "true"}
+    process = start("train", path, "--nproc", 2, **keyless)
     wait_for_update(tmp_path / "stopped", 2, process)  # early: the signal must find the run still going
     process.send_signal(signal.SIGTERM)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 75
     assert "a checkpoint is written" in told
-    relora("train", path, "--nproc", 2)
+    relora("train", path, "--nproc", 2, **keyless)
     assert metrics(tmp_path / "stopped") == metrics(whole)
-
-
-def test_a_dead_rank_takes_the_job_down(recipe: Recipe, tmp_path: Path) -> None:
-    """One rank dies: the launcher ends the other, within seconds, and no process stays behind."""
-    process = start("train", recipe("orphan", train={"updates": 100_000}), "--nproc", 2)
-    wait_for_update(tmp_path / "orphan", 3, process)
-    ranks = psutil.Process(process.pid).children()
-    assert len(ranks) == 2
-    ranks[1].kill()
-    began = time.monotonic()
-    process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert time.monotonic() - began < 40
-    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
-
-
-def test_a_stopped_rank_ends_the_job_and_is_named(recipe: Recipe, tmp_path: Path, whole: Path) -> None:
-    """A process that is stopped hangs the job: it ends by itself, says where, leaves no process and goes on when run again."""
-    path, run_dir = recipe("hung", train={"hang_timeout": 3.0}), tmp_path / "hung"
-    process = start("train", path, "--nproc", 2)
-    wait_for_update(run_dir, 12, process)
-    ranks = {psutil.Process(child.pid).environ()["RANK"]: child for child in psutil.Process(process.pid).children()}
-    ranks["1"].suspend()
-    began = time.monotonic()
-    try:
-        _, told = process.communicate(timeout=60)
-    except subprocess.TimeoutExpired:
-        kill_tree(process)
-        raise
-    assert process.returncode == 1
-    assert time.monotonic() - began < 3 + 5 + 20 + 10, "the limit, the wait for the other's stacks, the launcher's, and some"
-    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks.values())
-    (line,) = [line for line in told.splitlines() if "nothing moved" in line]
-    assert f"rank 1 on {socket.gethostname()} wrote no stacks" in line
-    (folder,) = (run_dir / "stacks").iterdir()
-    assert line.endswith(f"stacks: {folder}")
-    (written,) = folder.iterdir()
-    assert written.name == "rank_00000.txt" and "training/loop.py" in written.read_text()
-    (fault,) = faults.read(run_dir)
-    assert (fault["kind"], fault["rank"], fault["host"]) == ("hang", 1, socket.gethostname())
-    assert fault["update"] >= 12
-    relora("train", path, "--nproc", 2)
-    assert metrics(run_dir) == metrics(whole)
-    assert [record["update"] for record in read_log(run_dir / "ranks.jsonl")] == [20, 30]
-    assert faults.read(run_dir) == [fault], "a run that ends in order has no fault"
+    files = sorted((tmp_path / "stopped" / "wandb").glob("offline-run-*/*.wandb"))
+    (first_id, first), (second_id, second) = map(wandb_steps, files)
+    assert first_id == second_id == (tmp_path / "stopped" / "wandb_id").read_text()
+    assert first + second == list(range(1, 31)) and first and second
 
 
 def test_bf16_goes_on_where_its_matmul_traps(recipe: Recipe, tmp_path: Path) -> None:

@@ -60,7 +60,6 @@ def test_one_place_alone(pattern: str, homes: list[str]) -> None:
     [
         "schedule.py",
         "method/pruning.py",
-        "zero/rounding.py",
         "method/reinit.py",
         "method/exact.py",
         "method/lora.py",

@@ -35,23 +35,16 @@ def test_ddp_gathers_nothing() -> None:
 
 def test_one_rank_sends_nothing() -> None:
     assert update_bytes(1000, world_size=1, stage=2, accumulation=2, way="all-reduce", **WIRE) == Bytes(0, 0, 0, 0)
-    assert restart_bytes(1000, num_tensors=4, choices=1, width=2, world_size=1, gathered_bytes=10**6) == 0
+    assert restart_bytes(1000, num_tensors=4, choices=1, world_size=1, gathered_bytes=10**6) == 0
 
 
-def test_a_restart_sends_counts_and_what_copies_lack() -> None:
+def test_a_restart_sends_counts_and_masters() -> None:
     """The figures of the test model of tests/distributed/test_restart_bytes.py, whose restarts were counted: 39,424 entries in 28."""
     of_model = {"lora_numel": 39_424, "num_tensors": 28}
-    for width, choices, world_size, counted in [
-        (0, 1, 2, 14_432),
-        (0, 2, 2, 28_824),
-        (0, 1, 4, 21_648),
-        (2, 1, 2, 53_896),
-        (2, 2, 2, 68_272),
-    ]:
-        estimated = restart_bytes(**of_model, width=width, choices=choices, world_size=world_size)
-        assert estimated == pytest.approx(counted, rel=1e-3)
-    plain = restart_bytes(**of_model, width=2, choices=1, world_size=4)
-    assert restart_bytes(**of_model, width=2, choices=1, world_size=4, gathered_bytes=1e6) == plain + 0.75e6
+    for choices, world_size, counted in [(1, 2, 93_208), (2, 2, 107_544), (1, 4, 139_812), (2, 4, 161_316)]:
+        assert restart_bytes(**of_model, choices=choices, world_size=world_size) == pytest.approx(counted, rel=2e-3)
+    plain = restart_bytes(**of_model, choices=1, world_size=4)
+    assert restart_bytes(**of_model, choices=1, world_size=4, gathered_bytes=1e6) == plain + 0.75e6
 
 
 def test_times_travel_as_often_as_they_are_exchanged() -> None:

@@ -1,4 +1,4 @@
-"""What ``relora-ds slurm`` writes, says and refuses; SLURM itself is in tests/integration/test_slurm_jobs.py."""
+"""What ``relora-ds slurm`` writes, says and refuses; SLURM itself is in tests/cluster/test_slurm_jobs.py."""
 
 from __future__ import annotations
 

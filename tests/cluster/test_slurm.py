@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.integration.cluster import Cluster, missing
-from tests.integration.conftest import ROOT, environment, read_log, relora, write_recipe
+from tests.cluster.cluster import Cluster, missing
+from tests.command_line import ROOT, environment, read_log, relora, write_recipe
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 Recipe = Callable[..., Path]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.cluster import Cluster, missing
-from tests.integration.conftest import ROOT
+from tests.cluster.cluster import Cluster, missing
+from tests.command_line import ROOT
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
@@ -21,7 +21,7 @@ SLURMD_PORT = 6818
 KILLED_RUN = """
 import sys, time
 from pathlib import Path
-from tests.integration.cluster import Cluster
+from tests.cluster.cluster import Cluster
 with Cluster(Path(sys.argv[1]), 1) as cluster:
     print(cluster.run("n1", "readlink", *sys.argv[2:]).stdout.replace("\\n", " "), flush=True)
     time.sleep(600)

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 
 from relora_ds.bandwidth.comparison import ARMS
-from relora_ds.cli import main as cli
-from tests.integration.cluster import Cluster, missing
-from tests.integration.conftest import ROOT, environment
+from tests.cluster.cluster import Cluster, missing
+from tests.command_line import ROOT, environment
 
 SIZES = {"hidden_size": 128, "intermediate_size": 352, "vocab_size": 4096, "num_attention_heads": 2}
 """About 1.2M parameters: below that the headers of small messages weigh more than 1%."""
@@ -61,20 +60,3 @@ def test_two_nodes(recipe: Callable[..., Path], tmp_path: Path) -> None:
     assert arms["recipe"]["counted"]["restart"] > 0
     assert (out / "comparison.png").stat().st_size > 10_000
     assert "| the recipe |" in (out / "comparison.md").read_text()
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--nproc", "1"], "--nproc=1: one process sends nothing; use at least 2"),
-        (["--arms", "recipe,zero3"], "--arms='zero3': no such way to train; did you mean 'zero2'?"),
-        (["--link", "fast"], "--link='fast': is no amount of data"),
-        (["--updates", "0"], "--updates=0: must be at least 1"),
-        (["--nprocs", "2"], "--nprocs=None: unknown option; did you mean '--nproc'?"),
-        (["train.global_batch=7", "--nproc", "2"], "train.global_batch=7: is not a multiple"),
-    ],
-)
-def test_bad_input(recipe: Callable[..., Path], words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["traffic", str(recipe("run")), *words]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert said in line

@@ -5,41 +5,59 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from relora_ds.callbacks.callback import Callback, RunState
 from relora_ds.config import Config
-from relora_ds.run.folder import RunFolder, write_atomically
+from relora_ds.run.folder import RunFolder, finite, write_atomically
+
+if TYPE_CHECKING:  # it imports torch and DeepSpeed
+    from relora_ds.optimizer.wrapper import RestartRecord
 
 MODES = {"run": "online", "dryrun": "offline"}
 """What WANDB_MODE may still say of an older wandb."""
 
 
-class Tracker:
-    """One run of wandb, which keeps its id over resumes.
+class WandbRun(Callback):
+    """One run of wandb, on rank 0, which keeps its id over resumes.
+
+    What the recipe leaves open (``wandb.mode: auto``, no project, no name) the variables of wandb decide, if they are set:
+    WANDB_MODE, WANDB_PROJECT, WANDB_NAME.
 
     Args:
-        config: of the run. What it leaves open (``wandb.mode: auto``, no project, no name) the variables of wandb decide, if they are
-            set: WANDB_MODE, WANDB_PROJECT, WANDB_NAME.
-        folder: of the run.
         environment: where those variables are; an empty one is none.
         tell: one line to the user.
     """
 
-    def __init__(self, config: Config, folder: RunFolder, environment: Mapping[str, str], tell: Callable[[str], None]) -> None:
-        self.tell = tell
+    def __init__(self, environment: Mapping[str, str], tell: Callable[[str], None]) -> None:
+        self.environment, self.tell = environment, tell
         self.run: Any = None
-        given, chosen = environment.get("WANDB_MODE", ""), config.wandb.mode
+
+    def begin(self, run: RunState) -> None:
+        given, chosen = self.environment.get("WANDB_MODE", ""), run.config.wandb.mode
         mode = MODES.get(given, given) if chosen == "auto" and given else chosen
         if mode != "disabled":
-            self.run = self._guarded("does not start", lambda: self._start(config, folder, environment, mode))
+            self.run = self._guarded("does not start", lambda: self._start(run.config, run.folder, self.environment, mode))
 
-    def log(self, values: Mapping[str, Any], step: int) -> None:
-        if self.run is not None:
-            self._guarded("takes no more figures", lambda: self.run.log(values, step=step))
+    def update(self, run: RunState, record: dict[str, Any]) -> None:
+        self._log("train", record)
 
-    def finish(self, exit_code: int) -> None:
+    def evaluation(self, run: RunState, record: dict[str, Any]) -> None:
+        self._log("eval", record)
+
+    def restart(self, run: RunState, restart: RestartRecord) -> None:
+        self._log("restart", {"update": run.done.update, **restart.as_dict()})
+
+    def end(self, exit_code: int) -> None:
         if self.run is not None:
             self._guarded("did not end well", lambda: self.run.finish(exit_code=exit_code))
+
+    def _log(self, section: str, record: dict[str, Any]) -> None:
+        """What is not finite wandb does not get."""
+        if self.run is not None:
+            known = {name: value for name, value in finite(record).items() if name != "update" and value is not None}
+            values = {f"{section}/{name}": value for name, value in known.items()}
+            self._guarded("takes no more figures", lambda: self.run.log(values, step=record["update"]))
 
     def _guarded(self, what: str, work: Callable[[], Any]) -> Any:
         """What ``work`` gives; None, and no wandb from then on, where it fails."""

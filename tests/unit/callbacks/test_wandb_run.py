@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from relora_ds.config import parse
-from relora_ds.run.folder import RunFolder
-from relora_ds.training.tracking import Tracker
+from relora_ds.callbacks.callback import RunState
+from relora_ds.callbacks.wandb_run import WandbRun
 
 
 class Wandb:
@@ -50,13 +50,15 @@ class Wandb:
 
 
 @pytest.fixture
-def start(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Starts a tracker over a stand-in; gives it and the lines to the user."""
+def start(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Begins a run over a stand-in; gives the callback, the run and the lines to the user."""
 
-    def begin(stand_in: Wandb, wandb: dict[str, Any] | None = None, **environment: str) -> tuple[Tracker, list[str]]:
+    def begin(stand_in: Wandb, wandb: dict[str, Any] | None = None, **environment: str) -> tuple[WandbRun, RunState, list[str]]:
         monkeypatch.setitem(sys.modules, "wandb", stand_in)
-        lines: list[str] = []
-        return Tracker(parse({**settings, "wandb": wandb or {}}), RunFolder(tmp_path), environment, lines.append), lines
+        run, lines = make_run(wandb=wandb or {})
+        callback = WandbRun(environment, run.tell)
+        callback.begin(run)
+        return callback, run, lines
 
     return begin
 
@@ -94,13 +96,15 @@ def test_project_and_name(start: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["auto", "online"])
 def test_a_server_that_is_not_reached_ends_no_run(start: Any, mode: str, tmp_path: Path) -> None:
     stand_in = Wandb(fails=("online",))
-    tracker, lines = start(stand_in, {"mode": mode})
+    callback, run, lines = start(stand_in, {"mode": mode})
     assert stand_in.calls == ["online", "teardown", "offline"]
     assert stand_in.options["id"] == (tmp_path / "wandb_id").read_text()
     assert lines == [f"wandb goes on offline (context deadline exceeded); later: wandb sync {tmp_path}/wandb/offline-run-*"]
-    tracker.log({"loss": 1.0}, step=3)
-    tracker.finish(0)
-    assert stand_in.logged == [({"loss": 1.0}, 3)] and stand_in.calls[-1] == "finish 0"
+    callback.update(run, {"update": 3, "loss": 1.0, "grad_norm": math.nan})
+    callback.evaluation(run, {"update": 3, "eval_loss": 2.0})
+    callback.end(0)
+    assert stand_in.logged == [({"train/loss": 1.0}, 3), ({"eval/eval_loss": 2.0}, 3)], "without what is not finite"
+    assert stand_in.calls[-1] == "finish 0"
 
 
 @pytest.mark.parametrize(
@@ -112,8 +116,8 @@ def test_a_server_that_is_not_reached_ends_no_run(start: Any, mode: str, tmp_pat
     ],
 )
 def test_whatever_wandb_does_is_told_once(start: Any, fails: tuple[str, ...], told: str) -> None:
-    tracker, lines = start(Wandb(fails=fails), {"mode": "online"})
+    callback, run, lines = start(Wandb(fails=fails), {"mode": "online"})
     for step in (1, 2):
-        tracker.log({"loss": 1.0}, step=step)
-    tracker.finish(0)
+        callback.update(run, {"update": step, "loss": 1.0})
+    callback.end(0)
     assert lines[-1] == told and lines.count(told) == 1

@@ -11,7 +11,7 @@ clusters never meet, and a killed run leaves nothing behind.
 It is made to be as unkind as sites are. SLURM's name of a node is not its host name. A signal reaches what slurmstepd started, and
 nothing that went into a session of its own. Every node has two GPUs that are files: SLURM deals them out, and no CUDA sees them.
 
-TEST_SLURM=FOLDER in the environment takes SLURM from a folder that ``tests/integration/other_slurm.sh`` has made, laid over the
+TEST_SLURM=FOLDER in the environment takes SLURM from a folder that ``tests/cluster/other_slurm.sh`` has made, laid over the
 nodes' /usr, instead of the one that is installed.
 """
 

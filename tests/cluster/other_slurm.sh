@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Another SLURM for the cluster of tests/integration/cluster.py, out of another Debian, into a folder; the system stays as it is.
+# Another SLURM for the cluster of tests/cluster/cluster.py, out of another Debian, into a folder; the system stays as it is.
 #
-#     tests/integration/other_slurm.sh /tmp/slurm-24.11 trixie         24.11.5; bullseye has 20.11.4
-#     TEST_SLURM=/tmp/slurm-24.11 python -m pytest tests/integration/test_slurm_jobs.py
+#     tests/cluster/other_slurm.sh /tmp/slurm-24.11 trixie         24.11.5; bullseye has 20.11.4
+#     TEST_SLURM=/tmp/slurm-24.11 python -m pytest tests/cluster/test_slurm_jobs.py
 #
 # The nodes lay the folder over their /usr, with the C library that these programs were built for where it is newer: programs of
 # this system run on that, too.

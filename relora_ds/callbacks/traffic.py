@@ -12,14 +12,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from relora_ds.callbacks.callback import Callback, RunState
 from relora_ds.comm import nic
 from relora_ds.comm.counter import CHECKPOINT, LEDGER, UPDATE, Kind, Tally, by_purpose, rows
 from relora_ds.launch.places import Place
 from relora_ds.run.folder import read_traffic, write_atomically
 
 
-class TrafficLog:
-    """Writes traffic.json: one entry for every start of the run, brought up to date at each :meth:`write`.
+class TrafficLog(Callback):
+    """Writes traffic.json: one entry for every start of the run, brought up to date at each checkpoint; on every rank.
 
     An entry holds what rank 0 counted by purpose, operation, dtype and group, start-up included; the bytes per update, on the mean
     over the ranks; and for every node, from the first update on, the bytes that its ranks counted beside those that its interfaces
@@ -41,14 +42,23 @@ class TrafficLog:
         self._seen: nic.Counters = {}
         self._lap = 0.0
 
-    def begin(self, first_update: int) -> None:
+    def begin(self, run: RunState) -> None:
+        self.count_from(run.done.update + 1)
+
+    def update(self, run: RunState, record: dict[str, Any]) -> None:
+        record["sent_bytes"] = self.lap()
+
+    def checkpoint(self, run: RunState) -> None:
+        self.write(run.done.update)
+
+    def count_from(self, first_update: int) -> None:
         """The start-up is over: ``first_update`` comes next."""
         self.first_update = first_update
         self._counted, self._seen = LEDGER.snapshot(), nic.read()
         self._lap = LEDGER.wire_bytes(UPDATE)
 
     def lap(self) -> int:
-        """Bytes that this rank sent for updates since the last call, or since :meth:`begin`."""
+        """Bytes that this rank sent for updates since the last call, or since :meth:`count_from`."""
         before, self._lap = self._lap, LEDGER.wire_bytes(UPDATE)
         return round(self._lap - before)
 
