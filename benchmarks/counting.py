@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 import relora_ds
-from relora_ds.comm import counter as ledger
-from relora_ds.comm.counter import LEDGER
+from relora_ds.comm import counter
+from relora_ds.comm.counter import COUNTER
 from tests.distributed import common
 from tests.distributed.pool import run
 
@@ -29,15 +29,15 @@ def measure() -> dict[str, float]:
     relora = {"rank": 16, "restart_every": 1000, "restart_warmup": 0}
     engine, *_ = relora_ds.initialize(model=common.tiny_llama(**MODEL), config=common.deepspeed_config(), relora=relora)
     common.train_update(engine, 0)
-    before = LEDGER.snapshot()
+    before = COUNTER.snapshot()
     seconds = timeit.timeit(lambda: common.train_update(engine, 1), number=UPDATES) / UPDATES
-    calls = sum(tally.calls for tally in LEDGER.since(before).values()) / UPDATES
+    calls = sum(tally.calls for tally in COUNTER.since(before).values()) / UPDATES
     common.end(engine)
 
     def plain(group: Any, tensors: Any, options: Any) -> None:
         """As much as a collective takes and no more."""
 
-    counted, group, tensors = ledger._counted(plain, "all-reduce", 0, None), dist.group.WORLD, [torch.zeros(10)]
+    counted, group, tensors = counter._counted(plain, "all-reduce", 0, None), dist.group.WORLD, [torch.zeros(10)]
     added = timeit.timeit(lambda: counted(group, tensors, None), number=CALLS) - timeit.timeit(
         lambda: plain(group, tensors, None), number=CALLS
     )

@@ -12,7 +12,7 @@ import itertools
 from typing import Any
 
 from tests.distributed.pool import close_all, run
-from tests.distributed.test_plan import INT8, LORA, case, estimated, foretold_change, measured, measured_change
+from tests.distributed.test_plan import INT8, LORA, case, estimated, estimated_change, measured, measured_change
 
 LLAMA_60M = {
     "sizes": {
@@ -70,6 +70,6 @@ def changes() -> None:
             continue
         of = case(relora={**relora, "rank": 128} if more else relora, dtype=dtype, world_size=ranks, **more)
         most = max(max(peaks.values()) for peaks in run(ranks, measured_change, of))
-        told = max(foretold_change(of).values())
+        told = max(estimated_change(of).values())
         print(f"| {name}, {label} | {dtype} | {ranks} | {most / 1e6:.2f} | {told / 1e6:.2f} | {told / most:.3f} |", flush=True)
     close_all()

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from relora_ds.bandwidth import estimates, formulas
 from relora_ds.bandwidth.formulas import Way
 from relora_ds.comm import nic
-from relora_ds.comm.counter import GRADIENT, LEDGER, LOSS, START_UP, by_purpose, count_everything, label
+from relora_ds.comm.counter import COUNTER, GRADIENT, LOSS, START_UP, by_purpose, count_everything, label
 from relora_ds.config import Config
 from relora_ds.data.token_dataset import TokenDataset, rank_micro_batches
 from relora_ds.ds_config import fit as ds_config
@@ -106,7 +106,7 @@ def arms_of(config: Config, chosen: Iterable[str] = ARMS) -> list[str]:
 def measure(arm: str, checked: Checked, place: Place, device: torch.device, updates: int) -> Measurement:
     """Trains ``updates`` updates after one to warm up. Every rank calls it."""
     config = checked.config
-    with LEDGER.purpose(START_UP):
+    with COUNTER.purpose(START_UP):
         steps = _STARTS[arm](checked, device)
     data = TokenDataset(Path(config.data.path), "train", config.data.sequence_length, seed=config.run.seed)
     train = partial(_train, steps, data, checked, place, device)
@@ -150,7 +150,7 @@ def _train(steps: Steps, data: TokenDataset, checked: Checked, place: Place, dev
     loss = torch.zeros(4, dtype=torch.float64, device=device)
     for number, samples in enumerate(batches, start=1):
         loss[0] += steps.micro_batch(data.batch(samples).to(device), number == len(batches)).detach()
-    with LEDGER.purpose(LOSS):
+    with COUNTER.purpose(LOSS):
         dist.all_reduce(loss)
     loss.tolist()  # waits for the device
 
@@ -168,12 +168,12 @@ def _observed(place: Place, device: torch.device) -> Iterator[Observed]:
     """What all ranks send inside; filled when it ends."""
     seen = Observed({}, 0.0)
     dist.barrier()
-    before, counters = LEDGER.snapshot(), nic.read()
+    before, counters = COUNTER.snapshot(), nic.read()
     dist.barrier()  # no rank sends before all have read their counters
     yield seen
     dist.barrier()
     moved = nic.total(nic.since(counters), is_one_node=place.is_one_node).sent if place.local_rank == 0 else 0
-    counted = by_purpose(LEDGER.since(before))
+    counted = by_purpose(COUNTER.since(before))
     names = sorted(_union(counted))
     table = torch.tensor([*(counted.get(name, 0.0) for name in names), moved], dtype=torch.float64, device=device)
     dist.all_reduce(table)
@@ -259,7 +259,7 @@ def _ddp(checked: Checked, device: torch.device) -> Steps:
     def micro_batch(ids: Tensor, is_last: bool) -> Tensor:
         wrapped.require_backward_grad_sync = is_last
         loss: Tensor = wrapped(input_ids=ids, labels=ids).loss
-        with LEDGER.purpose(GRADIENT):
+        with COUNTER.purpose(GRADIENT):
             (loss / divisor).backward()
         if is_last:
             if settings.grad_clip:

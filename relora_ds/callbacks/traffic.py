@@ -14,7 +14,7 @@ from torch import Tensor
 
 from relora_ds.callbacks.callback import Callback, RunState
 from relora_ds.comm import nic
-from relora_ds.comm.counter import CHECKPOINT, LEDGER, UPDATE, Kind, Tally, by_purpose, rows
+from relora_ds.comm.counter import CHECKPOINT, COUNTER, UPDATE, Kind, Tally, by_purpose, rows
 from relora_ds.launch.places import Place
 from relora_ds.run.folder import read_traffic, write_atomically
 
@@ -54,24 +54,24 @@ class TrafficLog(Callback):
     def count_from(self, first_update: int) -> None:
         """The start-up is over: ``first_update`` comes next."""
         self.first_update = first_update
-        self._counted, self._seen = LEDGER.snapshot(), nic.read()
-        self._lap = LEDGER.wire_bytes(UPDATE)
+        self._counted, self._seen = COUNTER.snapshot(), nic.read()
+        self._lap = COUNTER.wire_bytes(UPDATE)
 
     def lap(self) -> int:
         """Bytes that this rank sent for updates since the last call, or since :meth:`count_from`."""
-        before, self._lap = self._lap, LEDGER.wire_bytes(UPDATE)
+        before, self._lap = self._lap, COUNTER.wire_bytes(UPDATE)
         return round(self._lap - before)
 
     def write(self, update: int) -> None:
         """After ``update``; a collective of 32 bytes a rank. What cannot be written is left for the next time."""
-        counted = LEDGER.since(self._counted)
+        counted = COUNTER.since(self._counted)
         seen = nic.total(nic.since(self._seen), is_one_node=self.place.is_one_node) if self.is_counting_node else nic.Bytes(0, 0)
         sent = by_purpose(counted)
         mine = [sum(sent.values()), sum(sent.get(purpose, 0.0) for purpose in UPDATE), seen.sent, seen.received]
         table = torch.zeros(self.place.world_size, len(mine), dtype=torch.float64)
         table[self.place.rank] = torch.tensor(mine, dtype=torch.float64)
         shared = table.to(self.device)
-        with LEDGER.purpose(CHECKPOINT):
+        with COUNTER.purpose(CHECKPOINT):
             dist.all_reduce(shared)
         if self.place.is_main:
             with suppress(OSError):  # the next one will hold it
@@ -90,7 +90,7 @@ class TrafficLog(Callback):
             "nodes": self._nodes(by_rank),
             "unseen": self._unseen(),
             "interfaces": {name: vars(count) for name, count in nic.since(self._seen).items()},
-            "collectives": rows(LEDGER.tallies),
+            "collectives": rows(COUNTER.tallies),
         }
         key = (self.attempt, self.first_update)
         starts = [start for start in read_traffic(self.path) if (start["attempt"], start["first_update"]) != key]

@@ -152,9 +152,9 @@ def choose(run: RunFolder, tell: Callable[[str], None], *, deep: bool = True) ->
 
 
 def tidy(run: RunFolder, resumed: Path | None) -> None:
-    """Clears the way of a run that goes on from ``resumed``: removes half-written folders, and sets aside what lies after it.
+    """Clears the way of a run that goes on from ``resumed``: removes half-written folders, and renames what lies after it.
 
-    What is set aside (``damaged_…``) did not verify; it is left to the user, since a file that is missing may come back.
+    What is renamed (``damaged_…``) did not verify; it is left to the user, since a file that is missing may come back.
     """
     newest_base = bases.folder_of(run, manifests.read(resumed).restarts).name if resumed is not None else ""
     for folder in run.checkpoints.glob("update_*"):

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from relora_ds.checkpoint import base as bases
-from relora_ds.comm.counter import CHECKPOINT, LEDGER
+from relora_ds.comm.counter import CHECKPOINT, COUNTER
 from relora_ds.run import manifest as manifests
 from relora_ds.run.folder import RunFolder, give_usual_mode, write_atomically
 from relora_ds.run.manifest import Manifest
@@ -307,14 +307,14 @@ def _states(engine: Any, folder: Path, tag: str, progress: dict[str, Any], *, le
     return copier.states
 
 
-@LEDGER.serving(CHECKPOINT)
+@COUNTER.serving(CHECKPOINT)
 def _from_rank_0(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
-@LEDGER.serving(CHECKPOINT)
+@COUNTER.serving(CHECKPOINT)
 def _from_all_ranks(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)

@@ -62,7 +62,7 @@ class Tally:
     wire_bytes: float = 0.0
 
 
-class Ledger:
+class Counter:
     """The counts of this process.
 
     Attributes:
@@ -164,7 +164,7 @@ class Ledger:
         return differences
 
 
-LEDGER = Ledger()
+COUNTER = Counter()
 """The process's own: there is one network under it."""
 
 
@@ -186,7 +186,7 @@ class CountedGroup:
         """Reduces ``tensor`` over the ranks in place and returns it."""
         if self.world_size > 1:
             moved = tensor.to(self.device)
-            with LEDGER.purpose(purpose):
+            with COUNTER.purpose(purpose):
                 dist.all_reduce(moved, op=op, group=self.group)
             if moved is not tensor:
                 tensor.copy_(moved)
@@ -198,7 +198,7 @@ class CountedGroup:
             out.copy_(mine)
             return
         target = out.to(self.device)
-        with LEDGER.purpose(purpose), LEDGER.standing_for(out.dtype):
+        with COUNTER.purpose(purpose), COUNTER.standing_for(out.dtype):
             _all_gather(target.view(torch.uint8), mine.to(self.device).view(torch.uint8), group=self.group)
         if target is not out:
             out.copy_(target)
@@ -207,7 +207,7 @@ class CountedGroup:
         """Sends ``tensor`` (on :attr:`device`) from the rank ``owner`` of this group to all others, in place."""
         if self.world_size > 1:
             source = owner if self.group is None else dist.get_global_rank(self.group, owner)
-            with LEDGER.purpose(purpose):
+            with COUNTER.purpose(purpose):
                 dist.broadcast(tensor, src=source, group=self.group)
         return tensor
 
@@ -243,7 +243,7 @@ def _flat(value: Any) -> list[Tensor]:
 def _all_to_all_base(group: dist.ProcessGroup, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
     """All but the own part of the input, which may be cut unevenly."""
     source, splits = _argument(1, "input", args, kwargs), _argument(3, "input_split_sizes", args, kwargs)
-    world_size, rank = group.size(), LEDGER.rank_of(group)
+    world_size, rank = group.size(), COUNTER.rank_of(group)
     if not splits:
         return source.nbytes * (world_size - 1) / world_size
     return source.nbytes - source.nbytes * splits[rank] / max(1, sum(splits))
@@ -251,7 +251,7 @@ def _all_to_all_base(group: dist.ProcessGroup, args: tuple[Any, ...], kwargs: di
 
 def _all_to_all(group: dist.ProcessGroup, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
     sources = _argument(1, "input_tensors", args, kwargs)
-    return float(sum(source.nbytes for rank, source in enumerate(sources) if rank != LEDGER.rank_of(group)))
+    return float(sum(source.nbytes for rank, source in enumerate(sources) if rank != COUNTER.rank_of(group)))
 
 
 def _argument(index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -291,7 +291,7 @@ OPERATIONS: dict[str, tuple[str, int | None, Callable[..., float] | None]] = {
 
 
 def count_everything() -> None:
-    """Counts all collectives of this process in :data:`LEDGER` from now on; may be called again."""
+    """Counts all collectives of this process in :data:`COUNTER` from now on; may be called again."""
     for method, (operation, payload, own_bytes) in OPERATIONS.items():
         original = dist.ProcessGroup.__dict__.get(method)
         if original is not None and not hasattr(original, "counts"):
@@ -303,7 +303,7 @@ def _counted(original: Any, operation: str, payload: int | None, own_bytes: Call
     def counted(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
         if group.size() > 1:
             source = () if payload is None else args[payload] if len(args) > payload else next(iter(kwargs.values()), ())
-            LEDGER.add(operation, _flat(source), group, own_bytes(group, args, kwargs) if own_bytes else None)
+            COUNTER.add(operation, _flat(source), group, own_bytes(group, args, kwargs) if own_bytes else None)
         return original(group, *args, **kwargs)
 
     counted.counts = True  # type: ignore[attr-defined]
@@ -311,7 +311,7 @@ def _counted(original: Any, operation: str, payload: int | None, own_bytes: Call
 
 
 def label(engine: Any) -> None:
-    """Tells the ledger what a DeepSpeed engine sends for: gradients while it goes backward, norms and parameters while it steps."""
+    """Tells the counter what a DeepSpeed engine sends for: gradients while it goes backward, norms and parameters while it steps."""
     purposes = {"backward": GRADIENT, "step": NORM, "save_checkpoint": CHECKPOINT, "load_checkpoint": CHECKPOINT}
     for method, purpose in purposes.items():
-        setattr(engine, method, LEDGER.serving(purpose)(getattr(engine, method)))
+        setattr(engine, method, COUNTER.serving(purpose)(getattr(engine, method)))

@@ -116,7 +116,7 @@ def prepare(
             given = Given(trained, TRAINED_EOS)
         state = _start(out, fingerprint, given)
     else:
-        console.print(f"going on in {out} after {state['rows']:,} documents")
+        console.print(f"resuming in {out} after {state['rows']:,} documents")
         before = state["rows"] - _total(state["splits"], "documents")  # of a version that did not tell them apart
         state.setdefault("left_out", {"without_text": 0, "empty": before})
     _tokenize(islice(texts(), state["rows"], max_documents), out, state, seed, holdout, console, is_alone=len(head) == 1)

@@ -95,7 +95,7 @@ def adapt(recipe: Config, world_size: int) -> Config:
             "--nproc",
             world_size,
             f"train.global_batch={train.global_batch} does not divide over so many ranks",
-            f"go on with {', '.join(sorted(nearest, key=int))}",
+            f"resume on {', '.join(sorted(nearest, key=int))}",
         )
     share = train.global_batch // world_size
     micro_batch = next(size for size in range(min(train.micro_batch, share), 0, -1) if share % size == 0)

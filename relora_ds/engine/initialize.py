@@ -16,7 +16,7 @@ from torch import nn
 
 from relora_ds.checkpoint.base import frozen_weights
 from relora_ds.checkpoint.reader import load_base
-from relora_ds.comm.counter import LEDGER, START_UP, count_everything, label
+from relora_ds.comm.counter import COUNTER, START_UP, count_everything, label
 from relora_ds.config import Optimizer, ReLoRA, parse_relora
 from relora_ds.ds_config import fit as ds_config
 from relora_ds.errors import ConfigError
@@ -32,7 +32,7 @@ from relora_ds.zero.gradient_reduction import route_gradients
 ADAMS = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")
 
 
-@LEDGER.serving(START_UP)
+@COUNTER.serving(START_UP)
 def initialize(
     args: Any = None,
     model: nn.Module | None = None,
@@ -68,7 +68,7 @@ def initialize(
         lr_scheduler: a callable that takes the optimizer, or None for the one in ``config``.
         config: DeepSpeed's configuration: a path or a dictionary.
         relora: the settings of :class:`relora_ds.config.ReLoRA`; None for ``deepspeed.initialize`` as it is, but for
-            the way of the gradients.
+            gradient reduction.
         lora_lr: learning rate of the factors; that of their group when None.
         seed: of the factors' initialisation.
         rewarm: whether learning rates climb from 0 again after a restart.

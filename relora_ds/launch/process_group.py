@@ -85,7 +85,7 @@ def start(place: Place, timeout_s: float = 1800.0, refusal: ConfigError | None =
         torch.cuda.set_device(number)
     import deepspeed
 
-    from relora_ds.comm import counter as ledger
+    from relora_ds.comm import counter
 
     libraries.skip_shared_memory_build()
     store.set_timeout(timedelta(seconds=timeout_s))  # as torch does with a store of its own
@@ -97,7 +97,7 @@ def start(place: Place, timeout_s: float = 1800.0, refusal: ConfigError | None =
             world_size=place.world_size, timeout=timedelta(seconds=timeout_s), **devices.bound(device, place.world_size),
         )  # fmt: skip
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s))
-    ledger.count_everything()
+    counter.count_everything()
     return place, device
 
 

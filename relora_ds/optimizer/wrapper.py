@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from relora_ds.comm.counter import LEDGER, RESTART, VERIFY
+from relora_ds.comm.counter import COUNTER, RESTART, VERIFY
 from relora_ds.config import ReLoRA
 from relora_ds.method import exact
 from relora_ds.method.frozen_weights import MergeStats, ShardedMaster, stored_tensors
@@ -196,7 +196,7 @@ class ReLoRAOptimizer(ZeroProxy):
         Raises:
             RestartError: the ranks disagree afterwards; names the first layer and the ranks that differ.
         """
-        times, bytes_before = [self._now()], LEDGER.payload_bytes((RESTART, VERIFY))
+        times, bytes_before = [self._now()], COUNTER.payload_bytes((RESTART, VERIFY))
         self.restarts += 1
         stats = self._merge_and_reinitialise()
         times.append(self._now())
@@ -212,7 +212,7 @@ class ReLoRAOptimizer(ZeroProxy):
             merge_error=total.merge_error,
             seconds=times[-1] - times[0],
             parts={name: after - before for name, before, after in zip(PARTS, times, times[1:], strict=False)},
-            bytes=LEDGER.payload_bytes((RESTART, VERIFY)) - bytes_before,
+            bytes=COUNTER.payload_bytes((RESTART, VERIFY)) - bytes_before,
             weights_checksum=digest,
             by_layer_type={
                 kind: {"merged_change": figures.relative_change, "merge_error": figures.merge_error}

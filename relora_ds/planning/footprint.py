@@ -1,6 +1,6 @@
 """Memory of one GPU: what an engine holds, and what it holds at most, from a rehearsed micro batch and ZeRO's arithmetic.
 
-The sizes follow from the code of DeepSpeed 0.19.8 (ZeRO stages 1 and 2) and of this project's way of the gradients; ``w`` is the
+The sizes follow from the code of DeepSpeed 0.19.8 (ZeRO stages 1 and 2) and of this project's gradient reduction; ``w`` is the
 engine's bytes an entry, ``n`` the trainable parameters, N the ranks. Held always: trainable weights, flat, w·n; fp32 masters, 4·n/N;
 Adam's moments, 8·n/N; frozen weights. Gradients wait in the parameters for the last micro batch (w·n) and pass through buckets of
 ``reduce_bucket_size`` entries; what a rank owns of them is copied out, whole parameters at a time.

@@ -122,7 +122,7 @@ def without_gone(content: Any) -> Any:
         return content
     for key, default in GONE.items():
         if content.get(key, default) != default:
-            raise GoneError(key, content[key], "is not there any more", "go on with the version that the run was begun with")
+            raise GoneError(key, content[key], "is not there any more", "resume with the version that the run was begun with")
     return {key: value for key, value in content.items() if key not in GONE}
 
 

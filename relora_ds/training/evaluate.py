@@ -1,4 +1,4 @@
-"""Perplexity on held-out tokens, over all ranks."""
+"""Validation loss and perplexity, over all ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from relora_ds.comm.counter import EVALUATION, LEDGER
+from relora_ds.comm.counter import COUNTER, EVALUATION
 from relora_ds.data.token_dataset import TokenDataset
 
 
@@ -65,7 +65,7 @@ def evaluate(
     model.train(was_training)
     if world_size > 1:
         sums = sums.to(device)
-        with LEDGER.purpose(EVALUATION):
+        with COUNTER.purpose(EVALUATION):
             dist.all_reduce(sums)
     total, tokens = sums.tolist()
     mean = total / tokens

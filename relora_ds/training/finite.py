@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from relora_ds.callbacks.callback import RunState
 from relora_ds.checkpoint import reader
-from relora_ds.comm.counter import CHECKPOINT, LEDGER
+from relora_ds.comm.counter import CHECKPOINT, COUNTER
 from relora_ds.errors import TrainingError
 from relora_ds.models.finite import not_finite
 
@@ -22,7 +22,7 @@ def refuse_not_finite(run: RunState) -> None:
     """
     broken = not_finite(run.engine.module)
     found = torch.tensor(broken is not None, dtype=torch.int32, device=run.device)
-    with LEDGER.purpose(CHECKPOINT):
+    with COUNTER.purpose(CHECKPOINT):
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
     if found.item():
         raise TrainingError(

@@ -56,7 +56,9 @@ def train(
             if is_last or stopping or _is_due(config.train.checkpoint_every, update):
                 trainer.save(wait=is_last or stopping)
             if stopping and not is_last:
-                trainer.tell(f"stopped by a signal after update {update}; a checkpoint is written: run the same command to go on")
+                trainer.tell(
+                    f"stopped by a signal after update {update}; a checkpoint is written: run the same command to resume"
+                )
                 code = EXIT_STOPPED
                 break
     except BaseException as error:

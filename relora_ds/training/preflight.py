@@ -251,5 +251,7 @@ def _refuse_changes(changes: list[tuple[str, Any, Any]], run_dir: str, allowed: 
     if refused:
         (key, before, now), others = refused[0], refused[1:]
         more = "".join(f"; {key} was {before!r} and is {now!r}" for key, before, now in others)
-        insist = " ".join(f"--allow-changed {key}" for key, _, _ in refused)
-        raise ConfigError(key, now, f"the run in {run_dir} has {before!r}{more}", f"name another run.dir, or insist: {insist}")
+        override = " ".join(f"--allow-changed {key}" for key, _, _ in refused)
+        raise ConfigError(
+            key, now, f"the run in {run_dir} has {before!r}{more}", f"name another run.dir, or override: {override}"
+        )

@@ -23,7 +23,7 @@ from relora_ds.callbacks.watch import Watch
 from relora_ds.checkpoint import reader as checkpoints
 from relora_ds.checkpoint import universal
 from relora_ds.checkpoint.writer import FencedError
-from relora_ds.comm.counter import LEDGER, LOSS, START_UP
+from relora_ds.comm.counter import COUNTER, LOSS, START_UP
 from relora_ds.console import say
 from relora_ds.data.token_dataset import TokenDataset, rank_micro_batches
 from relora_ds.errors import TrainingError
@@ -65,7 +65,7 @@ class Trainer(RunState):
         ConfigError: the run's folder cannot be used.
     """
 
-    @LEDGER.serving(START_UP)
+    @COUNTER.serving(START_UP)
     def __init__(self, checked: Checked, place: Place, device: torch.device, callbacks: Iterable[Callback] = ()) -> None:
         config = checked.config
         super().__init__(config, RunFolder(Path(config.run.dir)), place, device)
@@ -115,7 +115,7 @@ class Trainer(RunState):
         new = f"training {self.config.total_updates} updates into {self.folder.path}"
         self.tell(f"resuming from {self.resumes_from}" if self.resumes_from else new)
 
-    @LEDGER.serving(START_UP)
+    @COUNTER.serving(START_UP)
     def enter_phase(self, update: int) -> None:
         """Changes to the LoRA phase when ``update`` is its first."""
         if self.phase == "full" and self.config.phase_of(update) == "lora":
@@ -182,7 +182,7 @@ class Trainer(RunState):
             [stop_requested, self.checkpoints.saver.has_failed, self.lock.is_lost], dtype=torch.float64, device=self.device
         )
         shared = torch.cat([loss.view(1), flags, self.own_time.slots(update, self.config.total_updates)])
-        with LEDGER.purpose(LOSS):
+        with COUNTER.purpose(LOSS):
             dist.all_reduce(shared)
         total, asked, failed, lost, *seconds = shared.tolist()
         self.own_time.end_update()
@@ -249,7 +249,7 @@ class Trainer(RunState):
                 callback.restart(self, restart)
 
     def evaluate(self) -> None:
-        """The perplexity on what is held out, if anything is."""
+        """The validation loss, if there is a validation split."""
         if self.held_out is None:
             return
         result = evaluate(

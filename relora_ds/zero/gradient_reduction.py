@@ -23,7 +23,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
-from relora_ds.comm.counter import LEDGER
+from relora_ds.comm.counter import COUNTER
 
 ROUND = 2**24
 """Entries that all ranks together exchange at a time: what is packed and what is received take no more than this each."""
@@ -121,7 +121,7 @@ def sum_exchanged(packed: Tensor, sizes: Sequence[int], group: dist.ProcessGroup
     """
     rank, width = dist.get_rank(group), packed.element_size()
     received = packed.new_empty(len(sizes) * sizes[rank])
-    with LEDGER.standing_for(packed.dtype):
+    with COUNTER.standing_for(packed.dtype):
         dist.all_to_all_single(
             received.view(torch.uint8),  # gloo does not know every dtype
             packed.view(torch.uint8),
@@ -168,7 +168,7 @@ def unroutable(zero: Any, engine: Any) -> str:
 
 
 class GradientRoute:
-    """The way of the gradients from the backward pass to the rank that owns them: once per update, each piece to its owner alone.
+    """Gradient reduction from the backward pass to the rank that owns each piece: once per update, each piece to its owner alone.
 
     DeepSpeed all-reduces them, which sends twice the bytes, and under stage 2 does so after every micro-batch. Two things change:
 

@@ -153,7 +153,7 @@ def measured_change(of: dict[str, Any]) -> dict[str, int]:
     return {change_footprint.MOMENT: memory.peak}
 
 
-def foretold_change(of: dict[str, Any]) -> dict[str, int]:
+def estimated_change(of: dict[str, Any]) -> dict[str, int]:
     settings = parse_relora(of["relora"])
     if settings.frozen.dtype == "auto":
         settings = settings.model_copy(update={"frozen": settings.frozen.model_copy(update={"dtype": of["dtype"]})})
@@ -182,7 +182,7 @@ def foretold_change(of: dict[str, Any]) -> dict[str, int]:
 )
 def test_memory_of_the_change_of_phase(of: dict[str, Any]) -> None:
     """Within 5%, as the other moments."""
-    told = foretold_change(of)
+    told = estimated_change(of)
     for _ in range(3):  # see test_memory_at_most
         if told == pytest.approx(most := highest(of, measured_change), rel=0.05):
             break

@@ -1,4 +1,4 @@
-"""Formulas of the rings, scopes and differences; real collectives are in tests/distributed/test_ledger.py."""
+"""Formulas of the rings, scopes and differences; real collectives are in tests/distributed/test_counter.py."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from relora_ds.comm import counter as ledger
-from relora_ds.comm.counter import CHECKPOINT, GRADIENT, NORM, OTHER, PARAMETERS, Kind, Ledger, ring_bytes
+from relora_ds.comm import counter
+from relora_ds.comm.counter import CHECKPOINT, GRADIENT, NORM, OTHER, PARAMETERS, Counter, Kind, ring_bytes
 
 
 class Group:
@@ -34,7 +34,7 @@ def test_ring_bytes_of_four_ranks(operation: str, factor: float) -> None:
 
 
 def test_purposes_nest_and_end_with_an_error() -> None:
-    book, group, tensor = Ledger(), Group(2), torch.zeros(8)
+    book, group, tensor = Counter(), Group(2), torch.zeros(8)
     with book.purpose(CHECKPOINT):
         with book.purpose(GRADIENT):
             book.add("all-reduce", [tensor], group)
@@ -48,7 +48,7 @@ def test_purposes_nest_and_end_with_an_error() -> None:
 
 
 def test_a_step_reduces_scalars_and_gathers_parameters() -> None:
-    book, group = Ledger(), Group(4)
+    book, group = Counter(), Group(4)
     with book.purpose(NORM), book.standing_for(torch.bfloat16):
         book.add("all-reduce", [torch.zeros(1)], group)
         book.add("all-gather", [torch.zeros(8, dtype=torch.uint8)], group)
@@ -59,7 +59,7 @@ def test_a_step_reduces_scalars_and_gathers_parameters() -> None:
 
 
 def test_differences() -> None:
-    book, group = Ledger(), Group(2)
+    book, group = Counter(), Group(2)
     book.add("all-reduce", [torch.zeros(8)], group)
     before = book.snapshot()
     assert book.since(before) == {}
@@ -70,12 +70,12 @@ def test_differences() -> None:
         "all-reduce": (1, 16),
         "send": (1, 16),
     }
-    assert ledger.by_purpose(difference) == {OTHER: 32.0}
-    assert [row["operation"] for row in ledger.rows(difference)] == ["all-reduce", "send"]
+    assert counter.by_purpose(difference) == {OTHER: 32.0}
+    assert [row["operation"] for row in counter.rows(difference)] == ["all-reduce", "send"]
 
 
 def test_groups_of_one_size_are_one_kind() -> None:
-    book = Ledger()
+    book = Counter()
     for name in ("1", "2"):
         book.add("all-reduce", [torch.zeros(8)], Group(3, name=name))
     assert list(book.tallies) == [Kind(OTHER, "all-reduce", "float32", "3")]
@@ -85,4 +85,4 @@ def test_groups_of_one_size_are_one_kind() -> None:
 def test_all_to_all_leaves_the_own_part_out(splits: list[int], expected: float) -> None:
     source = torch.zeros(4, 8)  # 128 bytes, of which the first part stays on rank 0
     arguments: tuple[Any, ...] = (torch.zeros(4, 8), source, [], splits)
-    assert ledger._all_to_all_base(Group(2), arguments, {}) == expected
+    assert counter._all_to_all_base(Group(2), arguments, {}) == expected

@@ -251,7 +251,7 @@ def test_the_bucket_of_the_recipes_of_this_project_is_as_plan_advises(name: str)
     assert any("reduce_bucket_size" in hint for hint in small.hints([{"micro_batch": 1}])) == (name == "llama_60m")
 
 
-def test_what_is_not_foretold_is_said_where_it_fits() -> None:
+def test_what_is_not_estimated_is_said_where_it_fits() -> None:
     said = [cli_plan.advice_table({"fits": fits, "choices": [], "hints": []})[0] for fits in (True, False)]
     assert said[0] == "This recipe fits, as far as is estimated: evaluation, checkpoints and host memory are not."
     assert said[1] == "This recipe does not fit."

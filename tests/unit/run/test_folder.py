@@ -175,7 +175,7 @@ def test_settings_that_are_gone_matter_only_where_a_run_used_them(tmp_path: Path
     assert run.read_config() == config.parse(settings)
     write_atomically(run.config, yaml.safe_dump({**settings, "traffic": {**gone, "vocabulary_every": 2}}))
     with pytest.raises(
-        ConfigError, match=r"traffic=\{.*'vocabulary_every': 2.*\}: is not there any more; go on with the version"
+        ConfigError, match=r"traffic=\{.*'vocabulary_every': 2.*\}: is not there any more; resume with the version"
     ):
         run.read_config()
 

@@ -81,7 +81,7 @@ def test_a_run_does_not_go_on_as_another_one(checkpointed: Path, override: str, 
     key = key_and_value.partition("=")[0]
     assert line.startswith(f"{key_and_value}: ")
     assert before in line
-    assert line.endswith(f"name another run.dir, or insist: --allow-changed {key}")
+    assert line.endswith(f"name another run.dir, or override: --allow-changed {key}")
     read = config.load(checkpointed, [override])
     assert check(read, checkpointed, 2, [key]).config == read
     assert check(read, checkpointed, 2, [key.partition(".")[0]]).config == read, "a section insists on all that is in it"
@@ -90,7 +90,7 @@ def test_a_run_does_not_go_on_as_another_one(checkpointed: Path, override: str, 
 def test_all_the_differences_are_listed(checkpointed: Path) -> None:
     line = refusal(checkpointed, "relora.rank=8", "optimizer.lr=0.5", "train.eval_every=3", ranks=2)
     assert "relora.rank=8: the run in" in line and "; optimizer.lr was 0.002 and is 0.5;" in line
-    assert line.endswith("insist: --allow-changed relora.rank --allow-changed optimizer.lr")
+    assert line.endswith("override: --allow-changed relora.rank --allow-changed optimizer.lr")
     assert "eval_every" not in line
     with pytest.raises(ConfigError, match=r"^optimizer\.lr=0\.5: .*has 0\.002; name another"):
         check(config.load(checkpointed, ["relora.rank=8", "optimizer.lr=0.5"]), checkpointed, 2, ["relora.rank"])
@@ -99,15 +99,15 @@ def test_all_the_differences_are_listed(checkpointed: Path) -> None:
 def test_tokens_are_known_by_what_they_are_and_not_by_where_they_lie(checkpointed: Path, tmp_path: Path) -> None:
     started = config.load(checkpointed)
     moved = shutil.copytree(started.data.path, tmp_path / "moved")
-    insist = r"insist: --allow-changed data\.path$"
-    assert re.search(insist, refusal(checkpointed, f"data.path={moved}", ranks=2)), "a checkpoint that says nothing of its tokens"
+    override = r"override: --allow-changed data\.path$"
+    assert re.search(override, refusal(checkpointed, f"data.path={moved}", ranks=2)), "a checkpoint that says nothing of its tokens"
     write_checkpoint(Path(started.run.dir), update=9, ranks=2, sha256=read_index(moved).digests)
     judge(checkpointed, f"data.path={moved}", ranks=2)
     index = json.loads((moved / "index.json").read_text())
     index["splits"]["train"]["sha256"] = "0" * 64
     (moved / "index.json").write_text(json.dumps(index))
     line = refusal(checkpointed, f"data.path={moved}", ranks=2)
-    assert "has 'other tokens'" in line and re.search(insist, line)
+    assert "has 'other tokens'" in line and re.search(override, line)
     check(config.load(checkpointed, [f"data.path={moved}"]), checkpointed, 2, ["data.path"])
 
 
@@ -125,7 +125,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(checkpointed: Path, ranks: i
 @pytest.mark.parametrize("ranks", [3, 16])
 def test_ranks_over_which_the_global_batch_does_not_divide(checkpointed: Path, ranks: int) -> None:
     line = refusal(checkpointed, ranks=ranks)
-    assert line == f"--nproc={ranks}: train.global_batch=8 does not divide over so many ranks; go on with 1, 2, 4, 8"
+    assert line == f"--nproc={ranks}: train.global_batch=8 does not divide over so many ranks; resume on 1, 2, 4, 8"
 
 
 # The tokenizer of the data, and the model's

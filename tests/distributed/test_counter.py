@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 import relora_ds
 from relora_ds.callbacks.traffic import TrafficLog
-from relora_ds.comm.counter import EVALUATION, GRADIENT, LEDGER, LOSS, NORM, PARAMETERS, RESTART, VERIFY, by_purpose
+from relora_ds.comm.counter import COUNTER, EVALUATION, GRADIENT, LOSS, NORM, PARAMETERS, RESTART, VERIFY, by_purpose
 from relora_ds.launch.places import Place
 from tests.distributed import common
 from tests.distributed.pool import run
@@ -23,7 +23,7 @@ from tests.wire import SCALARS, Wire
 def every_operation() -> dict[str, tuple[int, int, float]]:
     """calls, payload bytes and wire bytes by operation and dtype."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    before = LEDGER.snapshot()
+    before = COUNTER.snapshot()
     entry, row = torch.zeros(6), torch.zeros(world_size, 6)
     dist.all_reduce(entry)
     dist.all_reduce(entry.to(torch.bfloat16), async_op=True).wait()
@@ -43,7 +43,7 @@ def every_operation() -> dict[str, tuple[int, int, float]]:
     if rank < 2:
         dist.all_reduce(torch.zeros(50), group=pair)
     dist.barrier()
-    counted = LEDGER.since(before)
+    counted = COUNTER.since(before)
     return {
         f"{kind.operation} {kind.dtype} {kind.group}": (tally.calls, tally.payload_bytes, round(tally.wire_bytes, 6))
         for kind, tally in counted.items()
@@ -74,15 +74,15 @@ def test_every_operation() -> None:
 
 
 def trained(dtype: str, stage: int, accumulation: int) -> dict[str, Any]:
-    """Three updates and a restart: the ledger beside the dispatcher's count."""
+    """Three updates and a restart: the counter beside the dispatcher's count."""
     config = common.deepspeed_config(stage=stage, dtype=dtype, accumulation=accumulation)
     relora = {"rank": 3, "restart_every": 2, "restart_warmup": 0}
     engine, *_ = relora_ds.initialize(model=common.tiny_llama(), config=config, relora=relora)
-    before = LEDGER.snapshot()
+    before = COUNTER.snapshot()
     with Wire() as wire:
         for update in range(3):
             common.train_update(engine, update)
-    counted = LEDGER.since(before)
+    counted = COUNTER.since(before)
     restart = engine.optimizer.last_restart
     common.end(engine)
     dtypes = {kind.purpose: kind.dtype for kind in counted if kind.purpose in (GRADIENT, PARAMETERS)}
@@ -108,14 +108,14 @@ def test_the_dispatcher_counts_the_same(dtype: str, stage: int, accumulation: in
 
 
 def logged_by_deepspeed() -> tuple[dict[str, list[int]], dict[str, list[int]]]:
-    """calls and payload bytes of the large collectives that DeepSpeed issues: its comms_logger's, and the ledger's."""
+    """calls and payload bytes of the large collectives that DeepSpeed issues: its comms_logger's, and the counter's."""
     config = common.deepspeed_config(stage=2, accumulation=2, reduce_scatter=False)
     config["comms_logger"] = {"enabled": True, "verbose": False, "prof_all": True}
     engine, *_ = relora_ds.initialize(model=common.tiny_llama(), config=config)
     common.train_update(engine, 0)
     logger = deepspeed.comm.comm.comms_logger
     logger.comms_dict.clear()
-    before = LEDGER.snapshot()
+    before = COUNTER.snapshot()
     try:
         for update in (1, 2):
             for micro in common.my_rows(common.batch(update)).chunk(2):
@@ -129,7 +129,7 @@ def logged_by_deepspeed() -> tuple[dict[str, list[int]], dict[str, list[int]]]:
                 calls[0] += count
                 calls[1] += count * size * (dist.get_world_size() if name == "all-gather" else 1)  # theirs: what a rank brings
         ours: dict[str, list[int]] = {}
-        for kind, tally in LEDGER.since(before).items():
+        for kind, tally in COUNTER.since(before).items():
             calls = ours.setdefault(kind.operation, [0, 0])
             calls[0] += tally.calls
             calls[1] += tally.payload_bytes
@@ -154,12 +154,12 @@ def written(folder: str) -> None:
         log = TrafficLog(Path(folder) / "traffic.json", place, ["here"] * world_size, torch.device("cpu"), "")
         log.count_from(first)
         for update in range(first, first + 2):
-            with LEDGER.purpose(GRADIENT):
+            with COUNTER.purpose(GRADIENT):
                 dist.all_reduce(torch.zeros(1_000_000))
-            with LEDGER.purpose(LOSS):
+            with COUNTER.purpose(LOSS):
                 dist.all_reduce(torch.zeros(25))
             assert log.lap() == 4_000_100
-            with LEDGER.purpose(EVALUATION):
+            with COUNTER.purpose(EVALUATION):
                 dist.all_reduce(torch.zeros(250_000))
             dist.barrier()
             log.write(update)
