@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import multiprocessing
 import os
 import pickle
@@ -29,6 +30,11 @@ from relora_ds.launch import libraries, places, process_group
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 180.0
 ISA = "ONEDNN_MAX_CPU_ISA"
+PRELOADED = [
+    "pytest", "relora_ds.training.loop", "transformers.models.llama.modeling_llama", "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.checkpoint.ds_to_universal",
+]  # fmt: skip
+"""What a first engine takes seconds to import; a module that another version lacks is left out."""
 _pools: dict[int, Pool] = {}
 
 
@@ -46,7 +52,7 @@ def safe_isa() -> dict[str, str]:
 def forked() -> ForkServerContext:
     """Makes processes of one that has imported everything, on one thread each."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["relora_ds.training.loop", "transformers.models.llama.modeling_llama", __name__])
+    context.set_forkserver_preload([*PRELOADED, __name__])
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when it is imported
     forkserver.ensure_running()
@@ -136,6 +142,7 @@ def _serve(address: str, environment: dict[str, str]) -> None:
     import torch
 
     os.environ |= environment
+    gc.freeze()  # or every end of an engine looks through all that was imported
     torch.set_num_threads(1)
     place = places.discover()
     assert place is not None
