@@ -1,5 +1,6 @@
 # make train   trains the demo recipe with two processes on a CPU, in minutes, and writes a report
-# make test    runs the whole test suite
+# make test    runs the test suite
+# make test-cluster    runs the tests that take minutes: a real SLURM, runs that are killed
 # make test-versions   tries the older DeepSpeed and transformers of the range, in .versions/
 # All set up what they need in $(VENV) first.
 
@@ -8,9 +9,11 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 NPROC  ?= 2
-JOBS   := tests/cluster/test_slurm_jobs.py
+# $(call beside,NAME,TESTS,OTHERS): TESTS in the background, their output in .NAME.log until they are done; OTHERS on the screen
+beside  = $(BIN)/python -m pytest $(2) >.$(1).log 2>&1 & other=$$!; trap "kill $$other 2>/dev/null" EXIT; \
+  $(BIN)/python -m pytest $(3); here=$$?; wait $$other; there=$$?; cat .$(1).log; exit $$((here | there))
 
-.PHONY: install train test test-versions check package format clean
+.PHONY: install train test test-cluster test-versions check package format clean
 
 install: $(STAMP)
 
@@ -32,10 +35,12 @@ train: $(STAMP) data/demo/index.json
 	$(BIN)/relora-ds report runs/demo
 
 test: $(STAMP)
-	@echo "==> running the test suite; the jobs on a SLURM cluster, which mostly wait, go on beside it"
-	@$(BIN)/python -m pytest $(JOBS) >.jobs.log 2>&1 & jobs=$$!; trap "kill $$jobs 2>/dev/null" EXIT; \
-	$(BIN)/python -m pytest --ignore=$(JOBS); rest=$$?; \
-	echo "==> waiting for the jobs"; wait $$jobs; jobs=$$?; cat .jobs.log; exit $$((rest | jobs))
+	@echo "==> running the test suite: one process at a time on one core, several processes on what is left"
+	@$(call beside,unit,tests/unit,tests/distributed tests/integration)
+
+test-cluster: $(STAMP)
+	@echo "==> running what takes minutes: jobs on a SLURM cluster, which mostly wait, and beside them runs that are killed"
+	@$(call beside,jobs,tests/cluster/test_slurm_jobs.py,tests/long tests/cluster --ignore=tests/cluster/test_slurm_jobs.py)
 
 test-versions: $(STAMP)
 	@echo "==> the versions of the range: one story with each (downloads them once, into .versions)"
@@ -57,5 +62,5 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) .versions data/demo runs/demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .jobs.log build *.egg-info
+	rm -rf $(VENV) .versions data/demo runs/demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .jobs.log .unit.log build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

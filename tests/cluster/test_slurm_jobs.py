@@ -1,7 +1,7 @@
 """Jobs that take care of themselves, on a real SLURM: submitted, stopped, requeued, hit, and finished.
 
 The site is an unkind one: see cluster.py, PARTITIONS and LEAKED. Most of a job's time here is waiting: for SLURM to miss a node, for
-credentials to expire. So `make test` plays these stories, one after the other, each on a cluster of its own, beside all other tests.
+credentials to expire. So `make test-cluster` plays several of these stories at once, each on a cluster of its own, beside other tests.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ LEAKED = {
     "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "7",
 }  # fmt: skip
 """What a login node's profile and the job around a terminal leave in a user's environment; each would spoil the job."""
-AT_ONCE = 1
+AT_ONCE = 3
 SLOW_LINK = "1600kbit"
 """So that 240 updates take longer than a minute, without work for the cores."""
 
