@@ -1,7 +1,7 @@
 """Jobs that take care of themselves, on a real SLURM: submitted, stopped, requeued, hit, and finished.
 
 The site is an unkind one: see cluster.py, PARTITIONS and LEAKED. Most of a job's time here is waiting: for SLURM to miss a node, for
-credentials to expire. So `make test-cluster` plays several of these stories at once, each on a cluster of its own, beside other tests.
+credentials to expire. So `make test-cluster` plays several of these stories at once, each on a cluster of its own.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from relora_ds.method.lora import relora_layers
 from relora_ds.models.export import export_model, load_merged
 from relora_ds.run import manifest as manifests
 from relora_ds.run.folder import RunFolder
-from relora_ds.training import loop as train
+from relora_ds.training import trainer as trainers
 from relora_ds.training.preflight import check
 from relora_ds.training.trainer import Trainer
 from tests.distributed import common
@@ -188,12 +188,12 @@ def test_another_number_of_ranks_begins_with_the_same_bits(
 
 def loading_says(content: dict[str, Any]) -> str:
     told: list[str] = []
-    original = train.say
-    train.say = told.append
+    original = trainers.say
+    trainers.say = told.append
     try:
         state_after_loading(content)
     finally:
-        train.say = original
+        trainers.say = original
     return "\n".join(told)
 
 
