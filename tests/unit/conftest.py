@@ -53,3 +53,10 @@ def place(tmp_path: Path, good: Path) -> Path:
     """A copy of :func:`good` that may be spoilt."""
     shutil.copytree(good, tmp_path / "place")
     return tmp_path / "place"
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home folder."""
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    return tmp_path / "home"

@@ -128,3 +128,12 @@ PLACES = {
     "torch's variables on one machine": ({"RANK": "1", "WORLD_SIZE": "2"}, (1, 2, 1, 2, "127.0.0.1")),
     "a cleaned container": (CLEANED, None),
 }  # fmt: skip
+
+PLACE = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "node03",
+    "MASTER_PORT": "34067",
+}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from relora_ds.launch.meeting import Card
 from relora_ds.launch.places import Place, discover
 from relora_ds.run.lock import boot_id
 from relora_ds.slurm import nodes as slurm_nodes
-from tests.unit.launch.launchers import BATCHSPAWNER, OVER_NODES, SRUN, TORCHRUN
+from tests.unit.launch.launchers import BATCHSPAWNER, OVER_NODES, PLACE, SRUN, TORCHRUN
 
 
 class World:
@@ -105,24 +104,6 @@ def test_a_process_alone() -> None:
     place = places.single()
     assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (0, 1, 0, 1)
     assert place.is_main
-
-
-@pytest.fixture
-def clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The variables that this module sets are unset, and put back afterwards."""
-    for name in (*PLACE, "GLOO_SOCKET_IFNAME", "ONEDNN_MAX_CPU_ISA"):
-        monkeypatch.setenv(name, "")  # so that monkeypatch restores it, whether it was set or not
-        monkeypatch.delenv(name)
-
-
-PLACE = {
-    "RANK": "5",
-    "WORLD_SIZE": "8",
-    "LOCAL_RANK": "1",
-    "LOCAL_WORLD_SIZE": "4",
-    "MASTER_ADDR": "node03",
-    "MASTER_PORT": "34067",
-}
 
 
 NODES = Place(5, 8, 1, 4, "node03", 24567, "srun")
@@ -239,56 +220,6 @@ def test_a_rank_does_not_wait_for_ever_for_one_that_does_not_come(absent: str) -
     ranks, seconds = leave(f"if dist.get_rank() == 1:\n    {absent}")
     assert [rank.returncode for rank in ranks] == [0, 9]
     assert float(seconds[0]) < 3
-
-
-# Guards
-
-
-@pytest.fixture
-def probes(monkeypatch: pytest.MonkeyPatch, clean: None) -> list[list[str]]:
-    """The commands that `guard_bf16` runs, on a CPU that advertises AMX and dies of it."""
-    commands: list[list[str]] = []
-
-    def run(command: list[str], **_: object) -> SimpleNamespace:
-        commands.append(command)
-        return SimpleNamespace(returncode=-signal.SIGILL)
-
-    monkeypatch.setattr(libraries.subprocess, "run", run)
-    monkeypatch.setattr(libraries, "_cpu_has", lambda flag: flag == "amx_bf16")
-    return commands
-
-
-def test_guard_bf16_where_amx_traps(probes: list[list[str]]) -> None:
-    message = libraries.guard_bf16()
-    assert message is not None
-    assert os.environ["ONEDNN_MAX_CPU_ISA"] == libraries.SAFE_ISA
-    assert f"ONEDNN_MAX_CPU_ISA={libraries.SAFE_ISA}" in message
-    assert len(probes) == 1
-    assert "bfloat16" in probes[0][-1]
-    assert libraries.guard_bf16() is None  # the variable is set now
-    assert len(probes) == 1
-
-
-def test_guard_bf16_leaves_a_setting_of_the_user(probes: list[list[str]]) -> None:
-    os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
-    assert libraries.guard_bf16() is None
-    assert os.environ["ONEDNN_MAX_CPU_ISA"] == "AVX2"
-    assert probes == []
-
-
-def test_guard_bf16_without_amx(probes: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(libraries, "_cpu_has", lambda flag: False)
-    assert libraries.guard_bf16() is None
-    assert "ONEDNN_MAX_CPU_ISA" not in os.environ
-    assert probes == []
-
-
-@pytest.mark.usefixtures("probes")
-@pytest.mark.parametrize("code", [0, 1, -signal.SIGKILL])
-def test_guard_bf16_where_the_probe_does_not_trap(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    monkeypatch.setattr(libraries.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=code))
-    assert libraries.guard_bf16() is None
-    assert "ONEDNN_MAX_CPU_ISA" not in os.environ
 
 
 def test_shared_memory_collective_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
