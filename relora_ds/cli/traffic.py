@@ -121,6 +121,7 @@ def _measure(
     checked: Checked, place: places.Place, arms: Sequence[str], options: argparse.Namespace, links: dict[str, float], out: Path
 ) -> int:
     """This process is a rank: join the others, measure, and leave together; rank 0 tells."""
+    libraries.skip_muon_compilation()
     from relora_ds.bandwidth.comparison import accumulation, arms_of, compare
     from relora_ds.bandwidth.table import NOTE, table, write
 

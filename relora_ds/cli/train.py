@@ -136,6 +136,7 @@ def _train_rank(
 
 def _train_together(checked: Checked, place: places.Place, device: Any, stop: StopSignal) -> int:
     """Trains; what ends a run in order, on all ranks, becomes its exit code."""
+    libraries.skip_muon_compilation()
     from relora_ds.checkpoint.universal import ConversionError
     from relora_ds.checkpoint.writer import FencedError
     from relora_ds.training.loop import train

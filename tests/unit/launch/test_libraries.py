@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from relora_ds.launch import libraries
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -56,3 +61,24 @@ def test_guard_bf16_where_the_probe_does_not_trap(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(libraries.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=code))
     assert libraries.guard_bf16() is None
     assert "ONEDNN_MAX_CPU_ISA" not in os.environ
+
+
+STARTS_FASTER = """
+import os, sys
+import torch
+from relora_ds.launch import libraries
+os.environ["TORCHDYNAMO_DISABLE"] = "0"
+libraries.skip_muon_compilation()
+assert "deepspeed.runtime.zero.muon.original_muon" in sys.modules and "functorch.compile" not in sys.modules
+assert os.environ.pop("TORCHDYNAMO_DISABLE") == "0"
+libraries.skip_muon_compilation()
+assert "TORCHDYNAMO_DISABLE" not in os.environ
+counted = []
+compiled = torch.compile(lambda x: x + 1, backend=lambda graph, _: counted.append(1) or graph.forward)
+assert compiled(torch.ones(1)).item() == 2.0 and counted == [1]
+"""
+
+
+def test_muon_is_not_compiled_and_the_rest_still_is() -> None:
+    done = subprocess.run([sys.executable, "-c", STARTS_FASTER], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
