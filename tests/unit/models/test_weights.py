@@ -165,8 +165,8 @@ def test_rotary_frequencies_stay_fp32_in_a_bf16_model() -> None:
 def test_loading_needs_one_block_in_fp32_beyond_what_is_stored(
     stored: str, start: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Of a model of 12 blocks: at no time is there more than one of them in fp32, with what storing it takes."""
-    sizes = TINY_LLAMA | {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 12}
+    """Of a model of 6 blocks: at no time is there more than one of them in fp32, with what storing it takes."""
+    sizes = TINY_LLAMA | {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 6}
     settings["model"] = {"config": sizes}
     if start == "folder":
         config = models.hf_config(Model(config=sizes), 300)
@@ -180,6 +180,6 @@ def test_loading_needs_one_block_in_fp32_beyond_what_is_stored(
         model = initial_model(checked, CPU, "lora")
     block = 4 * sum(math.prod(shape) for shape in [(128, 128)] * 4 + [(128, 320)] * 3)
     kept = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
-    assert len(list(relora_layers(model))) == 12 * 7
+    assert len(list(relora_layers(model))) == 6 * 7
     assert memory.peak <= kept + 1.5 * block
-    assert memory.peak < kept + 0.2 * 12 * block, "what building it whole would take is far above"
+    assert memory.peak < kept + 0.3 * 6 * block, "what building it whole would take is far above"
