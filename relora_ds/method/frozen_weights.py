@@ -212,8 +212,8 @@ class MergeStats:
 
 
 def pieces(rows: slice, columns: int) -> Iterator[slice]:
-    """``rows`` cut so that a piece is at most a sixteenth of them, and about :data:`PIECE` elements."""
-    step = max(1, min(-(-(rows.stop - rows.start) // 16), PIECE // columns))
+    """``rows`` cut into pieces of about :data:`PIECE` elements."""
+    step = max(1, PIECE // columns)
     for start in range(rows.start, rows.stop, step):
         yield slice(start, min(start + step, rows.stop))
 
@@ -229,7 +229,7 @@ class ShardedMaster:
 
     A merge adds this rank's rows of the change in fp32, rounds them to the stored dtype and gathers the rounded rows: all replicas
     are the same bits by construction, and after any number of merges the store is the rounding of the exact sum, nothing more. Beside
-    master and store, a merge needs one layer in its stored dtype, and less than half of one in fp32.
+    master and store, a merge needs one layer in its stored dtype, and what :data:`PIECE` says.
 
     Args:
         weights: the frozen weights by layer name, the same order on all ranks. Where a weight kept its exact rows, they are taken;

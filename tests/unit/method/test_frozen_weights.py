@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from relora_ds.method import exact
+from relora_ds.method import exact, frozen_weights
 from relora_ds.method import frozen_weights as frozen
 from relora_ds.method.frozen_weights import (
     FLOATS,
@@ -318,9 +318,10 @@ def test_looking_rows_up_converts_no_other(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_peak_memory_of_a_merge_is_one_layer(dtype: str, sharded: bool) -> None:
-    """Beside store, master and the change's factors: the layer in its stored dtype, where it is gathered, and half of one in fp32."""
+def test_peak_memory_of_a_merge_is_a_few_pieces(dtype: str, sharded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside store, master and the change's factors: the layer in its stored dtype, where it is gathered, and eight pieces."""
     rows, columns = 512, 768
+    monkeypatch.setattr(frozen_weights, "PIECE", rows * columns // 16)
     store = FrozenWeight(normal(rows, columns), dtype, exact_rows=slice(None) if sharded else None)
     master = alone(store) if sharded else None
     left, right = normal(rows, 4), exact.columns(normal(4, columns))
@@ -337,8 +338,9 @@ def test_peak_memory_of_a_merge_is_one_layer(dtype: str, sharded: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
-def test_peak_memory_of_storing_is_the_store_and_little_more(dtype: str) -> None:
+def test_peak_memory_of_storing_is_the_store_and_a_few_pieces(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = normal(512, 768)
+    monkeypatch.setattr(frozen_weights, "PIECE", weight.numel() // 16)
     with PeakMemory() as memory:
         store = FrozenWeight(weight, dtype)
     assert store.stored_bytes <= memory.peak <= store.stored_bytes + weight.nbytes // 2
