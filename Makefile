@@ -1,6 +1,6 @@
 # make train   trains the demo recipe with two processes on a CPU, in minutes, and writes a report
-# make test    runs the test suite
-# make test-cluster    runs the tests that take minutes: a real SLURM, runs that are killed
+# make test    runs the test suite, but for what is long
+# make test-cluster    runs the tests that are marked as long: a real SLURM, runs that are killed
 # make test-versions   tries the older DeepSpeed and transformers of the range, in .versions/
 # All set up what they need in $(VENV) first.
 
@@ -36,11 +36,11 @@ train: $(STAMP) data/demo/index.json
 
 test: $(STAMP)
 	@echo "==> running the test suite: one process at a time on one core, several processes on what is left"
-	@$(call beside,unit,tests/unit,tests/distributed tests/integration)
+	@$(call beside,unit,tests/unit -m "not long",tests/distributed tests/integration -m "not long")
 
 test-cluster: $(STAMP)
 	@echo "==> running what takes minutes: jobs on a SLURM cluster, which mostly wait, and beside them runs that are killed"
-	@$(call beside,jobs,tests/cluster/test_slurm_jobs.py,tests/long tests/cluster --ignore=tests/cluster/test_slurm_jobs.py)
+	@$(call beside,jobs,tests/cluster/test_slurm_jobs.py,tests -m long --ignore=tests/cluster/test_slurm_jobs.py)
 
 test-versions: $(STAMP)
 	@echo "==> the versions of the range: one story with each (downloads them once, into .versions)"

@@ -14,7 +14,7 @@ import pytest
 from tests.cluster.cluster import Cluster, missing
 from tests.command_line import ROOT
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
+pytestmark = [pytest.mark.long, pytest.mark.skipif(missing() is not None, reason=missing() or "")]
 
 NAMESPACES = tuple(f"/proc/self/ns/{kind}" for kind in ("net", "uts", "mnt", "pid"))
 SLURMD_PORT = 6818

@@ -12,7 +12,7 @@ import pytest
 from tests.cluster.cluster import Cluster, missing
 from tests.command_line import ROOT, environment, read_log, relora, write_recipe
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
+pytestmark = [pytest.mark.long, pytest.mark.skipif(missing() is not None, reason=missing() or "")]
 Recipe = Callable[..., Path]
 SCRIPT = """#!/bin/bash
 #SBATCH --nodes=2 --ntasks-per-node=1 --output={folder}/job.out

@@ -23,7 +23,7 @@ import pytest
 from tests.cluster.cluster import Cluster, missing
 from tests.command_line import ROOT, environment, read_log, relora, write_recipe
 
-pytestmark = [pytest.mark.skipif(missing() is not None, reason=missing() or ""), pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.long, pytest.mark.skipif(missing() is not None, reason=missing() or ""), pytest.mark.timeout(1500)]
 RELORA = (sys.executable, "-m", "relora_ds")
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 PARTITIONS = """\

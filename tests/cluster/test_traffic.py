@@ -17,6 +17,8 @@ from tests.command_line import ROOT, environment
 SIZES = {"hidden_size": 128, "intermediate_size": 352, "vocab_size": 4096, "num_attention_heads": 2}
 """About 1.2M parameters: below that the headers of small messages weigh more than 1%."""
 
+pytestmark = pytest.mark.long
+
 
 @pytest.mark.skipif(missing() is not None, reason=missing() or "")
 def test_two_nodes(recipe: Callable[..., Path], tmp_path: Path) -> None:

@@ -107,10 +107,10 @@ def losses(folder: Path) -> dict[int, float]:
     [
         (4, 2, 2, {}, False),
         (2, 3, 2, INT8 | {"master": "sharded", "targets": common.WITH_VOCABULARY}, False),
-        (2, 1, 1, INT8, False),
-        (1, 2, 2, {"dtype": "bf16", "master": "sharded"}, True),
-        (1, 4, 1, {"master": "sharded"}, False),
-        (3, 4, 2, INT8 | {"master": "sharded", "init": "residual"}, True),
+        pytest.param(2, 1, 1, INT8, False, marks=pytest.mark.long),
+        pytest.param(1, 2, 2, {"dtype": "bf16", "master": "sharded"}, True, marks=pytest.mark.long),
+        pytest.param(1, 4, 1, {"master": "sharded"}, False, marks=pytest.mark.long),
+        pytest.param(3, 4, 2, INT8 | {"master": "sharded", "init": "residual"}, True, marks=pytest.mark.long),
     ],
 )
 def test_resume_on_another_number_of_ranks(

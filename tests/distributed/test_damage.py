@@ -214,7 +214,10 @@ def train_over_a_disk_that_stays_broken(content: dict[str, Any], disk: str, how:
     return train_over_a_broken_disk(content, disk, how, mended=False)
 
 
-@pytest.mark.parametrize(("how", "asynchronous"), [("full", True), ("full", False), ("read-only", True)])
+@pytest.mark.parametrize(
+    ("how", "asynchronous"),
+    [("full", True), *(pytest.param(*case, marks=pytest.mark.long) for case in [("full", False), ("read-only", True)])],
+)
 def test_a_disk_that_fails_for_a_while_does_not_stop_the_run(
     content: dict[str, Any], small_disk: Path, tmp_path: Path, how: str, asynchronous: bool
 ) -> None:

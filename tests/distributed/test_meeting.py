@@ -15,6 +15,7 @@ import pytest
 from relora_ds.comm import network
 from tests.distributed.pool import ROOT
 
+pytestmark = pytest.mark.long
 TRAIN = [sys.executable, "-m", "relora_ds", "train"]
 CLAIMS_CUDA = """
 import sys, time

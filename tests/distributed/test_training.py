@@ -114,11 +114,11 @@ def test_an_error_of_a_rank_is_recorded(content: dict[str, Any], tmp_path: Path)
     ("dtype", "stage", "keep_moments", "frozen"),
     [
         ("fp32", 2, True, {}),
-        ("bf16", 2, False, {"master": "sharded", "targets": WITH_VOCABULARY}),
-        ("fp32", 1, False, INT8),
+        pytest.param("bf16", 2, False, {"master": "sharded", "targets": WITH_VOCABULARY}, marks=pytest.mark.long),
+        pytest.param("fp32", 1, False, INT8, marks=pytest.mark.long),
         ("fp32", 2, False, {**INT8, "master": "sharded", "init": "residual", "targets": WITH_VOCABULARY}),
-        ("fp32", 2, False, {"dtype": "bf16"}),
-        ("fp32", 2, False, {"dtype": "fp32", "master": "sharded", "master_device": "device"}),
+        pytest.param("fp32", 2, False, {"dtype": "bf16"}, marks=pytest.mark.long),
+        pytest.param("fp32", 2, False, {"dtype": "fp32", "master": "sharded", "master_device": "device"}, marks=pytest.mark.long),
     ],
 )
 def test_kill_and_resume_to_the_last_digit(

@@ -10,12 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 
 from benchmarks import kill_test
 from relora_ds.supervision import faults
 from tests.command_line import ROOT, read_log, relora, start, wait_for_update
 
 Recipe = Callable[..., Path]
+
+pytestmark = pytest.mark.long
 
 
 def metrics(run_dir: Path) -> list[dict]:
