@@ -1,0 +1,92 @@
+"""The work of one update of an engine: operations, collectives and their bytes stay what the cost model says."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import LlamaConfig
+
+import relora_ds
+from relora_ds.bandwidth import formulas
+from relora_ds.config import Optimizer, ReLoRA
+from relora_ds.engine.initialize import adamw
+from relora_ds.method import lora
+from relora_ds.models import build as models
+from relora_ds.planning import rehearsal
+from relora_ds.planning.plan import Phase
+from tests.distributed import common
+from tests.distributed.pool import run
+from tests.products import counter
+from tests.wire import Wire
+
+SIZES = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
+RANK, MICRO_BATCH, LENGTH = 4, 2, 24
+FORMS = {"full": None, "split": {"linear": "split"}, "merged": {"linear": "merged"}}
+
+
+def architecture() -> LlamaConfig:
+    return LlamaConfig(**SIZES, bos_token_id=None, eos_token_id=None)
+
+
+def work_of_an_update(form: str, accumulation: int) -> dict[str, Any]:
+    """The second of two updates: its operations on this rank, its collectives by kind, and their bytes."""
+    model = models.build(architecture(), attention="eager", dtype=torch.float32, device=torch.device("cpu")).train()
+    relora = None if FORMS[form] is None else {"rank": RANK, "restart_every": 1000, "restart_warmup": 0, **FORMS[form]}
+    config = common.deepspeed_config(accumulation=accumulation, reduce_bucket_size=10_000_000)
+    del config["optimizer"]
+    config["train_batch_size"] = MICRO_BATCH * accumulation * dist.get_world_size()
+    groups = None if relora else lora.param_groups(model)
+    engine, *_ = relora_ds.initialize(
+        model=model, config=config, optimizer=adamw(Optimizer()), relora=relora, model_parameters=groups
+    )
+    for update in range(2):
+        with ExitStack() as watched:
+            counted, wire = counter(), Wire()
+            if update == 1:
+                watched.enter_context(counted)
+                watched.enter_context(wire)
+            for micro in range(accumulation):
+                generator = torch.Generator().manual_seed(micro)
+                ids = torch.randint(0, SIZES["vocab_size"], (MICRO_BATCH, LENGTH), generator=generator)
+                engine.backward(engine(input_ids=ids, labels=ids).loss)
+                engine.step()
+    result = {
+        "operations": counted.get_total_flops(),
+        "calls": dict(sorted(wire.calls.items())),
+        "sent": wire.sent_bytes,
+        "trainable": sum(p.numel() for p in engine.module.parameters() if p.requires_grad),
+    }
+    common.end(engine)
+    return result
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_work_is_what_the_cost_model_says(form: str) -> None:
+    """Gradients are reduced, and parameters gathered, once per update, however many micro batches it has."""
+    settings = None if FORMS[form] is None else ReLoRA(rank=RANK, **FORMS[form])
+    rehearsed = rehearsal.build(architecture(), dtype=torch.float32, settings=settings, attention="eager", on_cuda=False)
+    phase, calls = Phase(settings, rehearsed, LENGTH), []
+    for accumulation in (1, 4):
+        results = run(2, work_of_an_update, form, accumulation)
+        tokens = MICRO_BATCH * LENGTH * accumulation * 2
+        expected = phase.flops(tokens, per_pass=MICRO_BATCH * LENGTH, recomputes=False)
+        assert sum(result["operations"] for result in results) == pytest.approx(expected, rel=0.01)
+        told = formulas.update_bytes(
+            results[0]["trainable"],
+            world_size=2,
+            gradient_width=4,
+            parameter_width=4,
+            stage=2,
+            accumulation=accumulation,
+            way="owner",
+        )
+        assert sum(result["sent"] for result in results) / 2 == pytest.approx(told.gradient + told.parameters, rel=0.02)
+        calls.append(results[0]["calls"])
+    assert calls[0] == calls[1]
+    assert sum(calls[0].values()) <= 6, (
+        "one exchange and one gather for each group of parameters, of which there are three at most"
+    )
