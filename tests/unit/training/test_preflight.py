@@ -100,7 +100,9 @@ def test_tokens_are_known_by_what_they_are_and_not_by_where_they_lie(checkpointe
     started = config.load(checkpointed)
     moved = shutil.copytree(started.data.path, tmp_path / "moved")
     override = r"override: --allow-changed data\.path$"
-    assert re.search(override, refusal(checkpointed, f"data.path={moved}", ranks=2)), "a checkpoint that says nothing of its tokens"
+    assert re.search(override, refusal(checkpointed, f"data.path={moved}", ranks=2)), (
+        "a checkpoint that says nothing of its tokens"
+    )
     write_checkpoint(Path(started.run.dir), update=9, ranks=2, sha256=read_index(moved).digests)
     judge(checkpointed, f"data.path={moved}", ranks=2)
     index = json.loads((moved / "index.json").read_text())
