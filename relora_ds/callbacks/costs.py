@@ -26,7 +26,7 @@ FROM_US = 1e-6
 
 @dataclass
 class Operator:
-    """What one operator took, without those that it calls. ``bytes``: what its calls allocated, less what they freed."""
+    """What one operator took, without those that it calls. ``bytes``: what calls allocated beyond what they freed."""
 
     calls: int = 0
     host_s: float = 0.0
@@ -94,7 +94,7 @@ class Costs:
         operator.calls += 1
         operator.host_s += event.self_cpu_time_total * FROM_US
         operator.device_s += device_s
-        operator.bytes += event.self_cpu_memory_usage + event.self_device_memory_usage
+        operator.bytes += max(0, event.self_cpu_memory_usage + event.self_device_memory_usage)
 
     def by_part(self) -> list[list[str]]:
         """A table of the parts of an update, in the mean. Shares are of the device's work where there is a device."""

@@ -34,7 +34,7 @@ HOST = [
     event("aten::mm", 100_000, 200_000, self_us=90_000, allocated=2000),
     part(parts.BACKWARD, 300_000, 900_000),
     event("aten::mm", 400_000, 500_000, self_us=60_000, allocated=1000),
-    event("aten::add", 500_000, 600_000, self_us=50_000),
+    event("aten::add", 500_000, 600_000, self_us=50_000, allocated=-700),
     part(parts.REDUCTION, 700_000, 800_000),
     event("gloo:reduce", 700_000, 2000_000, self_us=1300_000, is_async=True),
 ]
