@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from relora_ds import environment
 from relora_ds.cli.options import EXIT_CODES, add_insisting, add_recipe, insisted, new_command
 from relora_ds.config import Config, load
-from relora_ds.errors import EXIT_BAD_CONFIG, EXIT_FAILED, ConfigError, RankError, StartError, TrainingError, with_rest
+from relora_ds.errors import (
+    EXIT_BAD_CONFIG,
+    EXIT_FAILED,
+    ConfigError,
+    RankError,
+    StartError,
+    TrainingError,
+    refuse_below,
+    with_rest,
+)
 from relora_ds.launch import launcher, libraries, places, process_group
 from relora_ds.paths import refuse_unwritable
 from relora_ds.run.folder import RunFolder
@@ -55,15 +64,21 @@ def add_command(parent: Any) -> None:
         "--under", choices=("srun", "torchrun", "mpirun"),
         help="Refuse to start unless this launcher started the process. For scripts in which a container may hide it.",
     )  # fmt: skip
+    train.add_argument(
+        "--profile", metavar="N", type=int,
+        help="Profile N updates of this start on rank 0, after two that warm up. "
+        "A trace of each and tables of where the time goes are written into run.dir/profile.",
+    )  # fmt: skip
     add_insisting(train)
 
 
 def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """In the launching process: check, then start the ranks. In a rank: check, join the others, train."""
-    overrides = with_rest(options.overrides, rest, ["--nproc", "--under", "--allow-changed", "--trust"])
+    overrides = with_rest(options.overrides, rest, ["--nproc", "--under", "--profile", "--allow-changed", "--trust"])
     libraries.quiet_libraries()
     place = places.launched(options.under)
     launcher.check_nproc(options.nproc, place)
+    refuse_below("--profile", options.profile, 1)
     if place is None:
         return _train_here(options, load(options.recipe, overrides), overrides)
     recipe, stop, checked, refusal = None, None, None, None
@@ -73,7 +88,7 @@ def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
         checked = _check(options, recipe, place.world_size)
     except ConfigError as error:
         refusal = error  # for all ranks to hear: others may find nothing wrong
-    return _train_rank(recipe, checked, place, stop, refusal)
+    return _train_rank(recipe, checked, place, stop, options.profile, refusal)
 
 
 def _train_here(options: argparse.Namespace, recipe: Config, overrides: Sequence[str]) -> int:
@@ -86,9 +101,10 @@ def _train_here(options: argparse.Namespace, recipe: Config, overrides: Sequence
     checked = _check(options, recipe, num_processes)
     launcher.check_devices(num_processes)
     if num_processes == 1:
-        return _train_rank(recipe, checked, places.single(), StopSignal(recipe.train.stop_signal))
+        return _train_rank(recipe, checked, places.single(), StopSignal(recipe.train.stop_signal), options.profile)
     print(f"[relora-ds] starting {num_processes} processes", file=sys.stderr, flush=True)
-    words = ["train", options.recipe, *overrides, *insisted(options)]
+    profile = [] if options.profile is None else ["--profile", str(options.profile)]
+    words = ["train", options.recipe, *overrides, *profile, *insisted(options)]
     return launcher.spawn(words, num_processes, stop_signal=recipe.train.stop_signal)
 
 
@@ -113,9 +129,13 @@ def _train_rank(
     checked: Checked | None,
     place: places.Place,
     stop: StopSignal | None,
+    profile: int | None,
     refusal: ConfigError | None = None,
 ) -> int:
-    """This process is a rank: join the others, train, and leave together. ``refusal``: why it cannot, instead of what it checked."""
+    """This process is a rank: join the others, train, and leave together.
+
+    ``profile``: so many updates. ``refusal``: why it cannot, instead of what it checked.
+    """
     from relora_ds.supervision.watchdog import collective_timeout_s
 
     try:
@@ -127,23 +147,24 @@ def _train_rank(
         raise
     assert checked is not None and stop is not None, "a refusal is raised by all ranks"
     try:
-        return _train_together(checked, place, device, stop)
+        return _train_together(checked, place, device, stop, profile)
     except ConfigError as error:
         found = process_group.of_all_or_one(error, place)
         _tell_end(recipe, place, found)
         raise found from None
 
 
-def _train_together(checked: Checked, place: places.Place, device: Any, stop: StopSignal) -> int:
+def _train_together(checked: Checked, place: places.Place, device: Any, stop: StopSignal, profile: int | None) -> int:
     """Trains; what ends a run in order, on all ranks, becomes its exit code."""
     libraries.skip_muon_compilation()
+    from relora_ds.callbacks.profile import Profile
     from relora_ds.checkpoint.universal import ConversionError
     from relora_ds.checkpoint.writer import FencedError
     from relora_ds.training.loop import train
 
     message, is_final = "", True
     try:
-        code = train(checked, place, device, stop)
+        code = train(checked, place, device, stop, [Profile(profile)] if profile and place.is_main else [])
     except (TrainingError, FencedError, ConversionError) as error:
         message, code = str(error), EXIT_FAILED
         is_final = isinstance(error, TrainingError)  # another start may convert, and a folder that was lost is another job's

@@ -28,6 +28,7 @@ from relora_ds.optimizer.wrapper import ReLoRAOptimizer
 from relora_ds.run import unpickle
 from relora_ds.zero import versions as zero_versions
 from relora_ds.zero.gradient_reduction import route_gradients
+from relora_ds.zero.parts import name_parts
 
 ADAMS = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")
 
@@ -94,6 +95,7 @@ def initialize(
             warnings.warn(done, stacklevel=2)
     args = libraries.naming_gpu(args)
     count_everything()
+    name_parts()
     if relora is None:
         _join()
         plain = deepspeed.initialize(

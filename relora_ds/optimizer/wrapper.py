@@ -33,6 +33,7 @@ from relora_ds.method.reinit import initial_A, principal_inputs
 from relora_ds.optimizer import moments
 from relora_ds.optimizer.replicas import Replicas
 from relora_ds.schedule import rewarmup_factor
+from relora_ds.supervision import parts
 from relora_ds.zero.state import ZeroProxy, ZeroState, data_parallel_group
 
 STATE_KEY = "relora_ds"
@@ -150,6 +151,11 @@ class ReLoRAOptimizer(ZeroProxy):
         with self._rewarmed_lrs():
             self.zero.step()
         self.updates += 1
+        with parts.part(parts.RESTART):
+            self._after_update()
+
+    def _after_update(self) -> None:
+        """The restart, the reset or the comparison that is due."""
         reset, verify_every = self.settings.resets.follows(self.updates), self.settings.frozen.verify_every
         if self.settings.restarts.follows(self.updates):
             restarted = self.restart(reset=reset)

@@ -29,8 +29,9 @@ APPEND_TRIES, APPEND_PAUSE_S = 5, 0.2
 @dataclass(frozen=True)
 class RunFolder:
     """Paths of one run: config.yaml, deepspeed.json, model/ (Hugging Face configuration and tokenizer), metrics.jsonl,
-    restarts.jsonl, traffic.json, ranks.jsonl, faults.jsonl, stacks/ (where every rank hung), checkpoints/, base/ (frozen weights,
-    once per restart), universal/ (conversions), slurm/ (what was submitted, and what became of it), plots/, report.md."""
+    restarts.jsonl, traffic.json, ranks.jsonl, faults.jsonl, stacks/ (where every rank hung), profile/ (traces and tables of where
+    the time goes), checkpoints/, base/ (frozen weights, once per restart), universal/ (conversions), slurm/ (what was submitted, and
+    what became of it), plots/, report.md."""
 
     path: Path
 
@@ -69,6 +70,10 @@ class RunFolder:
     @property
     def stacks(self) -> Path:
         return self.path / "stacks"
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile"
 
     @property
     def checkpoints(self) -> Path:

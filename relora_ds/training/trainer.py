@@ -33,6 +33,7 @@ from relora_ds.models.build import describe
 from relora_ds.optimizer.wrapper import ReLoRAOptimizer
 from relora_ds.run.folder import RunFolder
 from relora_ds.run.lock import RunLock
+from relora_ds.supervision.parts import BACKWARD, DATA, FORWARD, LOSS_ALL_REDUCE, STEP, part
 from relora_ds.supervision.stragglers import OwnTime
 from relora_ds.training import phases
 from relora_ds.training.checkpoints import Checkpoints, newest
@@ -164,13 +165,16 @@ class Trainer(RunState):
         )  # fmt: skip
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for samples in micro_batches:
-            with self.own_time.batch():
-                ids = self.train_data.batch(samples)
-            ids = ids.to(self.device)
-            with self.own_time.forward():
+            with part(DATA):
+                with self.own_time.batch():
+                    ids = self.train_data.batch(samples)
+                ids = ids.to(self.device)
+            with part(FORWARD), self.own_time.forward():
                 micro_loss = self.engine(input_ids=ids, labels=ids).loss
-            self.engine.backward(micro_loss)
-            self.engine.step()
+            with part(BACKWARD):
+                self.engine.backward(micro_loss)
+            with part(STEP):
+                self.engine.step()
             loss += micro_loss.detach()
             self.beat("a micro batch")
         return loss / len(micro_batches)
@@ -182,9 +186,9 @@ class Trainer(RunState):
             [stop_requested, self.checkpoints.saver.has_failed, self.lock.is_lost], dtype=torch.float64, device=self.device
         )
         shared = torch.cat([loss.view(1), flags, self.own_time.slots(update, self.config.total_updates)])
-        with COUNTER.purpose(LOSS):
+        with COUNTER.purpose(LOSS), part(LOSS_ALL_REDUCE):
             dist.all_reduce(shared)
-        total, asked, failed, lost, *seconds = shared.tolist()
+            total, asked, failed, lost, *seconds = shared.tolist()
         self.own_time.end_update()
         if seconds:
             record = {"update": update, "hosts": self.watchdog.hosts, "forward_s": seconds}

@@ -1,12 +1,7 @@
 """The gradients' way to the ranks that own them, once per update: each piece to its owner and nowhere else.
 
-<<<<<<< HEAD
 Of every n bytes of gradients (N-1)/N·n leave each rank, where an all-reduce sends twice as many. :class:`GradientRoute` leads them
 there through DeepSpeed's ZeRO optimizer; :func:`means_of_own`, for gloo, knows nothing of ZeRO.
-=======
-Of every n bytes of gradients (N-1)/N·n leave each rank, where an all-reduce sends twice as many. Which piece belongs to whom is
-ZeRO's business: see state.py.
->>>>>>> main
 """
 
 from __future__ import annotations

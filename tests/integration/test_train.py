@@ -23,15 +23,19 @@ def metrics(run_dir: Path) -> list[dict]:
 
 
 def test_every_launcher_trains_the_same(recipe: Recipe, tmp_path: Path, whole: Path) -> None:
-    """Our own, torchrun and the deepspeed launcher: the same losses to the last digit; and none of them compiles anything."""
+    """Our own, torchrun (with the profiler on) and the deepspeed launcher: the same losses to the last digit; and none of them
+    compiles anything."""
     assert not (whole.parent / "extensions").exists(), "DeepSpeed compiled an extension at start-up"
     assert [record["update"] for record in metrics(whole) if "loss" in record] == list(range(1, 31))
     binaries = Path(sys.executable).parent
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "relora_ds"]
     deepspeed = [sys.executable, binaries / "deepspeed", "--num_gpus", 2, "--module", "relora_ds"]
     for name, launcher in (("torchrun", torchrun), ("deepspeed", deepspeed)):
-        command([*launcher, "train", recipe(name)])
+        command([*launcher, "train", recipe(name), *["--profile", 2] * (name == "torchrun")])
         assert metrics(tmp_path / name) == metrics(whole), name
+    assert sorted(path.name for path in (tmp_path / "torchrun" / "profile").iterdir()) == [
+        "update_0000003.json.gz", "update_0000004.json.gz", "updates_0000003_0000004.md",
+    ]  # fmt: skip
 
 
 def test_the_parameters_of_each_phase_are_told(whole: Path) -> None:

@@ -141,6 +141,21 @@ def test_nproc_must_be_a_number(refused: Refused, recipe: Path) -> None:
     assert "--nproc" in refused("train", str(recipe), "--nproc", "two")
 
 
+@pytest.mark.parametrize("launcher", [{}, {"RANK": "0", "WORLD_SIZE": "2"}], ids=["alone", "torchrun"])
+def test_profile_must_be_positive(
+    refused: Refused, spawned: list, recipe: Path, monkeypatch: pytest.MonkeyPatch, launcher: dict[str, str]
+) -> None:
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    assert refused("train", str(recipe), "--profile", "0") == "relora-ds: error: --profile=0: must be at least 1"
+    assert spawned == []
+
+
+def test_profile_reaches_the_ranks(spawned: list, recipe: Path) -> None:
+    assert main(["train", str(recipe), "--nproc", "2", "--profile", "5", "run.seed=7"]) == 0
+    assert spawned == [(["train", str(recipe), "run.seed=7", "--profile", "5"], 2)]
+
+
 def test_nproc_is_refused_under_a_launcher(refused: Refused, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
