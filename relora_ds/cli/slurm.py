@@ -285,10 +285,10 @@ def run_before(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if "SLURM_HET_SIZE" in environment:
         problem = "jobs of several components are not served"
         raise ConfigError("SLURM_HET_SIZE", environment["SLURM_HET_SIZE"], problem, "ask for nodes of one kind")
-    libraries.quiet_libraries()
     from relora_ds.slurm import job as slurm_job
 
     def fits(nodes: int) -> None:
+        libraries.quiet_libraries()  # here: a start on as many nodes as before needs no torch, and is there seconds sooner
         from relora_ds.training.preflight import check
 
         # What needs a GPU is left to the ranks where none is seen: they may run in a container, and this does not.

@@ -106,6 +106,9 @@ def test_before_says_nodes_and_restarts(
     words = ["slurm", "before", str(recipe), "--tasks-per-node", "2"]
     assert main(words) == 0 and capsys.readouterr().out == "2 0\n"
     assert Events(run).of("started")[0]["attempt"] == "17.0"
+    monkeypatch.setattr(slurm_client, "shown", lambda *_, **__: replace(RUNNING, restarts=1))
+    monkeypatch.setattr(cli_slurm.libraries, "quiet_libraries", lambda: pytest.fail("torch is imported"))
+    assert main(words) == 0 and capsys.readouterr().out == "2 1\n", "as many nodes again: nothing is checked"
     monkeypatch.setenv("SLURM_HET_SIZE", "2")
     assert main(words) == 2
     assert "SLURM_HET_SIZE='2': jobs of several components are not served" in capsys.readouterr().err
