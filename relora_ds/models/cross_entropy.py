@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100
 """A label that does not count."""
-CHUNK = 2**24
+CHUNK = 2**25
 """Logits of one chunk, at most: see benchmarks/loss.md."""
 FUSED = (torch.float32, torch.float64, torch.bfloat16)
 """Dtypes of a head whose gradients are formed early: not fp16, whose loss is scaled so that they do not vanish."""
@@ -73,13 +73,13 @@ class LinearCrossEntropy(torch.autograd.Function):
             own = own.unsqueeze(1).where(counts, 0)
             log_probs = F.log_softmax(F.linear(h, weight), dim=-1, dtype=torch.float32)
             total -= log_probs.gather(1, own).where(counts, 0).sum()
-            grad = log_probs.exp_().scatter_add_(1, own, counts.float().neg()).mul_(counts).to(h.dtype)
+            grad = log_probs.exp_().scatter_add_(1, own, counts.float().neg()).to(h.dtype)  # of tokens that count
             if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[start : start + rows])
+                torch.mm(grad, weight, out=grad_hidden[start : start + rows]).mul_(counts)
             if sums is not None and sums.dtype == h.dtype:
-                sums.addmm_(grad.t(), h)
+                sums.addmm_(grad.t(), h * counts)
             elif sums is not None:  # in bf16 each addition would round
-                sums.add_(grad.t() @ h)
+                sums.add_(grad.t() @ (h * counts))
         ctx.save_for_backward(grad_hidden, None if sums is None else sums.to(weight.dtype))
         return total
 

@@ -240,7 +240,7 @@ def most(trace: rehearsal.Trace) -> int:
 
 @pytest.mark.parametrize("targets", [None, ["all-linear", "output-head"]], ids=["plain head", "head with factors"])
 def test_a_rehearsal_forms_the_loss_as_the_run_does(targets: list[str] | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seven samples in chunks, although two and three are one each: no line leads there. The real model's peak, without all logits."""
+    """Seven samples in chunks, though two and three are one each: no line leads there. To the real model's peak."""
     monkeypatch.setattr(cross_entropy, "CHUNK", 100 * MODEL["vocab_size"])
     config, settings = hf_config(Model(config=MODEL), 1), targets and ReLoRA(rank=4, targets=targets, linear="split")
     peaks = {}
