@@ -41,6 +41,7 @@ class Run(Section):
 
 LinearForm = Literal["auto", "split", "merged"]
 Compile = bool | Literal["auto"]
+Loss = Literal["auto", "torch", "chunked", "liger"]
 
 
 class Model(Section):
@@ -58,6 +59,8 @@ class Model(Section):
     """auto: flash-attention 2 on CUDA in bf16 where it is installed, else SDPA."""
     compile: Compile = "auto"
     """Each block by torch.compile; auto: on CUDA with Triton."""
+    loss: Loss = "auto"
+    """torch: over all logits at once. chunked, liger: never whole. auto: chunked where they are many and the model allows it."""
     multiple_of: Positive = 1
     """The MLP's width and the vocabulary's rows of a new model are rounded up to a multiple; 64 suits GPUs."""
     gradient_checkpointing: bool = False

@@ -21,6 +21,8 @@ from relora_ds.method import lora
 from relora_ds.method.full_rank import full_rank_line
 from relora_ds.method.linear import Form
 from relora_ds.models import build as models
+from relora_ds.models.cross_entropy import is_plain
+from relora_ds.models.loss import head_tokens
 from relora_ds.planning import footprint, rehearsal
 from relora_ds.planning import phase_change as change_footprint
 from relora_ds.planning.footprint import Engine, Peak
@@ -100,10 +102,10 @@ class Phase:
         self.trainable = sum(p.numel() for p in trained)
 
     def trace(self, micro_batch: int) -> rehearsal.Trace:
-        """On the line through micro batches of 2 and 3, where both do the same; one sample alone may do less."""
-        forms = self._forms(micro_batch * self.sequence_length)
-        extended = None
-        if micro_batch > 3:
+        """On the line through micro batches of 2 and 3, where all do the same; one sample alone may do less."""
+        tokens, extended = micro_batch * self.sequence_length, None
+        forms = self._forms(tokens)
+        if micro_batch > 3 and head_tokens(self.rehearsed.model, tokens) == tokens:
             extended = self._rehearsed(2, forms).extended(self._rehearsed(3, forms), micro_batch - 2)
         return self._rehearsed(micro_batch, forms) if extended is None else extended
 
@@ -117,7 +119,11 @@ class Phase:
 
     def _forms(self, tokens: int) -> tuple[Form, ...]:
         """The linear layers' forms in a pass over so many tokens."""
-        return tuple(layer.form_for(tokens, self.settings.linear) for layer in self._linears()) if self.settings else ()
+        if self.settings is None:
+            return ()
+        head, of_head = self.rehearsed.model.get_output_embeddings(), head_tokens(self.rehearsed.model, tokens)
+        linears = self._linears()
+        return tuple(layer.form_for(of_head if layer is head else tokens, self.settings.linear) for layer in linears)
 
     def _linears(self) -> list[lora.ReLoRALinear]:
         return [module for _, module in lora.relora_layers(self.rehearsed.model) if isinstance(module, lora.ReLoRALinear)]
@@ -136,6 +142,7 @@ class Phase:
         trained = frozen = head = 0
         output = self.rehearsed.model.get_output_embeddings()
         for module in self.rehearsed.model.modules():
+            before = trained + frozen
             if isinstance(module, lora.ReLoRALayer):
                 trained += module.lora_A.numel()
                 if isinstance(module, lora.ReLoRAEmbedding):
@@ -144,7 +151,9 @@ class Phase:
                 frozen += 0 if module.weight is None else module.in_features * module.out_features
             elif isinstance(module, (nn.Linear, Conv1D)):
                 trained += module.weight.numel()
-                head += module.weight.numel() if module is output else 0
+            head += trained + frozen - before if module is output else 0
+        is_chunked = head_tokens(self.rehearsed.model, per_pass) < per_pass
+        again = head if is_chunked and not is_plain(output) else 0
         config = self.rehearsed.model.config
         heads = config.num_attention_heads
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
@@ -152,7 +161,7 @@ class Phase:
         merged = [x for x, form in zip(self._linears(), self._forms(per_pass), strict=True) if form == "merged"]
         return formulas.update_flops(
             tokens, trained=trained, frozen=frozen, attention=attention,
-            recomputed=trained + frozen - head if recomputes else 0, recomputed_attention=attention if recomputes else 0,
+            recomputed=again + (trained + frozen - head if recomputes else 0), recomputed_attention=attention if recomputes else 0,
         ) + formulas.merged_flops(
             tokens, tokens // per_pass, factors=sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in merged),
             formed=sum(layer.rank * layer.in_features * layer.out_features for layer in merged), recomputes=recomputes,
@@ -219,7 +228,8 @@ class Planner:
         if key not in self.phases:
             rehearsed = rehearsal.build(
                 self.target if target else self.architecture(), dtype=ds_config.DTYPES[self.precision], settings=settings,
-                attention=self.config.model.attention, gradient_checkpointing=checkpointing, on_cuda=self.machine.on_cuda,
+                attention=self.config.model.attention, gradient_checkpointing=checkpointing, loss=self.config.model.loss,
+                on_cuda=self.machine.on_cuda,
             )  # fmt: skip
             self.phases[key] = Phase(settings, rehearsed, self.config.data.sequence_length)
         return self.phases[key]

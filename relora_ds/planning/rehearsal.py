@@ -21,9 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 
-from relora_ds.config import ReLoRA
+from relora_ds.config import Loss, ReLoRA
 from relora_ds.method import lora
 from relora_ds.models import build as models
+from relora_ds.models.loss import attach as attach_loss
 
 Mark = str
 """The name of a parameter whose gradient is complete, and about to be taken."""
@@ -146,6 +147,7 @@ def build(
     settings: ReLoRA | None,
     attention: str = "auto",
     gradient_checkpointing: bool = False,
+    loss: Loss = "auto",
     on_cuda: bool = True,
 ) -> Rehearsed:
     """The model of a phase, in fake tensors.
@@ -156,6 +158,7 @@ def build(
         settings: of the factors, with ``frozen.dtype`` as it is stored; None for the full-rank phase.
         attention: as in the recipe; flash-attention 2 keeps what the fused kernel of torch keeps, which stands for it.
         gradient_checkpointing: whether activations of blocks are formed again in the backward pass.
+        loss: as in the recipe; Liger's is taken for ``chunked``.
         on_cuda: whether dropout works as on a GPU.
 
     Raises:
@@ -176,6 +179,8 @@ def build(
             )  # fmt: skip
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with _one_sequence_a_sample():
+            attach_loss(model, "chunked" if loss == "liger" else loss)
     if on_cuda:
         for module in model.modules():
             if type(module) is nn.Dropout:

@@ -51,7 +51,7 @@ class HandOver:
     exact_rows: dict[str, Tensor] | None
 
 
-def initial_model(checked: Checked, device: torch.device, phase: str, *, is_resumed: bool = False) -> nn.Module:
+def initial_model(checked: Checked, device: torch.device, phase: str, *, is_resumed: bool = False) -> PreTrainedModel:
     """The model at the start of a phase: random weights, a Hugging Face model's, or the merged weights of an earlier run.
 
     For the LoRA phase it is wrapped, unit by unit: what is frozen is rounded once, from fp32, and a sharded master starts from the

@@ -19,7 +19,7 @@ from relora_ds.ds_config import fit as ds_config
 from relora_ds.errors import ConfigError, nearest
 from relora_ds.method import lora
 from relora_ds.method.full_rank import full_rank_line
-from relora_ds.models import adapters, compiling, generation
+from relora_ds.models import adapters, compiling, generation, loss
 from relora_ds.models import build as models
 from relora_ds.run import unpickle
 from relora_ds.run.folder import RunFolder
@@ -32,6 +32,7 @@ HARMLESS = (
     "model.attention",
     "model.gradient_checkpointing",
     "model.compile",
+    "model.loss",
     "relora.linear",
     "relora.frozen.verify_every",
     "relora.frozen.on_mismatch",
@@ -94,12 +95,12 @@ def check(
     if resumed is None:
         _check_tokenizer(config, index)
     generation.name_tokens(architecture, config.model, index.folder)
-    here, uncompiled = torch.cuda.is_available(), None
+    here, uncompiled, device = torch.cuda.is_available(), None, None
     if on_cuda in (None, here):  # a login node cannot judge what runs on the GPUs of others
         dtype, device = ds_config.DTYPES[ds_config.precision(fitted)], torch.device("cuda" if here else "cpu")
         models.attention_implementation(config.model.attention, architecture, dtype=dtype, device=device)  # or raises
         uncompiled = _check_compile(config.model.compile, device)
-    full_rank, model = None, models.build_meta(architecture)
+    full_rank, model, layers = None, models.build_meta(architecture), {}
     models.refuse_encoder(model, "model.config" if config.model.path is None else "model.path")
     if config.method != "full":
         layers = lora.find_targets(model, config.relora.targets)
@@ -107,6 +108,9 @@ def check(
         full_rank = full_rank_line(model) if config.has_lora_phase else None
         if config.method == "control":
             architecture = models.control_config(architecture, lora.num_trainable(model, layers, config.relora.rank))
+    if config.model.loss == "liger":
+        gets_factors = config.has_lora_phase and lora.in_role(model, "output-head") in layers.values()
+        _check_liger(ds_config.precision(fitted), device, gets_factors)
     if resumed is not None and resumed.precision != ds_config.precision(fitted):
         _refuse_changes([("deepspeed", resumed.precision, ds_config.precision(fitted))], config.run.dir, allow_changed)
     if resumed is None:
@@ -122,6 +126,16 @@ def _check_compile(choice: Compile, device: torch.device) -> str | None:
     if problem is not None and choice is True:
         raise ConfigError("model.compile", True, problem, "install it, or leave compile out")
     return None if problem is None else f"model.compile: auto compiles nothing, since {problem}; updates take longer"
+
+
+def _check_liger(precision: str, device: torch.device | None, head_gets_factors: bool) -> None:
+    """Raises ConfigError where Liger's kernel cannot run, or would lose gradients; ``device`` None: not to be judged here."""
+    if device is not None and (found := loss.liger_obstacle(device)):
+        raise ConfigError("model.loss", "liger", *found)
+    if head_gets_factors:
+        raise ConfigError("model.loss", "liger", "the output head gets factors (relora.targets)", "use chunked")
+    if precision == "fp16":
+        raise ConfigError("model.loss", "liger", "forms gradients before fp16's loss scale is known", "use chunked")
 
 
 def _check_start(config: Config, trust: bool) -> None:

@@ -30,6 +30,7 @@ from relora_ds.errors import TrainingError
 from relora_ds.launch.places import Place
 from relora_ds.method.lora import LORA_GROUP, count_parameters
 from relora_ds.models.build import describe
+from relora_ds.models.loss import attach as attach_loss
 from relora_ds.optimizer.wrapper import ReLoRAOptimizer
 from relora_ds.run.folder import RunFolder
 from relora_ds.run.lock import RunLock
@@ -97,6 +98,9 @@ class Trainer(RunState):
         content = checkpoints.read_manifest(self.resumes_from) if self.resumes_from else None
         self.phase = content.phase if content else self.config.phase_of(1)
         model = phases.initial_model(self.checked, self.device, self.phase, is_resumed=content is not None)
+        tokens = self.config.train.micro_batch * self.config.data.sequence_length
+        if remark := attach_loss(model, self.config.model.loss, tokens):
+            self._say(remark)
         self.engine = (phases.full_engine if self.phase == "full" else phases.lora_engine)(model, self.checked)
         if content is None or self.resumes_from is None:
             return

@@ -12,12 +12,16 @@ import pytest
 import torch
 import yaml
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import nn
 
 from relora_ds.bandwidth.formulas import Bytes
 from relora_ds.cli import main as cli
 from relora_ds.cli import plan as cli_plan
 from relora_ds.config import Frozen, Model, ReLoRA, load
+from relora_ds.method import lora
+from relora_ds.models import cross_entropy
 from relora_ds.models.build import build, hf_config, preset_config
+from relora_ds.models.loss import attach
 from relora_ds.planning import rehearsal
 from relora_ds.planning.plan import Machine, Phase, Planner
 from tests.memory import PeakMemory
@@ -212,17 +216,73 @@ def test_a_rehearsal_is_exact_and_a_line() -> None:
     phase, direct = Phase(None, rehearsed, 32), rehearsed.run(7, 32)
     assert phase.trace(7) == direct
     model = build(config, attention="sdpa", dtype=torch.float32, device=torch.device("cpu")).train()
+    assert most(direct) == pytest.approx(measured(model), rel=0.001)
+
+
+def measured(model: nn.Module) -> int:
+    """The most bytes of live tensors in a pass of 7 samples of 32 tokens, each gradient taken when it is there."""
     for param in model.parameters():
         param.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     with PeakMemory() as memory:
         ids = torch.zeros(7, 32, dtype=torch.int64)
         model(input_ids=ids, labels=ids).loss.backward()
+    return memory.peak
+
+
+def most(trace: rehearsal.Trace) -> int:
     live = peak = 0
-    for step in direct.steps:
+    for step in trace.steps:
         if not isinstance(step, str):
-            live += direct.sizes[step - 1] if step > 0 else -direct.sizes[-step - 1]
+            live += trace.sizes[step - 1] if step > 0 else -trace.sizes[-step - 1]
             peak = max(peak, live)
-    assert peak == pytest.approx(memory.peak, rel=0.001)
+    return peak
+
+
+@pytest.mark.parametrize("targets", [None, ["all-linear", "output-head"]], ids=["plain head", "head with factors"])
+def test_a_rehearsal_forms_the_loss_as_the_run_does(targets: list[str] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven samples in chunks, though two and three are one each: no line leads there. To the real model's peak."""
+    monkeypatch.setattr(cross_entropy, "CHUNK", 100 * MODEL["vocab_size"])
+    config, settings = hf_config(Model(config=MODEL), 1), targets and ReLoRA(rank=4, targets=targets, linear="split")
+    peaks = {}
+    for loss in ("torch", "auto"):
+        rehearsed = rehearsal.build(config, dtype=torch.float32, settings=settings, loss=loss, on_cuda=False)
+        trace = Phase(settings, rehearsed, 32).trace(7)
+        assert trace == rehearsed.run(7, 32)
+        model = build(config, attention="sdpa", dtype=torch.float32, device=torch.device("cpu")).train()
+        if targets:
+            lora.wrap(model, rank=4, alpha=32.0, targets=targets, linear="split")
+        attach(model, loss)
+        peaks[loss] = most(trace)
+        assert peaks[loss] == pytest.approx(measured(model), rel=0.001)
+    logits = 4 * 7 * 32 * MODEL["vocab_size"]
+    assert peaks["auto"] < peaks["torch"] - 0.5 * logits
+
+
+def test_a_plan_without_all_logits(recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 16 bits, fp32 and as a gradient they are most of a small model's activations."""
+    monkeypatch.setattr(cross_entropy, "CHUNK", 16 * MODEL["vocab_size"])
+    words = [str(recipe), "--gpus", "2", "relora.warm_start=0", "data.sequence_length=64"]
+    whole, default = (
+        plan(capsys, *words, *more)["memory"]["lora"]["backward pass"]["activations"] for more in (["model.loss=torch"], [])
+    )
+    micro_batch = load(str(recipe)).train.micro_batch
+    assert default < whole - (4 + 2) * micro_batch * 64 * MODEL["vocab_size"]
+    assert cli.main(["plan", *words, "model.loss=chunked", "model.config.model_type=gemma2"]) == 2
+    assert "model.loss='chunked': gemma2 does more with its logits" in capsys.readouterr().err
+
+
+def test_operations_of_a_loss_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain head's products are formed once; those of a head with factors again in the backward pass."""
+    monkeypatch.setattr(cross_entropy, "CHUNK", 16 * MODEL["vocab_size"])
+    for targets in ("all-linear", ["all-linear", "output-head"]):
+        settings = ReLoRA(rank=16, targets=targets, frozen=Frozen(dtype="fp32"), linear="split")
+        built = rehearsal.build(
+            hf_config(Model(config=MODEL), 1), dtype=torch.float32, settings=settings, attention="eager", loss="chunked"
+        )
+        with counter() as counted:
+            built.run(2, 32)
+        estimated = Phase(settings, built, 32).flops(2 * 32, per_pass=2 * 32, recomputes=False)
+        assert counted.get_total_flops() == pytest.approx(estimated, rel=0.02), targets
 
 
 def test_llama_7b_takes_no_memory_and_seconds() -> None:
