@@ -35,8 +35,8 @@ train: $(STAMP) data/demo/index.json
 	$(BIN)/relora-ds report runs/demo
 
 test: $(STAMP)
-	@echo "==> running the test suite: one process at a time on one core, several processes on what is left"
-	@$(call beside,unit,tests/unit -m "not long",tests/distributed tests/integration -m "not long")
+	@echo "==> running the test suite, in two lanes: tests over several ranks, and beside them all others"
+	@$(call beside,others,tests/unit tests/integration -m "not long",tests/distributed -m "not long")
 
 test-cluster: $(STAMP)
 	@echo "==> running what takes minutes: jobs on a SLURM cluster, which mostly wait, and beside them runs that are killed"
@@ -62,5 +62,5 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) .versions data/demo runs/demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .jobs.log .unit.log build *.egg-info
+	rm -rf $(VENV) .versions data/demo runs/demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .jobs.log .others.log build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -16,6 +17,11 @@ VOCAB = 61
 GLOBAL_BATCH = 12
 """Divides over 1, 2, 3 and 4 ranks."""
 WITH_VOCABULARY = ["all-linear", "output-head", "input-embedding"]
+
+
+def long(*case: Any) -> Any:
+    """A case of a parametrised test that `make test` leaves to `make test-cluster`."""
+    return pytest.param(*case, marks=pytest.mark.long)
 
 
 def tiny_llama(seed: int = 0, **changes: Any) -> nn.Module:

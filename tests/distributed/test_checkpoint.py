@@ -105,12 +105,12 @@ def losses(folder: Path) -> dict[int, float]:
 @pytest.mark.parametrize(
     ("before", "after", "stage", "frozen", "contained"),
     [
-        (4, 2, 2, {}, False),
+        common.long(4, 2, 2, {}, False),
         (2, 3, 2, INT8 | {"master": "sharded", "targets": common.WITH_VOCABULARY}, False),
-        pytest.param(2, 1, 1, INT8, False, marks=pytest.mark.long),
-        pytest.param(1, 2, 2, {"dtype": "bf16", "master": "sharded"}, True, marks=pytest.mark.long),
-        pytest.param(1, 4, 1, {"master": "sharded"}, False, marks=pytest.mark.long),
-        pytest.param(3, 4, 2, INT8 | {"master": "sharded", "init": "residual"}, True, marks=pytest.mark.long),
+        common.long(2, 1, 1, INT8, False),
+        common.long(1, 2, 2, {"dtype": "bf16", "master": "sharded"}, True),
+        common.long(1, 4, 1, {"master": "sharded"}, False),
+        common.long(3, 4, 2, INT8 | {"master": "sharded", "init": "residual"}, True),
     ],
 )
 def test_resume_on_another_number_of_ranks(
@@ -170,7 +170,7 @@ def state_after_loading(content: dict[str, Any]) -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.mark.parametrize("frozen", [{}, INT8 | {"master": "sharded"}])
+@pytest.mark.parametrize("frozen", [common.long({}), INT8 | {"master": "sharded"}])
 def test_another_number_of_ranks_begins_with_the_same_bits(
     content: dict[str, Any], tmp_path: Path, frozen: dict[str, Any]
 ) -> None:

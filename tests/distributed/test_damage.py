@@ -23,6 +23,7 @@ from relora_ds.run import manifest as manifests
 from relora_ds.run.folder import RunFolder
 from relora_ds.training import open_run
 from relora_ds.training.trainer import Trainer
+from tests.distributed import common
 from tests.distributed.pool import run
 from tests.distributed.test_checkpoint import folders, losses
 from tests.distributed.test_training import at, read_log, train_here
@@ -69,7 +70,10 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+QUICK = ("a flipped bit in a rank's moments", "a missing file", "a flipped bit in the manifest")
+
+
+@pytest.mark.parametrize("damage", [pytest.param(name, marks=[pytest.mark.long] * (name not in QUICK)) for name in DAMAGE])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     finished: tuple[dict[str, Any], RunFolder], damage: str, tmp_path: Path
 ) -> None:
@@ -87,7 +91,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
 
 @pytest.mark.parametrize(
     ("name", "hurt"),
-    [("rank_00001.safetensors", flip), ("rank_00000.safetensors", cut), ("manifest.json", flip), ("manifest.json", Path.unlink)],
+    [
+        ("rank_00001.safetensors", flip),
+        *(common.long(*case) for case in [("rank_00000.safetensors", cut), ("manifest.json", flip)]),
+        ("manifest.json", Path.unlink),
+    ],
 )
 def test_a_damaged_base_takes_its_checkpoints_along(finished: tuple[dict[str, Any], RunFolder], name: str, hurt: Any) -> None:
     """Those after 12 and 15 need the base of restart 2: the run goes on from update 9, and writes that base anew."""
@@ -216,7 +224,7 @@ def train_over_a_disk_that_stays_broken(content: dict[str, Any], disk: str, how:
 
 @pytest.mark.parametrize(
     ("how", "asynchronous"),
-    [("full", True), *(pytest.param(*case, marks=pytest.mark.long) for case in [("full", False), ("read-only", True)])],
+    [("full", True), *(common.long(*case) for case in [("full", False), ("read-only", True)])],
 )
 def test_a_disk_that_fails_for_a_while_does_not_stop_the_run(
     content: dict[str, Any], small_disk: Path, tmp_path: Path, how: str, asynchronous: bool

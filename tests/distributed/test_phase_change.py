@@ -103,7 +103,11 @@ def bytes_after(content: dict[str, Any], updates: int) -> int:
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize(
     ("dtype", "frozen"),
-    [("fp32", {}), ("bf16", {}), ("fp32", INT8), ("bf16", {**INT8, "master": "sharded"})],
+    [
+        ("fp32", {}),
+        *(common.long(*case) for case in [("bf16", {}), ("fp32", INT8)]),
+        ("bf16", {**INT8, "master": "sharded"}),
+    ],
     ids=["fp32", "bf16", "int8", "int8 and a sharded master"],
 )
 def test_as_many_bytes_as_the_same_run_resumed(content: dict[str, Any], stage: int, dtype: str, frozen: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ from relora_ds.training.preflight import check
 from relora_ds.training.trainer import Trainer
 from relora_ds.zero.state import ZeroState
 from tests.conftest import TINY_LLAMA
+from tests.distributed import common
 from tests.distributed.common import WITH_VOCABULARY
 from tests.distributed.pool import run
 
@@ -113,12 +114,12 @@ def test_an_error_of_a_rank_is_recorded(content: dict[str, Any], tmp_path: Path)
 @pytest.mark.parametrize(
     ("dtype", "stage", "keep_moments", "frozen"),
     [
-        ("fp32", 2, True, {}),
-        pytest.param("bf16", 2, False, {"master": "sharded", "targets": WITH_VOCABULARY}, marks=pytest.mark.long),
-        pytest.param("fp32", 1, False, INT8, marks=pytest.mark.long),
+        common.long("fp32", 2, True, {}),
+        common.long("bf16", 2, False, {"master": "sharded", "targets": WITH_VOCABULARY}),
+        common.long("fp32", 1, False, INT8),
         ("fp32", 2, False, {**INT8, "master": "sharded", "init": "residual", "targets": WITH_VOCABULARY}),
-        pytest.param("fp32", 2, False, {"dtype": "bf16"}, marks=pytest.mark.long),
-        pytest.param("fp32", 2, False, {"dtype": "fp32", "master": "sharded", "master_device": "device"}, marks=pytest.mark.long),
+        common.long("fp32", 2, False, {"dtype": "bf16"}),
+        common.long("fp32", 2, False, {"dtype": "fp32", "master": "sharded", "master_device": "device"}),
     ],
 )
 def test_kill_and_resume_to_the_last_digit(

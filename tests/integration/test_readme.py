@@ -59,6 +59,7 @@ def test_alone(tmp_path: Path) -> None:
     assert live.keys() == stored.keys() and all(torch.equal(live[name], stored[name]) for name in live)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("launcher", TWO_CPUS)
 def test_two_processes(launcher: str, tmp_path: Path) -> None:
     told = run_sample(tmp_path, [*TWO_CPUS[launcher], str(free_port())])

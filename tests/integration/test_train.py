@@ -22,6 +22,7 @@ def metrics(run_dir: Path) -> list[dict]:
     return read_log(run_dir / "metrics.jsonl")
 
 
+@pytest.mark.long
 def test_every_launcher_trains_the_same(recipe: Recipe, tmp_path: Path, whole: Path) -> None:
     """Our own, torchrun (with the profiler on) and the deepspeed launcher: the same losses to the last digit; and none of them
     compiles anything."""
@@ -75,6 +76,7 @@ def test_sigterm_writes_a_checkpoint_and_exits_75(recipe: Recipe, tmp_path: Path
     assert first + second == list(range(1, 31)) and first and second
 
 
+@pytest.mark.long
 def test_bf16_goes_on_where_its_matmul_traps(recipe: Recipe, tmp_path: Path) -> None:
     """On a CPU that traps on AMX the run says what it did; on any other it just runs."""
     path = recipe("bf16", deepspeed="ds_configs/zero2_bf16.json", train={"updates": 12})
