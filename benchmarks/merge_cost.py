@@ -1,6 +1,7 @@
 """What products that do not round cost at a merge, and how near they are, beside fp32 products; what fp32 products leave to chance.
 
     python -c "from benchmarks.merge_cost import main; main()"
+    python -c "from benchmarks.merge_cost import by_pieces; by_pieces()"      # how many entries to merge at a time
 
 One thread, one layer of 5461 x 2048 at rank 128, the best of five turns, each way in every turn.
 """
@@ -9,11 +10,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from relora_ds.method import exact
+from relora_ds.method import exact, frozen_weights
 from relora_ds.method.frozen_weights import FrozenWeight, pieces
 
 ROWS, COLUMNS, RANK, TURNS = 5461, 2048, 128, 5
@@ -71,3 +73,24 @@ def main() -> None:
     for size in (1, 16, 64, 200):
         same = torch.equal(torch.cat([lora_b[at : at + size] @ lora_a for at in range(0, ROWS, size)]), lora_b @ lora_a)
         print(f"\nfp32, {size} rows at a time: {'the same bits as' if same else 'other bits than'} all at once")
+
+
+def by_pieces() -> None:
+    """Merges of layers of several sizes, a sixteenth of the layer or so many entries at a time."""
+    torch.set_num_threads(1)
+    kept = frozen_weights.PIECE
+    print("| layer, rank, store | a sixteenth | 2^16 | 2^18 | 2^20 | 2^22 |\n" + "|---" * 6 + "|")
+    for rows, columns, rank in ((64, 64, 4), (512, 256, 8), (768, 2048, 128), (ROWS, COLUMNS, RANK)):
+        for dtype in ("bf16", "int8"):
+            weight = FrozenWeight(torch.randn(rows, columns) * 0.02, dtype)
+            lora_b, right = torch.randn(rows, rank) * 1e-3, exact.columns(torch.randn(rank, columns))
+
+            def merge(size: int, weight: FrozenWeight = weight, lora_b: Tensor = lora_b, right: exact.Whole = right) -> None:
+                frozen_weights.PIECE = size
+                weight.merge(lambda piece: exact.product(lora_b[piece], right).to(torch.float32))
+
+            sizes = {str(size): size for size in (rows * columns // 16, 1 << 16, 1 << 18, 1 << 20, 1 << 22)}
+            times = best_ms({name: partial(merge, size) for name, size in sizes.items()})
+            cells = " | ".join(f"{milliseconds:.2f}" for milliseconds in times.values())
+            print(f"| {rows} x {columns}, {rank}, {dtype} | {cells} |")
+    frozen_weights.PIECE = kept

@@ -39,7 +39,7 @@ RELORA_LONG = {"restart_every": 40, "restart_warmup": 5, "dropout": 0.0}
 RECIPES: dict[str, dict[str, Any]] = {
     "short": {},
     "long": {"train": TRAIN, "relora": RELORA_LONG},
-    "limited": {"train": {**TRAIN, "updates": 560}, "relora": RELORA_LONG},
+    "limited": {"train": {**TRAIN, "updates": 260}, "relora": RELORA_LONG},
 }
 LEAKED = {
     "SBATCH_PARTITION": "urgent", "SBATCH_TIMELIMIT": "1", "SBATCH_NO_REQUEUE": "1", "SBATCH_OPEN_MODE": "truncate",
@@ -50,7 +50,7 @@ LEAKED = {
 """What a login node's profile and the job around a terminal leave in a user's environment; each would spoil the job."""
 AT_ONCE = 2
 SLOW_LINK = "800kbit"
-"""So that 560 updates take longer than two limits of two minutes, without work for the cores."""
+"""So that an update takes a second, without work for the cores, and 260 take longer than two limits of two minutes."""
 
 
 class Site:
