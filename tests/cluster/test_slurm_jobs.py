@@ -90,7 +90,7 @@ class Site:
 
     def finish(self, job: int) -> dict[str, Any]:
         """The job once it is over; it has come to the end of the run."""
-        ended = self.cluster.wait(job, OVER, timeout=900)
+        ended = self.cluster.wait(job, OVER, timeout=1200)
         assert ended["state"] == "COMPLETED", self.output
         assert "the run is done" in self.output
         return ended
