@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
+from benchmarks.peers import LENGTH, VOCABULARY, model
 from relora_ds.comm.network import free_port
 
-LENGTH, VOCABULARY = 256, 1024
 MODES: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16 store": {"frozen": {"dtype": "bf16"}},
@@ -34,17 +33,6 @@ MODES: dict[str, dict[str, Any]] = {
     "fp32, masks over all tensors": {"reset": {"scope": "global"}},
     "fp32, full reset": {"reset": {"kind": "full"}},
 }
-
-
-def model(options: argparse.Namespace) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=options.hidden, intermediate_size=options.hidden * 43 // 16, use_cache=False,
-        num_hidden_layers=options.layers, num_attention_heads=options.hidden // 64, max_position_embeddings=LENGTH,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).train()
 
 
 def engine(options: argparse.Namespace, settings: dict[str, Any]) -> Any:

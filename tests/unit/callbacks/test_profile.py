@@ -6,7 +6,7 @@ import errno
 import gzip
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -147,18 +147,7 @@ def test_a_disk_that_refuses_a_trace(make_run: Any, tmp_path: Path, monkeypatch:
     assert lines[-1].startswith("an update took"), "they are told nevertheless"
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, of 1 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], check=False, capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.decode().strip()}")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=False)
-
-
+@pytest.mark.parametrize("small_disk", ["1m"], indirect=True)
 def test_a_trace_that_finds_no_room_leaves_the_room_that_there_was(small_disk: Path) -> None:
     """torch says nothing of it, and keeps its file open."""
 
