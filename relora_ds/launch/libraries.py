@@ -57,7 +57,7 @@ def naming_gpu(args: Any = None) -> Any:
 
 
 def skip_muon_compilation() -> None:
-    """Imports DeepSpeed's Muon, which every engine of its looks at, without making torch.compile ready for it: two seconds less.
+    """Imports DeepSpeed's Muon, which every engine of its looks at, without making torch.compile ready for it: over a second less.
 
     A recipe trains with Adam, so nobody calls what stays uncompiled; torch.compile is made ready later where blocks are compiled.
     """
