@@ -68,7 +68,7 @@ def test_frozen_weights_are_written_once_per_restart(content: dict[str, Any], tm
     assert (folder.checkpoints / "latest").read_text() == "update_0000018"
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("precision", [common.long("bf16"), "fp32"])
 def test_a_checkpoint_takes_what_its_trainable_parameters_need(content: dict[str, Any], tmp_path: Path, precision: str) -> None:
     """2 + 12 bytes for each in bf16 (4 + 12 in fp32), within 5%; DeepSpeed's own way takes the frozen weights on top, every time."""
     sizes = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3}
@@ -226,6 +226,7 @@ def convert_slowly(folder: str, problem: str) -> str:
         elastic.convert = original
 
 
+@pytest.mark.long
 def test_a_conversion_may_take_longer_than_collectives() -> None:
     assert run(2, convert_slowly, "run", "") == ["run/universal/update_0000001"] * 2
     assert run(2, convert_slowly, "run", "no space left") == ["no space left"] * 2
@@ -250,7 +251,7 @@ def load_in_a_script_of_ones_own(folder: str, rank: int, frozen: dict[str, Any])
     return losses[0], losses[1]
 
 
-@pytest.mark.parametrize("frozen", [{}, INT8 | {"master": "sharded"}])
+@pytest.mark.parametrize("frozen", [common.long({}), INT8 | {"master": "sharded"}])
 def test_a_users_own_script_loads_the_folder(content: dict[str, Any], tmp_path: Path, frozen: dict[str, Any]) -> None:
     content["relora"]["frozen"] = frozen
     run(2, train_here, at(content, tmp_path / "run"))

@@ -206,8 +206,10 @@ def peak_of_a_merge(frozen: dict[str, Any], num_layers: int) -> dict[str, int]:
     return result
 
 
-@pytest.mark.parametrize("master", ["none", "sharded"])
-@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+@pytest.mark.parametrize(
+    ("dtype", "master"),
+    [("fp32", "none"), ("int8", "sharded"), *(common.long(*case) for case in [("fp32", "sharded"), ("int8", "none")])],
+)
 def test_a_merge_needs_less_than_one_layer_in_fp32_however_many_there_are(dtype: str, master: str) -> None:
     """The largest layer is 512 x 256; the master takes 4 bytes per frozen parameter, over the ranks."""
     peaks = {}

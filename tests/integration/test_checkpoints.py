@@ -5,11 +5,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
+
 from relora_ds.checkpoint import reader as checkpoints
 from relora_ds.run.folder import RunFolder
 from tests.command_line import relora
 
 
+@pytest.mark.long
 def test_the_table_of_checkpoints(whole: Path, tmp_path: Path) -> None:
     """Sizes, what each needs, and, on demand, what is damaged."""
     shutil.copytree(whole, tmp_path / "run")

@@ -15,6 +15,7 @@ RUN_0_1 = Path(__file__).parent / "data" / "run_0_1.tar.xz"
 """A run of version 0.1 on two ranks, when the package was one folder: stopped after update 8 of 12, with the metrics of all 12."""
 
 
+@pytest.mark.long
 def test_a_run_of_the_flat_package_goes_on(tmp_path: Path) -> None:
     """The losses, and what the restarts did, are as they were then, as far as another CPU's bits allow."""
     with tarfile.open(RUN_0_1) as archive:

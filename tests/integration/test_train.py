@@ -39,6 +39,7 @@ def test_every_launcher_trains_the_same(recipe: Recipe, tmp_path: Path, whole: P
     ]  # fmt: skip
 
 
+@pytest.mark.long
 def test_the_parameters_of_each_phase_are_told(whole: Path) -> None:
     told = (whole.parent / "told").read_text()
     sizes = re.findall(r"([\d,]+) of ([\d,]+) parameters trainable in phase '(\w+)'", told)
@@ -58,6 +59,7 @@ def wandb_steps(file: Path) -> tuple[str, list[int]]:
     return run_id, sorted({record["history"]["step"]["num"] for record in records if record["type"] == "history"})
 
 
+@pytest.mark.long
 def test_sigterm_writes_a_checkpoint_and_exits_75(recipe: Recipe, tmp_path: Path, whole: Path) -> None:
     """And goes on from there, also on wandb: the real one, offline, without a key or a question, with one id."""
     path = recipe("stopped", train={"checkpoint_every": None}, wandb={"mode": "auto"})
@@ -87,6 +89,7 @@ def test_bf16_goes_on_where_its_matmul_traps(recipe: Recipe, tmp_path: Path) -> 
     assert ("bf16 products trap on this CPU" in result.stderr) == (died == -signal.SIGILL)
 
 
+@pytest.mark.long
 def test_a_precision_that_trains_nan_is_refused_or_noticed(recipe: Recipe, tmp_path: Path) -> None:
     """ "auto" once made a bf16 module that DeepSpeed took for fp32: nothing was skipped, and checkpoints of NaN were written."""
     diverging = ["optimizer.lr=1e20", "optimizer.grad_clip=0", "train.max_skipped=2", "relora.warm_start=0"]
