@@ -40,7 +40,7 @@ class Run(Section):
 
 
 LinearForm = Literal["auto", "split", "merged"]
-Compile = bool | Literal["auto"]
+Switch = bool | Literal["auto"]
 Loss = Literal["auto", "torch", "chunked", "liger"]
 
 
@@ -57,7 +57,7 @@ class Model(Section):
     """A plain DeepSpeed checkpoint's folder, whose weights are the start instead of random ones."""
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
     """auto: flash-attention 2 on CUDA in bf16 where it is installed, else SDPA."""
-    compile: Compile = "auto"
+    compile: Switch = "auto"
     """Each block by torch.compile; auto: on CUDA with Triton."""
     loss: Loss = "auto"
     """torch: over all logits at once. chunked, liger: never whole. auto: chunked where they are many and the model allows it."""
@@ -118,6 +118,8 @@ class ReLoRA(Section):
     """On the input of A, in linear layers; none in embeddings."""
     linear: LinearForm = "auto"
     """How linear layers multiply: ``split`` by W, A and B; ``merged`` by W + s·B·A, one product; auto: whichever loses nothing."""
+    keep_merged: Switch = "auto"
+    """Whether ``merged`` forms W + s·B·A once per update and keeps it beside W; auto: where an update has several micro batches."""
     targets: str | list[str] = "all-linear"
     """``all-linear`` (all but the head), ``output-head``, ``input-embedding``, or dotted parts of layer paths: ``[q_proj, mlp]``."""
     warm_start: Count = 0
@@ -142,6 +144,11 @@ class ReLoRA(Section):
     def resets(self) -> Interval:
         """When their moments are reset, and the learning rate re-warms."""
         return self.restarts if self.reset.every is None else Interval(self.reset.every)
+
+    def kept_passes(self, accumulation: int) -> int:
+        """Passes of an update of so many micro batches that share a W + s·B·A that is kept; 0 where none is."""
+        keeps = accumulation > 1 if self.keep_merged == "auto" else self.keep_merged
+        return accumulation if keeps else 0
 
     @property
     def rewarmup(self) -> int:

@@ -118,16 +118,18 @@ def update_flops(
     return float(tokens) * (6 * trained + 4 * frozen + 12 * attention + 2 * recomputed + 4 * recomputed_attention)
 
 
-def merged_flops(tokens: int, passes: int, *, factors: int, formed: int, recomputes: bool) -> float:
+def merged_flops(tokens: int, formed: int, *, factors: int, entries: int, recomputes: bool) -> float:
     """What layers in their merged form do more than :func:`update_flops` says, or less where it is negative.
 
-    W + s·B·A is formed forward and backward of each pass, and once more where gradient checkpointing repeats the forward one; tokens
-    are then multiplied with the factors for these' gradients alone (see :mod:`relora_ds.method.linear`).
+    W + s·B·A is formed forward and backward of each pass, and once more where gradient checkpointing repeats the forward one, or
+    once per update and rank where it is kept; tokens are then multiplied with the factors for these' gradients alone (see
+    :mod:`relora_ds.method.linear`).
 
     Args:
-        tokens, passes: of the update; forward passes over all ranks.
+        tokens: of the update, over all ranks.
+        formed: how often W + s·B·A is formed in it, over all ranks.
         factors: entries of A and B.
-        formed: the sum of rank times in times out over the layers.
+        entries: the sum of rank times in times out over the layers.
         recomputes: whether the forward pass is made twice.
     """
-    return float(passes) * (4 + 2 * recomputes) * formed - float(tokens) * (2 + 2 * recomputes) * factors
+    return 2.0 * formed * entries - float(tokens) * (2 + 2 * recomputes) * factors

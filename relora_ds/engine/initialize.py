@@ -142,6 +142,7 @@ def initialize(
     if base not in ADAMS:
         raise ConfigError("optimizer", base, f"ReLoRA prunes Adam's moments: one of {', '.join(ADAMS)}")
     engine.optimizer = ReLoRAOptimizer(zero, engine.module, settings, seed=seed, rewarm=rewarm)
+    engine.optimizer.keep_merged(engine.gradient_accumulation_steps())
     label(engine)
     engine.load_checkpoint = _reader(engine, trust)
     return engine, engine.optimizer, loader, scheduler

@@ -39,7 +39,7 @@ def quantise(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """
     rows, columns = weight.shape
     ragged = -columns % group_size
-    groups = F.pad(weight, (0, ragged)).view(rows, -1, group_size)
+    groups = (F.pad(weight, (0, ragged)) if ragged else weight).reshape(rows, -1, group_size)
     divisor = torch.full((), INT8_MAX, dtype=torch.float32, device=weight.device)  # CUDA multiplies by the inverse of a number
     scales = groups.abs().amax(-1) / divisor
     values = (groups / scales.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)).round_().clamp_(-INT8_MAX, INT8_MAX)
@@ -50,7 +50,7 @@ def dequantise(values: Tensor, scales: Tensor, group_size: int, dtype: torch.dty
     """The (out, in) weight that :func:`quantise` stored, formed in fp32 and rounded to ``dtype``."""
     columns = values.shape[1]
     ragged = -columns % group_size
-    groups = F.pad(values, (0, ragged)).view(*scales.shape, group_size)
+    groups = (F.pad(values, (0, ragged)) if ragged else values).reshape(*scales.shape, group_size)
     return (groups * scales.unsqueeze(-1)).flatten(1)[:, :columns].to(dtype)
 
 

@@ -8,6 +8,8 @@ form     multiplications and additions            beside x, kept for backward
 split    4bio + 6br(i + o)                        x Aᵀ, (b, r)
 merged   4bio + 4br(i + o) + 4ior, since W + s·B·A  nothing: W + s·B·A and x Aᵀ are formed again
          is formed in each direction
+kept     4bio + 4br(i + o), and 2ior once an        nothing, but there is W + s·B·A beside W from the
+         update                                     first pass of an update to its end
 =======  =======================================  ==============================================================
 
 (RunLoRA, arXiv 2312.03415, counts such forms.) Both write what is as wide as x or y once: the second product is added to the first
@@ -32,9 +34,12 @@ MARGIN = 1.5
 """So much dearer than its multiplications is forming W + s·B·A: it also reads W and writes as much."""
 
 
-def choose(dtype: torch.dtype, *, tokens: int, inputs: int, outputs: int) -> Form:
-    """The faster of the forms that lose nothing: ``merged`` in fp32 where enough tokens share W + s·B·A, ``split`` otherwise."""
-    saved, spent = tokens * (inputs + outputs), 2 * inputs * outputs
+def choose(dtype: torch.dtype, *, tokens: int, inputs: int, outputs: int, formed: float = 2.0) -> Form:
+    """The faster of the forms that lose nothing: ``merged`` in fp32 where enough tokens share W + s·B·A, ``split`` otherwise.
+
+    ``formed`` says how often W + s·B·A is formed for so many tokens: once in each direction, unless it is kept.
+    """
+    saved, spent = tokens * (inputs + outputs), formed * inputs * outputs
     return "merged" if dtype in (torch.float32, torch.float64) and saved > MARGIN * spent else "split"
 
 
@@ -82,29 +87,82 @@ class Split(torch.autograd.Function):
 
 
 class Merged(torch.autograd.Function):
-    """x (b, i), stored W, A (r, i), B (o, r), s, bias (o,) or None -> (b, o): one product with W + s·B·A, formed in x's dtype."""
+    """x (b, i), W + s·B·A or None, stored W, A (r, i), B (o, r), s, bias (o,) or None -> (b, o): one product with W + s·B·A.
+
+    It is formed in the dtype of A, in each direction, where it is not given.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, values: Tensor, scales: Tensor | None, group_size: int,
+        ctx: Any, x: Tensor, kept: Tensor | None, values: Tensor, scales: Tensor | None, group_size: int,
         lora_A: Tensor, lora_B: Tensor, scale: float, bias: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, values, scales, lora_A, lora_B)
+        ctx.save_for_backward(x, kept, values, scales, lora_A, lora_B)
         ctx.group_size, ctx.scale = group_size, scale
-        return F.linear(x, _merged(values, scales, group_size, lora_A, lora_B, scale), bias)
+        return F.linear(x, merged_weight(values, scales, group_size, lora_A, lora_B, scale) if kept is None else kept, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, values, scales, lora_A, lora_B = ctx.saved_tensors
+        x, kept, values, scales, lora_A, lora_B = ctx.saved_tensors
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ _merged(values, scales, ctx.group_size, lora_A, lora_B, ctx.scale)
+            grad_x = grad @ (merged_weight(values, scales, ctx.group_size, lora_A, lora_B, ctx.scale) if kept is None else kept)
         narrow = (grad @ lora_B).mul_(ctx.scale)
         middle = (x @ lora_A.t()).mul_(ctx.scale)
-        grad_bias = grad.sum(0) if ctx.needs_input_grad[7] else None
-        return grad_x, None, None, None, narrow.t() @ x, grad.t() @ middle, None, grad_bias
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[8] else None
+        return grad_x, None, None, None, None, narrow.t() @ x, grad.t() @ middle, None, grad_bias
 
 
-def _merged(values: Tensor, scales: Tensor | None, group_size: int, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
-    return torch.addmm(convert(values, scales, group_size, lora_A.dtype), lora_B, lora_A, alpha=scale)
+def merged_weight(
+    values: Tensor,
+    scales: Tensor | None,
+    group_size: int,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: float,
+    out: Tensor | None = None,
+) -> Tensor:
+    """W + s·B·A, (o, i) in the dtype of A; into ``out`` where one is given."""
+    return torch.addmm(convert(values, scales, group_size, lora_A.dtype), lora_B, lora_A, alpha=scale, out=out)
+
+
+class Kept:
+    """W + s·B·A of one layer, formed once for all passes of an update.
+
+    Whoever changes the factors or W, other than by an operation of torch on these very tensors, says so by :meth:`forget`.
+
+    Args:
+        passes: of an update, that share it; 0: it is not kept.
+    """
+
+    def __init__(self, passes: int = 0) -> None:
+        self.passes = passes
+        self._whole: Tensor | None = None
+        self._versions: tuple[int, ...] | None = None
+
+    @property
+    def formed(self) -> float:
+        """How often W + s·B·A is formed in a pass; see :func:`choose`."""
+        return 1 / self.passes if self._is_kept() else 2.0
+
+    def _is_kept(self) -> bool:
+        """A compiled block keeps nothing: it is no part of a graph."""
+        return self.passes > 0 and not torch.compiler.is_compiling()
+
+    def get(
+        self, values: Tensor, scales: Tensor | None, group_size: int, lora_A: Tensor, lora_B: Tensor, scale: float
+    ) -> Tensor | None:
+        """(o, i) in the dtype of A; None where a pass is to form its own: passes that do not train keep nothing."""
+        if not self._is_kept() or not torch.is_grad_enabled():
+            return None
+        versions = tuple(tensor._version for tensor in (values, scales, lora_A, lora_B) if tensor is not None)
+        if self._whole is None or self._versions != versions:
+            with torch.no_grad():
+                self._whole = merged_weight(values, scales, group_size, lora_A, lora_B, scale, out=self._whole)
+            self._versions = versions
+        return self._whole
+
+    def forget(self) -> None:
+        """The next pass that trains forms it anew, in its place."""
+        self._versions = None

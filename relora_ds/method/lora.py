@@ -18,7 +18,7 @@ from relora_ds.config import Frozen, LinearForm
 from relora_ds.errors import ConfigError, nearest
 from relora_ds.method import exact
 from relora_ds.method.frozen_weights import FLOATS, Change, FrozenWeight, own_rows, pieces
-from relora_ds.method.linear import Form, Merged, Split, choose
+from relora_ds.method.linear import Form, Kept, Merged, Split, choose
 from relora_ds.method.reinit import InitName, initial_A, initial_B
 
 ALL_LINEAR = "all-linear"
@@ -147,6 +147,9 @@ class ReLoRALinear(ReLoRALayer):
         form: of the product, see :mod:`relora_ds.method.linear`; ``auto``: the faster one that loses nothing, for the tokens of
         each pass.
         how: what else :class:`ReLoRALayer` takes.
+
+    Attributes:
+        kept: W + s·B·A in the form ``merged``, where it is kept from pass to pass.
     """
 
     def __init__(
@@ -161,6 +164,7 @@ class ReLoRALinear(ReLoRALayer):
         super().__init__(base, rank, alpha, **how)
         self.dropout = nn.Dropout(dropout)
         self.form = form
+        self.kept = Kept()
 
     def _empty(self) -> nn.Module:
         if self.is_conv1d:
@@ -172,7 +176,8 @@ class ReLoRALinear(ReLoRALayer):
         flat = x.reshape(-1, self.in_features)
         stored = (None, None, 0) if self.weight is None else (self.weight.values, self.weight.scales, self.weight.group_size)
         if self.form_for(flat.shape[0]) == "merged":
-            y = Merged.apply(flat, *stored, self.lora_A, self.lora_B, self.scaling, self.bias)
+            factors = (*stored, self.lora_A, self.lora_B, self.scaling)
+            y = Merged.apply(flat, self.kept.get(*factors), *factors, self.bias)
         else:
             lowered = self.dropout(flat) if self.training and self.dropout.p > 0 else None
             scale = self.scale(self.lora_scaling)
@@ -187,7 +192,14 @@ class ReLoRALinear(ReLoRALayer):
             return "split"  # A's input is another one, there is no W, or the scale has a gradient
         if form != "auto":
             return form
-        return choose(self.lora_A.dtype, tokens=tokens, inputs=self.in_features, outputs=self.out_features)
+        inputs, outputs = self.in_features, self.out_features
+        return choose(self.lora_A.dtype, tokens=tokens, inputs=inputs, outputs=outputs, formed=self.kept.formed)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ReLoRALinear:
+        """On another device or in another dtype W + s·B·A is formed anew."""
+        self.kept = Kept(self.kept.passes)
+        super()._apply(fn, recurse)
+        return self
 
 
 class ReLoRAEmbedding(ReLoRALayer):

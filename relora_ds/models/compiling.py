@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._triton import has_triton, has_triton_package
 
-from relora_ds.config import Compile
+from relora_ds.config import Switch
 from relora_ds.models.weights import blocks
 
 
@@ -28,7 +28,7 @@ def obstacle(device: torch.device) -> str | None:
     return None
 
 
-def is_wanted(choice: Compile, device: torch.device) -> bool:
+def is_wanted(choice: Switch, device: torch.device) -> bool:
     """``auto``: on CUDA, where Triton is there to compile for it."""
     return device.type == "cuda" and has_triton() if choice == "auto" else choice
 

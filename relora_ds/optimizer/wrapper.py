@@ -28,7 +28,8 @@ from relora_ds.comm.counter import COUNTER, RESTART, VERIFY
 from relora_ds.config import ReLoRA
 from relora_ds.method import exact
 from relora_ds.method.frozen_weights import MergeStats, ShardedMaster, stored_tensors
-from relora_ds.method.lora import ReLoRALayer, relora_layers
+from relora_ds.method.linear import Kept
+from relora_ds.method.lora import ReLoRALayer, ReLoRALinear, relora_layers
 from relora_ds.method.reinit import initial_A, principal_inputs
 from relora_ds.optimizer import moments
 from relora_ds.optimizer.replicas import Replicas
@@ -151,8 +152,22 @@ class ReLoRAOptimizer(ZeroProxy):
         with self._rewarmed_lrs():
             self.zero.step()
         self.updates += 1
+        self._forget_merged()
         with parts.part(parts.RESTART):
             self._after_update()
+
+    def keep_merged(self, accumulation: int) -> None:
+        """Lets linear layers keep W + s·B·A from one update to the next, as the settings say, at so many micro batches an update."""
+        for layer in self._linears():
+            layer.kept = Kept(self.settings.kept_passes(accumulation))
+
+    def _forget_merged(self) -> None:
+        """ZeRO writes the factors through its flat copy of them, which they do not notice."""
+        for layer in self._linears():
+            layer.kept.forget()
+
+    def _linears(self) -> Iterator[ReLoRALinear]:
+        return (layer for _, layer in relora_layers(self.model) if isinstance(layer, ReLoRALinear))
 
     def _after_update(self) -> None:
         """The restart, the reset or the comparison that is due."""
@@ -210,6 +225,7 @@ class ReLoRAOptimizer(ZeroProxy):
         times.append(self._now())
         digest = self.replicas.verify(self.updates)
         times.append(self._now())
+        self._forget_merged()
         total = functools.reduce(operator.add, stats.values())
         self.last_restart = RestartRecord(
             restart=self.restarts,
@@ -318,3 +334,4 @@ class ReLoRAOptimizer(ZeroProxy):
             self.updates, self.restarts = own["updates"], own["restarts"]
             if self.frozen_master is not None:
                 self.frozen_master.load(own.get("frozen_master"))
+        self._forget_merged()

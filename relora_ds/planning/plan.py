@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
@@ -19,7 +20,7 @@ from relora_ds.ds_config import fit as ds_config
 from relora_ds.errors import ConfigError
 from relora_ds.method import lora
 from relora_ds.method.full_rank import full_rank_line
-from relora_ds.method.linear import Form
+from relora_ds.method.linear import Form, Kept
 from relora_ds.models import build as models
 from relora_ds.models.cross_entropy import is_plain
 from relora_ds.models.loss import head_tokens
@@ -96,34 +97,47 @@ class Phase:
     sequence_length: int
 
     def __post_init__(self) -> None:
-        self.traces: dict[tuple[int, tuple[Form, ...]], rehearsal.Trace] = {}
+        self.traces: dict[tuple[int, tuple[Form, ...], bool], rehearsal.Trace] = {}
         self.restart: Peak | None = None
         trained = [p for p in self.rehearsed.model.parameters() if p.requires_grad]
         self.trainable = sum(p.numel() for p in trained)
 
-    def trace(self, micro_batch: int) -> rehearsal.Trace:
+    def trace(self, micro_batch: int, accumulation: int = 1) -> rehearsal.Trace:
         """On the line through micro batches of 2 and 3, where all do the same; one sample alone may do less."""
         tokens, extended = micro_batch * self.sequence_length, None
-        forms = self._forms(tokens)
+        forms, keeps = self._forms(tokens, accumulation), self._kept_passes(accumulation) > 0
         if micro_batch > 3 and head_tokens(self.rehearsed.model, tokens) == tokens:
-            extended = self._rehearsed(2, forms).extended(self._rehearsed(3, forms), micro_batch - 2)
-        return self._rehearsed(micro_batch, forms) if extended is None else extended
+            extended = self._rehearsed(2, forms, keeps).extended(self._rehearsed(3, forms, keeps), micro_batch - 2)
+        return self._rehearsed(micro_batch, forms, keeps) if extended is None else extended
 
-    def _rehearsed(self, micro_batch: int, forms: tuple[Form, ...]) -> rehearsal.Trace:
-        """With each linear layer in its form, which more tokens than these may have chosen."""
-        if (micro_batch, forms) not in self.traces:
+    def _rehearsed(self, micro_batch: int, forms: tuple[Form, ...], keeps: bool) -> rehearsal.Trace:
+        """With each linear layer in its form, which more tokens than these may have chosen; what is kept is there before."""
+        if (micro_batch, forms, keeps) not in self.traces:
             for layer, form in zip(self._linears(), forms, strict=True):
                 layer.form = form
-            self.traces[micro_batch, forms] = self.rehearsed.run(micro_batch, self.sequence_length)
-        return self.traces[micro_batch, forms]
+                layer.kept = Kept(int(keeps))
+                if form == "merged":
+                    with self.rehearsed.mode:
+                        layer(torch.zeros(1, layer.in_features, dtype=layer.lora_A.dtype))
+            self.traces[micro_batch, forms, keeps] = self.rehearsed.run(micro_batch, self.sequence_length)
+        return self.traces[micro_batch, forms, keeps]
 
-    def _forms(self, tokens: int) -> tuple[Form, ...]:
-        """The linear layers' forms in a pass over so many tokens."""
+    def _forms(self, tokens: int, accumulation: int = 1) -> tuple[Form, ...]:
+        """The linear layers' forms in a pass over so many tokens, one of so many in an update."""
         if self.settings is None:
             return ()
         head, of_head = self.rehearsed.model.get_output_embeddings(), head_tokens(self.rehearsed.model, tokens)
         linears = self._linears()
+        for layer in linears:
+            layer.kept = Kept(self._kept_passes(accumulation))
         return tuple(layer.form_for(of_head if layer is head else tokens, self.settings.linear) for layer in linears)
+
+    def _kept_passes(self, accumulation: int) -> int:
+        return 0 if self.settings is None else self.settings.kept_passes(accumulation)
+
+    def _merged(self, tokens: int, accumulation: int) -> list[lora.ReLoRALinear]:
+        """The layers that multiply with W + s·B·A."""
+        return [x for x, form in zip(self._linears(), self._forms(tokens, accumulation), strict=True) if form == "merged"]
 
     def _linears(self) -> list[lora.ReLoRALinear]:
         return [module for _, module in lora.relora_layers(self.rehearsed.model) if isinstance(module, lora.ReLoRALinear)]
@@ -132,13 +146,23 @@ class Phase:
         frozen = None if self.settings is None else self.settings.frozen
         restarts = self.settings is not None and self.settings.restart_every is not None
         found = footprint.peaks(
-            self.rehearsed, engine, self.trace(micro_batch), frozen, restarts=restarts and self.restart is None,
+            self.rehearsed, engine, self.trace(micro_batch, engine.accumulation), frozen,
+            restarts=restarts and self.restart is None,
         )  # fmt: skip
         self.restart = found.get("restart", self.restart)
-        return found if self.restart is None else {**found, "restart": self.restart}
+        all_found = found if self.restart is None else {**found, "restart": self.restart}
+        return self._with_kept(all_found, micro_batch * self.sequence_length, engine)
 
-    def flops(self, tokens: int, *, per_pass: int, recomputes: bool) -> float:
-        """Of an update of ``tokens``, over all ranks, ``per_pass`` of them in a micro batch of one rank."""
+    def _with_kept(self, peaks: dict[str, Peak], tokens: int, engine: Engine) -> dict[str, Peak]:
+        """From the first pass on what is kept of W + s·B·A lies beside all else."""
+        if not self._kept_passes(engine.accumulation):
+            return peaks
+        size = sum(x.in_features * x.out_features for x in self._merged(tokens, engine.accumulation)) * engine.width
+        kept = {"kept W + s·B·A": size} if size else {}
+        return {moment: peak if moment == "start" else Peak({**peak.parts, **kept}) for moment, peak in peaks.items()}
+
+    def flops(self, tokens: int, *, per_pass: int, recomputes: bool, accumulation: int = 1) -> float:
+        """Of an update of ``tokens``, over all ranks, ``per_pass`` of them in a micro batch of one rank, which has so many."""
         trained = frozen = head = 0
         output = self.rehearsed.model.get_output_embeddings()
         for module in self.rehearsed.model.modules():
@@ -158,13 +182,14 @@ class Phase:
         heads = config.num_attention_heads
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
         attention = config.num_hidden_layers * self.sequence_length * width
-        merged = [x for x, form in zip(self._linears(), self._forms(per_pass), strict=True) if form == "merged"]
+        merged, passes = self._merged(per_pass, accumulation), tokens // per_pass
+        formed = passes // accumulation if self._kept_passes(accumulation) else passes * (3 if recomputes else 2)
         return formulas.update_flops(
             tokens, trained=trained, frozen=frozen, attention=attention,
             recomputed=again + (trained + frozen - head if recomputes else 0), recomputed_attention=attention if recomputes else 0,
         ) + formulas.merged_flops(
-            tokens, tokens // per_pass, factors=sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in merged),
-            formed=sum(layer.rank * layer.in_features * layer.out_features for layer in merged), recomputes=recomputes,
+            tokens, formed, factors=sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in merged),
+            entries=sum(layer.rank * layer.in_features * layer.out_features for layer in merged), recomputes=recomputes,
         )  # fmt: skip
 
 
@@ -200,6 +225,12 @@ class Planner:
         self.phases: dict[tuple[Any, ...], Phase] = {}
         self.changes: dict[tuple[Any, ...], Peak] = {}
 
+    @property
+    def compiles(self) -> bool:
+        """Whether blocks are compiled, which keep no W + s·B·A."""
+        choice = self.config.model.compile
+        return self.machine.on_cuda if choice == "auto" else choice
+
     def architecture(self) -> PretrainedConfig:
         """Of the model that is trained: a narrower one for ``control``."""
         if self.config.method != "control":
@@ -223,7 +254,7 @@ class Planner:
             settings = self.config.lora_settings
             dtype = frozen or settings.frozen.dtype
             stored = settings.frozen.model_copy(update={"dtype": self.precision if dtype == "auto" else dtype})
-            settings = settings.model_copy(update={"frozen": stored})
+            settings = settings.model_copy(update={"frozen": stored, **({"keep_merged": False} if self.compiles else {})})
         key = (name, settings and settings.frozen.dtype, checkpointing, target)
         if key not in self.phases:
             rehearsed = rehearsal.build(
@@ -260,7 +291,9 @@ class Planner:
         )  # fmt: skip
         tokens = train.global_batch * self.config.data.sequence_length
         per_pass = train.micro_batch * self.config.data.sequence_length
-        flops = phase.flops(tokens, per_pass=per_pass, recomputes=self.config.model.gradient_checkpointing)
+        flops = phase.flops(
+            tokens, per_pass=per_pass, recomputes=self.config.model.gradient_checkpointing, accumulation=engine.accumulation
+        )
         compute, link = flops / self.machine.gpus / self.machine.flops, self.machine.link_seconds(sent, way)
         return {
             "trainable": phase.trainable,

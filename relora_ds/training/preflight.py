@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from transformers import PretrainedConfig
 
 from relora_ds.checkpoint import reader as checkpoints
-from relora_ds.config import Compile, Config
+from relora_ds.config import Config, Switch
 from relora_ds.data import tokenizer
 from relora_ds.data.token_dataset import TRAIN, VALIDATION, TokenDataset, TokenIndex, read_index
 from relora_ds.ds_config import fit as ds_config
@@ -34,6 +34,7 @@ HARMLESS = (
     "model.compile",
     "model.loss",
     "relora.linear",
+    "relora.keep_merged",
     "relora.frozen.verify_every",
     "relora.frozen.on_mismatch",
     "relora.frozen.master_device",
@@ -120,7 +121,7 @@ def check(
     return Checked(config, fitted, architecture, index, trust, tuple(filter(None, remarks)))
 
 
-def _check_compile(choice: Compile, device: torch.device) -> str | None:
+def _check_compile(choice: Switch, device: torch.device) -> str | None:
     """One line where ``auto`` compiles nothing on a GPU. Raises ConfigError where it was asked for and cannot be."""
     problem = compiling.obstacle(device) if choice is True or (choice == "auto" and device.type == "cuda") else None
     if problem is not None and choice is True:

@@ -29,6 +29,7 @@ from relora_ds.data.token_dataset import TokenDataset, rank_micro_batches
 from relora_ds.errors import TrainingError
 from relora_ds.launch.places import Place
 from relora_ds.method.lora import LORA_GROUP, count_parameters
+from relora_ds.models import compiling
 from relora_ds.models.build import describe
 from relora_ds.models.loss import attach as attach_loss
 from relora_ds.optimizer.wrapper import ReLoRAOptimizer
@@ -41,6 +42,7 @@ from relora_ds.training.checkpoints import Checkpoints, newest
 from relora_ds.training.evaluate import evaluate
 from relora_ds.training.finite import refuse_not_finite
 from relora_ds.training.learning_rate import set_learning_rates
+from relora_ds.training.linear_form import form_line
 from relora_ds.training.open_run import make_watchdog, open_run_folder
 from relora_ds.training.preflight import Checked
 
@@ -296,3 +298,8 @@ class Trainer(RunState):
             f"{describe(self.checked.architecture)}; {trainable:,} of {everything:,} parameters trainable in phase {self.phase!r}; "
             f"{self.place.world_size} rank(s) on {self.device.type}"
         )
+        is_compiled = compiling.is_wanted(self.config.model.compile, self.device)
+        if self.place.is_main and not is_compiled:
+            tokens = self.config.train.micro_batch * self.config.data.sequence_length
+            if line := form_line(self.engine.module, tokens):
+                self.tell(line)

@@ -21,7 +21,7 @@ from relora_ds.method import lora
 from relora_ds.models import build as models
 from relora_ds.planning import footprint, rehearsal
 from relora_ds.planning import phase_change as change_footprint
-from relora_ds.planning.plan import WIDTHS
+from relora_ds.planning.plan import WIDTHS, Phase
 from relora_ds.training import phases
 from relora_ds.training.preflight import Checked
 from tests.distributed import common
@@ -106,9 +106,7 @@ def estimated(of: dict[str, Any]) -> dict[str, int]:
         world_size=of["world_size"], stage=of["stage"], accumulation=of["accumulation"], width=width, wire=width,
         bucket=of["bucket"], overlap=of["zero"].get("overlap_comm", False), on_cuda=False,
     )  # fmt: skip
-    trace = rehearsed.run(of["micro_batch"], of["length"])
-    frozen = settings.frozen if settings is not None else None
-    peaks = footprint.peaks(rehearsed, engine, trace, frozen, restarts=settings is not None)
+    peaks = Phase(settings, rehearsed, of["length"]).peaks(engine, of["micro_batch"])
     totals = {moment: peak.total for moment, peak in peaks.items()}
     totals["backward pass and exchange"] = max(totals.pop("backward pass"), totals.pop("exchange"))
     return totals

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +26,12 @@ from tests.wire import Wire
 
 SIZES = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
 RANK, MICRO_BATCH, LENGTH = 4, 2, 24
-FORMS = {"full": None, "split": {"linear": "split"}, "merged": {"linear": "merged"}}
+FORMS = {
+    "full": None,
+    "split": {"linear": "split"},
+    "merged": {"linear": "merged", "keep_merged": False},
+    "kept": {"linear": "merged", "keep_merged": True},
+}
 
 
 def architecture() -> LlamaConfig:
@@ -73,7 +79,7 @@ def test_work_is_what_the_cost_model_says(form: str) -> None:
     for accumulation in (1, 4):
         results = run(2, work_of_an_update, form, accumulation)
         tokens = MICRO_BATCH * LENGTH * accumulation * 2
-        expected = phase.flops(tokens, per_pass=MICRO_BATCH * LENGTH, recomputes=False)
+        expected = phase.flops(tokens, per_pass=MICRO_BATCH * LENGTH, recomputes=False, accumulation=accumulation)
         assert sum(result["operations"] for result in results) == pytest.approx(expected, rel=0.01)
         told = formulas.update_bytes(
             results[0]["trainable"],
@@ -90,3 +96,39 @@ def test_work_is_what_the_cost_model_says(form: str) -> None:
     assert sum(calls[0].values()) <= 6, (
         "one exchange and one gather for each group of parameters, of which there are three at most"
     )
+
+
+def losses_of_a_run(keep: bool, folder: str) -> tuple[list[float], list[float]]:
+    """Of six updates with two restarts, from update 3 on once more from a checkpoint."""
+    model = models.build(architecture(), attention="eager", dtype=torch.float32, device=torch.device("cpu")).train()
+    relora = {"rank": RANK, "restart_every": 2, "restart_warmup": 0, "linear": "merged", "keep_merged": keep}
+    config = common.deepspeed_config(accumulation=2, lr=0.01)
+    del config["optimizer"]
+    engine, *_ = relora_ds.initialize(model=model, config=config, optimizer=adamw(Optimizer(lr=0.01)), relora=relora)
+
+    def train(updates: range) -> list[float]:
+        losses = []
+        for micro in range(2 * updates.start, 2 * updates.stop):
+            ids = torch.randint(0, SIZES["vocab_size"], (MICRO_BATCH, LENGTH), generator=torch.Generator().manual_seed(micro))
+            loss = engine(input_ids=ids, labels=ids).loss
+            engine.backward(loss)
+            engine.step()
+            losses.append(float(loss))
+        return losses
+
+    first = train(range(3))
+    engine.save_checkpoint(folder, tag="three")
+    rest = train(range(3, 6))
+    ids = torch.zeros(MICRO_BATCH, LENGTH, dtype=torch.int64)
+    engine(input_ids=ids, labels=ids)  # keeps what the checkpoint is about to change
+    engine.load_checkpoint(folder, tag="three")
+    again = train(range(3, 6))
+    common.end(engine)
+    return first + rest, again
+
+
+def test_what_is_kept_never_goes_stale(tmp_path: Path) -> None:
+    """Updates, restarts and checkpoints write the factors where these do not notice; the run is the same to the bit."""
+    (kept, again), (formed, _) = (run(2, losses_of_a_run, keep, str(tmp_path / str(keep)))[0] for keep in (True, False))
+    assert kept == formed
+    assert again == kept[6:]

@@ -15,8 +15,8 @@ from relora_ds.config import Frozen, ReLoRA, parse_relora
 from relora_ds.engine.initialize import wrapping
 from relora_ds.errors import ConfigError
 from relora_ds.launch import libraries
-from relora_ds.method import lora
-from relora_ds.method.linear import choose
+from relora_ds.method import linear, lora
+from relora_ds.method.linear import Kept, choose, merged_weight
 from relora_ds.method.lora import ReLoRALinear
 from tests.products import counter
 
@@ -216,6 +216,72 @@ def test_under_gradient_checkpointing(form: str) -> None:
     assert torch.equal(torch.autograd.grad(again.square().sum(), x)[0], plain)
 
 
+def kept_layer(monkeypatch: pytest.MonkeyPatch, **how: object) -> tuple[ReLoRALinear, list[object]]:
+    """A layer that keeps W + s·B·A for two passes, and what it was formed with so far."""
+    formed: list[object] = []
+
+    def form(*given: object, **where: object) -> Tensor:
+        if "out" in where:  # to be kept
+            formed.append(given)
+        return merged_weight(*given, **where)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(linear, "merged_weight", form)
+    made = layer("merged", **how)  # type: ignore[arg-type]
+    made.kept = Kept(2)
+    return made, formed
+
+
+@pytest.mark.parametrize("stored", ["fp32", "int8"])
+def test_what_is_kept_serves_all_passes_to_the_bit(stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    how = {"frozen": Frozen(dtype=stored, group_size=32)}  # type: ignore[arg-type]
+    made, formed = kept_layer(monkeypatch, **how)
+    plain = layer("merged", **how)  # type: ignore[arg-type]
+    x, towards = sample()
+    for _ in range(2):
+        found, expected = gradients(made, x, towards), gradients(plain, x, towards)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert len(formed) == 1
+
+
+def test_what_is_kept_follows_the_factors_the_weight_and_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever torch changes in place is noticed; what goes through another tensor of the same memory is told."""
+    made, formed = kept_layer(monkeypatch)
+    x = sample()[0]
+    assert made.weight is not None
+
+    def is_right() -> bool:
+        with torch.no_grad():
+            expected = made(x)  # passes that do not train form their own
+        return torch.equal(made(x), expected)
+
+    assert is_right()
+    room = made.kept._whole
+    with torch.no_grad():
+        made.lora_B.add_(0.5)
+    assert is_right()
+    made.weight.merge(made.change(made.lora_A.detach(), made.lora_B.detach()))
+    assert is_right()
+    made.load_state_dict({name: value * 2 for name, value in made.state_dict().items()})
+    assert is_right()
+    made.lora_A.data.mul_(3.0)  # as ZeRO's flat copy does it
+    assert not is_right()
+    made.kept.forget()
+    assert is_right()
+    assert made.kept._whole is room, "in the same place"
+    made.to(torch.float64)
+    x = x.double()
+    assert is_right()
+    assert len(formed) == 6
+
+
+def test_passes_that_do_not_train_keep_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, formed = kept_layer(monkeypatch)
+    with torch.inference_mode():
+        made(sample()[0])
+    assert not formed
+    made(sample()[0]).sum().backward()
+
+
 @pytest.mark.parametrize(("form", "stored"), [("split", "int8"), ("merged", "fp32")])
 def test_under_compile_with_merges_between(form: str, stored: str) -> None:
     """The default compiler (where there is no C++ compiler, all but its last stage), forward and backward, in one graph; a merge
@@ -243,6 +309,12 @@ def test_the_choice() -> None:
     assert choose(torch.float32, tokens=2048, inputs=1024, outputs=1024) == "merged"
     assert choose(torch.float32, tokens=1024, inputs=1024, outputs=1024) == "split"
     assert choose(torch.bfloat16, tokens=10**6, inputs=64, outputs=64) == "split"
+    assert choose(torch.float32, tokens=512, inputs=1024, outputs=1024, formed=1 / 4) == "merged", "kept for four passes"
+
+
+@pytest.mark.parametrize(("keep", "accumulation", "passes"), [("auto", 1, 0), ("auto", 4, 4), (True, 1, 1), (False, 4, 0)])
+def test_when_it_is_kept(keep: bool | str, accumulation: int, passes: int) -> None:
+    assert parse_relora({"rank": RANK, "keep_merged": keep}).kept_passes(accumulation) == passes
 
 
 def test_sixteen_bits_hide_a_small_change_in_the_merged_form() -> None:

@@ -23,6 +23,7 @@ from relora_ds.models import cross_entropy
 from relora_ds.models.build import build, hf_config, preset_config
 from relora_ds.models.loss import attach
 from relora_ds.planning import rehearsal
+from relora_ds.planning.footprint import Engine
 from relora_ds.planning.plan import Machine, Phase, Planner
 from tests.memory import PeakMemory
 from tests.products import counter
@@ -207,6 +208,21 @@ def test_the_form_of_a_linear_layer_is_that_of_the_micro_batch(micro_batch: int)
     for layer in phase._linears():
         layer.form = "auto"
     assert estimated == built.run(micro_batch, 32)
+
+
+def test_what_is_kept_is_foretold() -> None:
+    """W + s·B·A of the merged layers lies beside all else from the first pass on, and no pass forms it."""
+    settings = ReLoRA(rank=16, linear="merged", frozen=Frozen(dtype="fp32"))
+    built = rehearsal.build(hf_config(Model(config=MODEL), 1), dtype=torch.float32, settings=settings, on_cuda=False)
+    phase = Phase(settings, built, 32)
+    engine = Engine(1, 2, accumulation=2, width=4, wire=4, bucket=1000, overlap=False, on_cuda=False)
+    per_pass, kept = phase.peaks(dataclasses.replace(engine, accumulation=1), 2), phase.peaks(engine, 2)
+    size = 4 * sum(layer.in_features * layer.out_features for layer in phase._linears())
+    part = "kept W + s·B·A"
+    assert [moment for moment, peak in kept.items() if peak.parts.get(part) == size] == [m for m in kept if m != "start"]
+    assert all(part not in peak.parts for peak in per_pass.values())
+    phase.trace(2, 2)
+    assert sum(phase.trace(2, 2).sizes) < sum(phase.trace(2, 1).sizes) - size, "forward and backward"
 
 
 def test_a_rehearsal_is_exact_and_a_line() -> None:
