@@ -50,6 +50,16 @@ def test_merge_into_fp32_is_the_sum_and_loses_nothing() -> None:
     assert stats.merge_error == 0.0
 
 
+@pytest.mark.parametrize("rows", [1, 5, 24])
+def test_merges_in_pieces_are_those_of_the_whole(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, delta = grid(24, 16, step=2**-10, seed=0), grid(24, 16, step=2**-16, seed=1)
+    exact = weight.double() + delta.double()
+    monkeypatch.setattr(frozen_weights, "PIECE", rows * 16)
+    stats = merge_into(weight, delta)
+    assert torch.equal(weight.double(), exact)
+    assert float(stats.change) == pytest.approx(float(delta.double().square().sum()), rel=1e-5)
+
+
 def test_merge_into_bf16_is_the_exact_sum_rounded_once() -> None:
     weight, delta = grid(24, 16, step=2**-6, seed=0).to(torch.bfloat16), grid(24, 16, step=2**-16, seed=1)
     before, exact = weight.double(), weight.double() + delta.double()

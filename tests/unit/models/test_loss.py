@@ -267,6 +267,14 @@ class TwoLosses(LlamaForCausalLM):
         return self.loss_function(logits, labels, VOCAB) + 1e-4 * torch.logsumexp(logits, -1).square().mean()
 
 
+class LossTwice(LlamaForCausalLM):
+    """Foretells the token after the next one, too."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+        logits = self.lm_head(self.model(input_ids).last_hidden_state)
+        return self.loss_function(logits, labels, VOCAB) + self.loss_function(logits, labels.roll(-1, 1), VOCAB)
+
+
 TINY = LlamaConfig(vocab_size=VOCAB, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
 
 
@@ -278,8 +286,9 @@ TINY = LlamaConfig(vocab_size=VOCAB, hidden_size=8, intermediate_size=8, num_hid
         lambda: of_type("gemma3_text", final_logit_softcapping=30.0),
         lambda: OwnLoss(TINY),
         lambda: TwoLosses(TINY),
+        lambda: LossTwice(TINY),
     ],
-    ids=["caps", "scales", "told to cap", "own loss", "two losses"],
+    ids=["caps", "scales", "told to cap", "own loss", "two losses", "the loss twice"],
 )
 def test_models_that_do_more_with_their_logits(build: Callable[[], Any]) -> None:
     """``auto`` leaves them alone and says so, ``chunked`` by name is refused."""
