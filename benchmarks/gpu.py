@@ -13,18 +13,16 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-VERSIONS = ("torch", "deepspeed", "transformers", "peft", "triton")
+from benchmarks.rounds import ROOT, machine, told
+
 ONE, SMALL = {"model": "llama_1b"}, {"model": "llama_350m", "micro_batch": 32}
 EVEN = {**ONE, "mlp": 5504}
 LONG = {"length": 2048, "micro_batch": 4}
@@ -77,28 +75,6 @@ SETS: dict[str, list[dict[str, Any]]] = {
 TINY = {"model": "llama_60m", "length": 16, "micro_batch": 1, "accumulation": 2, "rank": 8, "updates": 1}
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
-    import importlib.metadata as metadata
-
-    import torch
-
-    versions = {}
-    for name in VERSIONS:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    cuda = torch.cuda.is_available()
-    return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"),
-        "device": torch.cuda.get_device_name() if cuda else f"cpu, {platform.machine()}",
-        "cuda": torch.version.cuda if cuda else None,
-        "python": platform.python_version(),
-        **versions,
-    }
-
-
 def said_by(words: list[str], prefix: str, seconds: float, log: Path) -> Iterator[dict[str, Any]]:
     """What a child prints behind ``prefix``; all else that it says goes to ``log``."""
     output, problem = log.with_suffix(".out"), None
@@ -131,10 +107,7 @@ def short(case: dict[str, Any]) -> str:
 
 def markdown(record: dict[str, Any]) -> str:
     """The record as tables."""
-    about = record["machine"]
-    versions = ", ".join(f"{name} {about[name]}" for name in VERSIONS if about[name])
-    text = [f"{about['device']}, CUDA {about['cuda']}, Python {about['python']}, {versions}; {about['date']} UTC.", ""]
-    text += [f"    {record['command']}", "", "| check | | s | found |", "|---|---|---|---|"]
+    text = [told(record["machine"]), "", f"    {record['command']}", "", "| check | | s | found |", "|---|---|---|---|"]
     for found in record["checks"]:
         shown = {k: v for k, v in found.items() if k not in ("check", "seconds", "passed", "where")}
         text.append(
@@ -194,7 +167,9 @@ def main() -> None:
             child = ["benchmarks.gpu_steps", json.dumps({**case, **(TINY if options.tiny else {})})]
             found = next(said_by(child, "RESULT ", left, log), {"error": "said nothing"})
         record["steps"].append({"case": case, **found})
-        said = {key: found.get(key) for key in ("tokens_per_s", "mfu_done", "peak_gib", "warm_s", "restart_s", "loss", "error")}
+        said = {
+            key: found.get(key) for key in ("tokens_per_s", "mfu_done", "peak_gib", "warm_s", "restart_s", "last_loss", "error")
+        }
         print(short(case), json.dumps(said), flush=True)
         keep()
     print(markdown(record))

@@ -10,16 +10,20 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks import rounds
+from relora_ds.supervision import parts
+
 PEAKS = {"H100": 989.4e12, "H200": 989.4e12}
 """Dense bf16 FLOP/s by the vendor's data sheet (SXM)."""
-DEFAULTS = {"train_batch_size": 0, "train_micro_batch_size_per_gpu": 0, "gradient_clipping": 1.0, "bf16": {"enabled": True}}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -31,10 +35,13 @@ class Case:
         length, micro_batch, accumulation: tokens of a sequence, sequences of a pass, passes of an update.
         arm: ``full`` (every parameter, this project's engine), ``zero2`` (every parameter, DeepSpeed's ZeRO-2 as it comes), ``peft``
             (PEFT's LoRA under the same DeepSpeed engine, with embeddings, norms and head trained as well) or ``relora``.
+        dtype: of weights and products.
         rank, dropout, frozen, linear: as in a recipe's ``relora``.
+        loss: as in a recipe's ``model``.
         compile: each block by torch.compile.
         checkpointing: gradient checkpointing.
-        mlp: another width of the MLP than the preset's. vocabulary: rows of embedding and head.
+        hidden, layers, mlp: others than the preset's; the MLP's width and the heads follow ``hidden``.
+        vocabulary: rows of embedding and head.
         timers: DeepSpeed's own, which wait for the device in every pass.
         updates: timed ones, after two to warm up.
         profile: a table of the CUDA time of one more update, by kernel.
@@ -45,12 +52,16 @@ class Case:
     length: int = 512
     micro_batch: int = 16
     accumulation: int = 4
+    dtype: str = "bf16"
     rank: int = 128
     dropout: float = 0.0
     frozen: str = "bf16"
     linear: str = "auto"
+    loss: str = "torch"
     compile: bool = False
     checkpointing: bool = False
+    hidden: int | None = None
+    layers: int | None = None
     mlp: int | None = None
     vocabulary: int = 32_100
     timers: bool = True
@@ -58,20 +69,33 @@ class Case:
     profile: bool = False
 
 
-def build(case: Case, device: torch.device) -> nn.Module:
-    """The preset with random bf16 weights, made on the device."""
-    from transformers import AutoModelForCausalLM
-
+def architecture(case: Case) -> Any:
+    """The Hugging Face configuration of the model."""
     from relora_ds.models.build import preset_config
 
     config = preset_config(case.model, case.vocabulary)
     config.use_cache = False
+    if case.hidden:
+        heads = max(1, case.hidden // 64)
+        config.hidden_size, config.intermediate_size, config.head_dim = case.hidden, case.hidden * 43 // 16, case.hidden // heads
+        config.num_attention_heads = config.num_key_value_heads = heads
+    config.num_hidden_layers = case.layers or config.num_hidden_layers
     config.intermediate_size = case.mlp or config.intermediate_size
+    return config
+
+
+def build(case: Case, device: torch.device) -> nn.Module:
+    """The model with random weights, made on the device."""
+    from transformers import AutoModelForCausalLM
+
+    from relora_ds.models.loss import attach
+
     torch.manual_seed(0)
     with device:
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(architecture(case), attn_implementation="sdpa", dtype=DTYPES[case.dtype])
     if case.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    attach(model, case.loss, case.micro_batch * case.length)
     return model.train()
 
 
@@ -85,9 +109,10 @@ def engine_of(case: Case, model: nn.Module) -> Any:
 
     optimizer = adamw(Optimizer(lr=1e-4))
     config: dict[str, Any] = {
-        **DEFAULTS,
         "train_batch_size": case.micro_batch * case.accumulation,
         "train_micro_batch_size_per_gpu": case.micro_batch,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": case.dtype == "bf16"},
         "zero_optimization": {"stage": 2},
     }
     if not case.timers:
@@ -99,6 +124,7 @@ def engine_of(case: Case, model: nn.Module) -> Any:
             "dropout": case.dropout,
             "restart_every": 1000,
             "frozen": {"dtype": case.frozen},
+            "linear": case.linear,
         }
         return relora_ds.initialize(model=model, optimizer=optimizer, config=config, relora=relora)[0]
     if case.arm == "full":
@@ -107,6 +133,20 @@ def engine_of(case: Case, model: nn.Module) -> Any:
         model = with_peft(case, model)
     trained = [p for p in model.parameters() if p.requires_grad]
     return deepspeed.initialize(model=model, model_parameters=trained, optimizer=optimizer, config=config)[0]
+
+
+def update(engine: Any, batches: Sequence[Tensor]) -> Tensor:
+    """Trains on micro batches, each (sequences, length); returns the mean of their losses, (). Its parts are named for a profiler."""
+    losses = []
+    for ids in batches:
+        with parts.part(parts.FORWARD):
+            loss = engine(input_ids=ids, labels=ids).loss
+        with parts.part(parts.BACKWARD):
+            engine.backward(loss)
+        with parts.part(parts.STEP):
+            engine.step()
+        losses.append(loss.detach())
+    return torch.stack(losses).mean()
 
 
 def with_peft(case: Case, model: nn.Module) -> nn.Module:
@@ -128,10 +168,8 @@ def flops(model: nn.Module, case: Case) -> tuple[float, float]:
     Per linear layer 6·in·out where the weight is trained; 4·in·out + 6·r·(in + out) where it is frozen. Attention
     12·width·tokens / 2, because half of it is masked.
     """
-    from relora_ds.models.build import preset_config
-
-    config = preset_config(case.model, case.vocabulary)
-    hidden, mlp = config.hidden_size, case.mlp or config.intermediate_size
+    config = architecture(case)
+    hidden, mlp = config.hidden_size, config.intermediate_size
     layers, rank = config.num_hidden_layers, case.rank
     linears = [(hidden, hidden)] * 4 + [(hidden, mlp)] * 3
     attention = 6 * layers * hidden * case.length
@@ -155,29 +193,19 @@ def run(case: Case) -> dict[str, Any]:
         compile_blocks(model)
     generator = torch.Generator(device).manual_seed(1)
 
-    def update() -> list[Tensor]:
-        losses = []
-        for _ in range(case.accumulation):
-            ids = torch.randint(case.vocabulary, (case.micro_batch, case.length), device=device, generator=generator)
-            loss = engine(input_ids=ids, labels=ids).loss
-            engine.backward(loss)
-            engine.step()
-            losses.append(loss.detach())
-        return losses
+    def step(_number: int = 0) -> Tensor:
+        shape = (case.micro_batch, case.length)
+        return update(engine, [random_ids(case, shape, generator) for _ in range(case.accumulation)])
 
     first = time.perf_counter()
     for _ in range(2):
-        losses = update()
+        step()
     wait(device)
     ready = time.perf_counter()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(case.updates):
-        begun = time.perf_counter()
-        losses = update()
-        wait(device)
-        times.append(time.perf_counter() - begun)
+    timed = rounds.in_turns({case.arm: step}, case.updates, warm_up=0, settle=partial(wait, device))
+    times = timed.seconds[case.arm]
     tokens = case.micro_batch * case.accumulation * case.length
     seconds = statistics.median(times)
     full, needed = flops(model, case)
@@ -193,7 +221,7 @@ def run(case: Case) -> dict[str, Any]:
         "flops_ratio": full / needed,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "loss": float(losses[-1]),
+        "last_loss": float(timed.returned[case.arm][-1]),
         "build_s": first - started,
         "warm_s": ready - first,
     }
@@ -201,21 +229,26 @@ def run(case: Case) -> dict[str, Any]:
         result["restart_s"] = [seconds_of(engine.optimizer.restart, device) for _ in range(2)]
         result["restart_parts"] = engine.optimizer.last_restart.parts
     if case.profile:
-        result["profile"] = profile(update, device)
+        result["profile"] = profile(step, device)
     return result
 
 
-def profile(update: Any, device: torch.device) -> list[tuple[str, float, int]]:
+def random_ids(case: Case, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    return torch.randint(case.vocabulary, shape, device=generator.device, generator=generator)
+
+
+def profile(step: Callable[[], object], device: torch.device) -> list[tuple[str, float, int]]:
     """Kernels of one update by time: (name, ms, calls), the 40 that take most."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
     kinds = [ProfilerActivity.CUDA] if device.type == "cuda" else [ProfilerActivity.CPU]
     with profiler(activities=kinds) as seen:
-        update()
+        step()
         wait(device)
     key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    rows = sorted(seen.key_averages(), key=lambda row: -getattr(row, key))
+    kernels = [row for row in seen.key_averages() if not row.key.startswith(parts.PREFIX)]
+    rows = sorted(kernels, key=lambda row: -getattr(row, key))
     return [(row.key[:90], getattr(row, key) / 1e3, row.count) for row in rows[:40]]
 
 

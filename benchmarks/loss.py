@@ -10,17 +10,17 @@ runs on the machine counts little. Memory is the most bytes of live tensors at o
 
 from __future__ import annotations
 
-import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import rounds
 from relora_ds.models import cross_entropy
-from tests.memory import PeakMemory
 
 HIDDEN = 512
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -50,23 +50,16 @@ def main(vocabulary: int, tokens: int, dtype: str, turns: int, powers: list[int]
     labels = torch.randint(0, vocabulary, (tokens,))
     ways: dict[str, Way] = {"torch": whole, **{f"2^{power}": by_chunks(2**power) for power in powers}}
 
-    def step(way: Way) -> float:
+    def step(way: Way, _number: int = 0) -> None:
         hidden.grad = head.weight.grad = None
-        started = time.process_time()
         way(head, hidden, labels).backward()
-        return (time.process_time() - started) * 1e3
 
-    peaks: dict[str, int] = {}
-    for name, way in ways.items():  # which also warms up
-        with PeakMemory() as memory:
-            step(way)
-        peaks[name] = memory.peak
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(turns):
-        for name, way in ways.items():
-            times[name].append(step(way))
-    for name, took in times.items():
-        spread = f"{statistics.median(took):.0f} ({min(took):.0f} to {max(took):.0f})"
+    peaks = {name: rounds.most_bytes(partial(step, way)) for name, way in ways.items()}  # which also warms up
+    timed = {name: partial(step, way) for name, way in ways.items()}
+    times = rounds.in_turns(timed, turns, warm_up=0, clock=time.process_time)
+    for name, seconds in times.seconds.items():
+        found = rounds.Spread.of([1e3 * one for one in seconds])
+        spread = f"{found.median:.0f} ({found.least:.0f} to {found.most:.0f})"
         print(f"| {dtype} | {vocabulary:,} | {tokens:,} | {name} | {spread} | {peaks[name] / 1e6:.0f} |", flush=True)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess
 import sys
 import time
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.peers import LENGTH, VOCABULARY, model
-from relora_ds.comm.network import free_port
+from relora_ds.launch import launcher
 
 MODES: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -81,15 +80,7 @@ def main() -> None:
     if "RANK" in os.environ:
         measure(options)
         return
-    place = {"WORLD_SIZE": str(options.world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.restart", *sys.argv[1:]],
-            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(options.world_size)
-    ]
-    sys.exit(max(rank.wait() for rank in ranks))
+    sys.exit(launcher.spawn(sys.argv[1:], options.world_size, module="benchmarks.restart"))
 
 
 if __name__ == "__main__":

@@ -54,8 +54,8 @@ def tied(command: Sequence[str]) -> list[str]:
     return [sys.executable, "-I", "-S", str(Path(__file__).with_name("tie.py")), str(os.getpid()), *command]
 
 
-def spawn(arguments: Sequence[str], num_processes: int, stop_signal: str = "USR2") -> int:
-    """Runs ``python -m relora_ds ARGUMENTS`` in ``num_processes`` processes on this machine; returns the job's exit code.
+def spawn(arguments: Sequence[str], num_processes: int, stop_signal: str = "USR2", module: str = "relora_ds") -> int:
+    """Runs ``python -m MODULE ARGUMENTS`` in ``num_processes`` processes on this machine; returns the job's exit code.
 
     SIGTERM, SIGINT and the stop signal are passed on (from the main thread: no other hears them), so that the run can write its
     checkpoint. When one process fails, the others are stopped. When this one dies, however it does, all die at once.
@@ -78,7 +78,7 @@ def spawn(arguments: Sequence[str], num_processes: int, stop_signal: str = "USR2
                 {name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
             )
             environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores // num_processes)))
-            command = tied([sys.executable, "-m", "relora_ds", *arguments])
+            command = tied([sys.executable, "-m", module, *arguments])
             # Own session: a Ctrl-C of the terminal reaches this launcher alone, which passes it on once.
             processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
         return _wait(processes)

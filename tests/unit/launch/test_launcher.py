@@ -118,6 +118,12 @@ def test_spawn_gives_each_process_its_place(stand_in: Callable[[str], Path], mon
     assert len(ports) == 1
 
 
+def test_spawn_runs_another_module(stand_in: Callable[[str], Path]) -> None:
+    folder = stand_in('echo "$@" > "arguments.$RANK"')
+    assert launcher.spawn(["--rounds", "2"], 1, module="benchmarks.peers") == 0
+    assert (folder / "arguments.0").read_text() == "-m benchmarks.peers --rounds 2\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_spawn_passes_a_signal_on_once_and_returns_the_code(stand_in: Callable[[str], Path], number: signal.Signals) -> None:
     folder = stand_in('trap \'echo stopped >> "stopped.$RANK"; exit 75\' TERM\ntouch "ready.$RANK"\nwhile :; do sleep 0.02; done')
