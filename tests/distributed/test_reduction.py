@@ -212,6 +212,23 @@ def test_sums(owners: list[int], numels: list[int], dtype: torch.dtype) -> None:
         assert ours == pytest.approx(true, abs=1e-5), "summed in fp32 whatever the wire carries"
 
 
+def as_on_gpus(own_way: bool, accumulation: int) -> dict[str, Any]:
+    """Losses and calls where gradients go as under NCCL."""
+    with common.as_on_gpus() as exchanged, Wire() as wire:
+        result = losses(own_way, "llama", {"stage": 2, "accumulation": accumulation, "reduce_bucket_size": 2000})
+    return {**result, "exchanged": len(exchanged), "calls": wire.calls}
+
+
+def test_on_gpus_each_bucket_goes_to_its_owners_once_per_update() -> None:
+    """NCCL's part is done by gloo; more of this way is in test_scatter.py."""
+    ours, theirs, lone = (run(2, as_on_gpus, *way) for way in ((False, 3), (True, 3), (False, 1)))
+    for mine, default, single in zip(ours, theirs, lone, strict=True):
+        assert mine["losses"] == pytest.approx(default["losses"], rel=1e-4)
+        assert mine["exchanged"] == single["exchanged"] > 12, "as often as without accumulation"
+        assert default["exchanged"] == 0
+        assert mine["calls"]["allreduce"] < default["calls"]["allreduce"] - 12, "no gradients among them"
+
+
 def warned_without(hide: str) -> list[str]:
     """What is said where DeepSpeed's optimizer lacks an attribute that this start does not need."""
     kept = getattr(DeepSpeedZeroOptimizer, hide)

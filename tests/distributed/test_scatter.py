@@ -68,7 +68,7 @@ def gradients(as_on_gpus: bool, settings: dict[str, Any]) -> dict[str, Any]:
     parts = [part.flatten().double() for group in sorted(zero.averaged_gradients) for part in zero.averaged_gradients[group]]
     result = {
         "gradients": torch.cat(parts),
-        "buckets": buckets,
+        "buckets": [numel for numel in buckets if numel],  # a gradient larger than a bucket empties it, also where it is empty
         "exchanged": [sizes for sizes, _ in exchanged],
         "calls": {(kind.operation, kind.dtype): tally.calls for kind, tally in counted.items()},
         "bytes": sum(tally.wire_bytes for tally in counted.values()),
@@ -99,7 +99,7 @@ def test_gradients_are_those_of_the_way_over_gloo(world_size: int, settings: dic
     wire = {"fp32": "float32", "bf16": "bfloat16"}[settings.get("wire", settings.get("dtype", "fp32"))]
     for mine, other in zip(ours, theirs, strict=True):
         assert mine["gradients"].norm() > 0
-        if world_size == 2:
+        if world_size == 2 and "accumulates_in" not in settings:  # fp32 accumulators see that gloo's sum is in fp32
             assert torch.equal(mine["gradients"], other["gradients"]), "halving rounds nothing, so both round once"
         else:
             rounding = {"float32": 2.0**-24, "bfloat16": 2.0**-9}[wire]
@@ -186,7 +186,7 @@ def streams() -> Iterator[Streams]:
     noted = Streams(reduction.get_accelerator())
     kept = stage_1_and_2.get_accelerator
     stage_1_and_2.get_accelerator = reduction.get_accelerator = lambda: noted
-    Tensor.record_stream = noted.record  # type: ignore[method-assign]
+    Tensor.record_stream = lambda tensor, stream: noted.record(tensor, stream)  # a function, which a tensor binds
     try:
         yield noted
     finally:
