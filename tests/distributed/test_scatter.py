@@ -195,15 +195,14 @@ def streams() -> Iterator[Streams]:
 
 
 def overlapped(settings: dict[str, Any]) -> dict[str, Any]:
-    """One update's backward pass, in which every other gradient is made on another stream: where work was done, and who waited."""
+    """One update's backward pass, in which norms' gradients are made on another stream: where work was done, and who waited."""
     with common.as_on_gpus() as exchanged, streams() as noted:
         engine = engine_of(settings)
         zero, other = engine.optimizer.zero, Stream("other")
-        gather, params = zero.process_gradients, list(engine.module.parameters())
-        order = {id(param): number for number, param in enumerate(params)}
+        gather = zero.process_gradients
 
         def on_either(param: Any, group: int) -> None:
-            with noted.stream(other) if order[id(param)] % 2 else nullcontext():
+            with noted.stream(other) if param.dim() == 1 else nullcontext():
                 gather(param, group)
 
         zero.process_gradients = on_either
