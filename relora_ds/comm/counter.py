@@ -254,6 +254,12 @@ def _all_to_all(group: dist.ProcessGroup, args: tuple[Any, ...], kwargs: dict[st
     return float(sum(source.nbytes for rank, source in enumerate(sources) if rank != COUNTER.rank_of(group)))
 
 
+def _reduce_scatter(group: dist.ProcessGroup, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """All but the own part of a list. Parts may differ in length: NCCL then reduces each to its rank, along a ring of its own."""
+    outputs, inputs = _argument(0, "output_tensors", args, kwargs), _argument(1, "input_tensors", args, kwargs)
+    return float(sum(tensor.nbytes for tensor in _flat(inputs)) - sum(tensor.nbytes for tensor in _flat(outputs)))
+
+
 def _argument(index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if len(args) > index:
         return args[index]
@@ -272,7 +278,7 @@ OPERATIONS: dict[str, tuple[str, int | None, Callable[..., float] | None]] = {
     "_allgather_base": ("all-gather", 0, None),
     "all_gather_single": ("all-gather", 0, None),
     "all_gather_single_coalesced": ("all-gather", 0, None),
-    "reduce_scatter": ("reduce-scatter", 1, None),
+    "reduce_scatter": ("reduce-scatter", 1, _reduce_scatter),
     "reduce_scatter_tensor_coalesced": ("reduce-scatter", 1, None),
     "_reduce_scatter_base": ("reduce-scatter", 1, None),
     "reduce_scatter_single": ("reduce-scatter", 1, None),

@@ -112,8 +112,8 @@ class Layout:
     def heaviest(self, engine: Engine) -> Iterable[Layout]:
         """The ranks that may have the most to hold.
 
-        A rank keeps the gradients of all parameters of which it owns a piece, whole. Where gradients are exchanged here, what it
-        receives at a time matters, too, so a few ranks are all looked at.
+        A rank keeps the gradients of all parameters of which it owns a piece, whole. Over gloo, what it receives at a time
+        matters, too, so a few ranks are all looked at.
         """
         change = [0] * (engine.world_size + 1)  # of the entries to keep, from one rank to the next
         for name, pieces in self.owners.items():
@@ -269,9 +269,9 @@ class Replay:
 def exchange_bytes(layout: Layout, engine: Engine, names: Sequence[str]) -> int:
     """What the reduction of a bucket takes at most beside the bucket itself.
 
-    On a CPU (:func:`relora_ds.zero.gradient_reduction.means_of_own`): what is packed, what is received, and the fp32 sum, of one
-    round; with the sum of the round before and, while packing, what was packed then. On CUDA DeepSpeed reduces to one owner after
-    the other, in a copy of what is that owner's where it does not lie in one piece.
+    As :func:`relora_ds.zero.gradient_reduction.means_of_own` goes. On CUDA: what is packed, and the most that one rank gets of it. On
+    a CPU: what is packed, what is received, and the fp32 sum, of one round; with the sum of the round before and, while packing, what
+    was packed then.
     """
     slices: list[list[int]] = []
     for name in names:
@@ -282,20 +282,19 @@ def exchange_bytes(layout: Layout, engine: Engine, names: Sequence[str]) -> int:
                 slices.append([rank, entries])
     if not slices:
         return 0
-    if engine.on_cuda:
-        by_owner: dict[int, list[int]] = {}
-        for rank, entries in slices:
-            by_owner.setdefault(rank, []).append(entries)
-        cast = engine.wire if engine.wire != engine.width else 0
-        return max(sum(pieces) * ((engine.width if len(pieces) > 1 else 0) + cast) for pieces in by_owner.values())
-    limit = max(1, ROUND // engine.world_size)
+    owners, numels = [rank for rank, _ in slices], [entries for _, entries in slices]
+    limit = sum(numels) if engine.on_cuda else max(1, ROUND // engine.world_size)
     most = packed_before = total_before = 0
-    for turn in rounds([rank for rank, _ in slices], [entries for _, entries in slices], engine.world_size, limit):
+    for turn in rounds(owners, numels, engine.world_size, limit):
         sizes = [sum(cut.numel for cut in cuts) for cuts in turn]
-        packed, own = engine.wire * sum(sizes), sizes[layout.rank]
+        packed = engine.wire * sum(sizes)
         cast = packed if engine.wire != engine.width else 0
-        received = engine.wire * engine.world_size * own if engine.world_size > 1 else 0
-        total = FP32 * own if engine.world_size > 1 or engine.wire != FP32 else 0
+        if engine.world_size == 1:
+            received = total = 0  # the sum is what was packed
+        elif engine.on_cuda:
+            received, total = 0, engine.wire * max(sizes)
+        else:
+            received, total = engine.wire * engine.world_size * sizes[layout.rank], FP32 * sizes[layout.rank]
         most = max(most, packed_before + total_before + cast + packed, total_before + packed + received + total)
         packed_before, total_before = packed, total
     return most

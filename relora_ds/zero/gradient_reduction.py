@@ -1,14 +1,16 @@
 """The gradients' way to the ranks that own them, once per update: each piece to its owner and nowhere else.
 
 Of every n bytes of gradients (N-1)/N·n leave each rank, where an all-reduce sends twice as many. :class:`GradientRoute` leads them
-there through DeepSpeed's ZeRO optimizer; :func:`means_of_own`, for gloo, knows nothing of ZeRO.
+there through DeepSpeed's ZeRO optimizer; :func:`means_of_own` knows nothing of ZeRO.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -20,14 +22,19 @@ from torch import Tensor, nn
 
 from relora_ds.comm.counter import COUNTER
 
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before torch 2.13
+
+Exchange = Callable[[Tensor, Sequence[int], dist.ProcessGroup | None, int], Tensor]
+"""The sum of one's own part over a divisor: of what belongs to rank 0, to rank 1, … in one tensor, and the entries of each rank."""
 ROUND = 2**24
-"""Entries that all ranks together exchange at a time: what is packed and what is received take no more than this each."""
+"""Entries that all ranks together exchange over gloo at a time: packing and receiving take no more than this each."""
 REDUCTION = (
     "average_tensor", "allreduce_and_scatter", "buffered_reduce_fallback", "_buffered_reduce_fallback_preserving_fp32",
     "use_multi_rank_bucket_allreduce", "gradient_average", "sequence_parallel_size",
     "partition_gradients", "gradient_accumulation_steps", "process_gradients", "get_gradient_for_reduction",
     "overlapping_partition_gradients_reduce_epilogue",
     "_fill_param_grad_accum_attribute", "use_separate_grad_accum", "use_grad_accum_attribute", "_coalesce_grad_reduction",
+    "overlap_comm", "reduction_stream",
 )  # fmt: skip
 """What :class:`GradientRoute` replaces, calls or sets."""
 
@@ -73,43 +80,38 @@ def means_of_own(
     owners: Sequence[int],
     wire: torch.dtype,
     group: dist.ProcessGroup | None,
+    exchange: Exchange,
     *,
     average: bool = True,
-    numel_per_round: int = ROUND,
+    numel_per_round: int | None = ROUND,
 ) -> Iterator[tuple[Cut, Tensor]]:
     """The pieces that this rank owns, averaged over the ranks; a collective, to be gone through to its end.
 
     Args:
-        pieces: (n_i,) each, on a CPU, of any floating dtype, the same lengths on all ranks. A yielded one may be written to.
+        pieces: (n_i,) each, of any floating dtype, the same lengths on all ranks. A yielded one may be written to.
         owners: the rank in ``group`` that each piece belongs to, the same on all ranks.
         wire: the dtype that is sent.
         group: None for the default one.
+        exchange: how it is sent and summed.
         average: False for the sum.
-        numel_per_round: entries to exchange at a time.
+        numel_per_round: entries to exchange at a time; None for all at once.
 
     Yields:
-        A cut of an own piece and its mean: (numel,) float32, summed in it.
+        A cut of an own piece and its mean: (numel,), in the dtype in which ``exchange`` sums.
     """
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-    limit = max(1, numel_per_round // world_size)
+    numels = [piece.numel() for piece in pieces]
     divisor = world_size if average else 1
-    for turn in rounds(owners, [piece.numel() for piece in pieces], world_size, limit):
+    limit = max(1, sum(numels) if numel_per_round is None else numel_per_round // world_size)
+    for turn in rounds(owners, numels, world_size, limit):
         sizes = [sum(cut.numel for cut in cuts) for cuts in turn]
         packed = torch.cat([pieces[cut.index].narrow(0, cut.start, cut.numel).to(wire) for cuts in turn for cut in cuts])
-        if world_size == 1:
-            total = packed.float()
-        else:
-            total = sum_exchanged(packed, sizes, group).div_(divisor)
+        total = packed if world_size == 1 else exchange(packed, sizes, group, divisor)
         yield from zip(turn[rank], total.split([cut.numel for cut in turn[rank]]), strict=True)
 
 
-def sum_exchanged(packed: Tensor, sizes: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
-    """Sums by an all-to-all and an addition in fp32: gloo's own reduce and reduce-scatter send up to twice the bytes.
-
-    Args:
-        packed: (sum(sizes),) what belongs to rank 0, to rank 1, …
-        sizes: entries of each rank.
-        group: a process group.
+def sum_exchanged(packed: Tensor, sizes: Sequence[int], group: dist.ProcessGroup | None, divisor: int) -> Tensor:
+    """The :data:`Exchange` for gloo: an all-to-all, and a sum in fp32. Its own reduce and reduce-scatter send up to twice the bytes.
 
     Returns:
         (sizes[rank],) float32, added in the order of the ranks: the same bits every time.
@@ -127,7 +129,25 @@ def sum_exchanged(packed: Tensor, sizes: Sequence[int], group: dist.ProcessGroup
     total = torch.zeros(sizes[rank], dtype=torch.float32, device=packed.device)
     for part in received.split(sizes[rank]) if sizes[rank] else ():
         total += part
-    return total
+    return total.div_(divisor)
+
+
+def sum_scattered(packed: Tensor, sizes: Sequence[int], group: dist.ProcessGroup | None, divisor: int) -> Tensor:
+    """The :data:`Exchange` for NCCL: one reduce-scatter, on the current stream. It divides first, or sums in fp16 would overflow.
+
+    Where the ranks' parts differ in length, torch makes one group of reduces of it, each part to its rank, which sends no byte more.
+    Padding the parts to one length would send up to N times as much, since a small bucket belongs to one or two ranks.
+
+    Returns:
+        (sizes[rank],) in the dtype of ``packed``, whose entries are lost.
+    """
+    packed.div_(divisor)
+    own = packed.new_empty(sizes[dist.get_rank(group)])
+    if len(set(sizes)) == 1:
+        _reduce_scatter(own, packed, group=group)
+    else:
+        dist.reduce_scatter(own, list(packed.split(list(sizes))), group=group)
+    return own
 
 
 def route_gradients(engine: Any) -> GradientRoute | None:
@@ -167,9 +187,8 @@ class GradientRoute:
 
     DeepSpeed all-reduces them, which sends twice the bytes, and under stage 2 does so after every micro-batch. Two things change:
 
-    - ``average_tensor`` still says which slice of a bucket belongs to which rank. On a CPU its all-reduce is
-      :func:`means_of_own`, since gloo's own reduce sends up to twice the bytes; buckets that are not contiguous pass through it as
-      well. Elsewhere it is DeepSpeed's own reduce to each owner, which NCCL serves at the ring's bytes.
+    - ``average_tensor`` still says which slice of a bucket belongs to which rank. Its all-reduce is :func:`means_of_own`; buckets
+      that are not contiguous pass through it as well.
     - Under stage 2 with accumulation, gradients gather in ``param.grad``, as under stage 1 (in ``param.grad_accum`` where they are
       to be summed in another dtype), until the last micro-batch, which reduces them while it goes backward, as a lone one does.
 
@@ -177,50 +196,69 @@ class GradientRoute:
 
     Args:
         zero: DeepSpeed's optimizer, before its first backward pass.
-        on_cpu: whether gradients travel by gloo.
+        on_cpu: whether gradients travel by gloo; else by NCCL.
         defer: whether gradients may wait for the last micro-batch, which the engine has to announce.
     """
 
     def __init__(self, zero: Any, *, on_cpu: bool, defer: bool) -> None:
         self.zero = zero
-        self.average = zero.gradient_average
         self.waiting: dict[nn.Parameter, int] = {}
-        if on_cpu:
-            zero.gradient_average = False  # divided after the sum, which one rounding less has
-            zero.use_multi_rank_bucket_allreduce = True  # the branch that hands over all slices of a bucket at once
-            zero.allreduce_and_scatter = self.scatter
-            zero.buffered_reduce_fallback = lambda rank, grads, wire, **others: self.reduce_apart(grads, wire)
-            zero._buffered_reduce_fallback_preserving_fp32 = lambda grads, params, wire, **others: self.reduce_apart(grads, wire)
-        else:
-            zero.use_multi_rank_bucket_allreduce = False
-        if defer and zero.partition_gradients and zero.gradient_accumulation_steps > 1:
+        self.producers: set[Any] = set()
+        self.means = partial(
+            means_of_own,
+            exchange=sum_exchanged if on_cpu else sum_scattered,
+            average=zero.gradient_average,
+            numel_per_round=ROUND if on_cpu else None,
+        )
+        zero.gradient_average = False  # the exchange divides
+        zero.use_multi_rank_bucket_allreduce = True  # the branch that hands over all slices of a bucket at once
+        zero.allreduce_and_scatter = self.scatter
+        zero.buffered_reduce_fallback = lambda rank, grads, wire, **others: self.reduce_apart(grads, wire)
+        zero._buffered_reduce_fallback_preserving_fp32 = lambda grads, params, wire, **others: self.reduce_apart(grads, wire)
+        self.process, zero.process_gradients = zero.process_gradients, self.gather
+        self.defers = defer and zero.partition_gradients and zero.gradient_accumulation_steps > 1
+        if self.defers:
             zero.use_grad_accum_attribute = zero.use_separate_grad_accum
-            self.process, zero.process_gradients = zero.process_gradients, self.gather
             self.finish = zero.overlapping_partition_gradients_reduce_epilogue
             zero.overlapping_partition_gradients_reduce_epilogue = self.reduce_gathered
+
+    def reducing(self) -> AbstractContextManager[Any]:
+        """The stream of reductions, which waits for every stream that makes gradients: the device itself is waited for nowhere."""
+        accelerator = get_accelerator()
+        stream = self.zero.reduction_stream if self.zero.overlap_comm else accelerator.current_stream()
+        if not accelerator.resolves_data_dependency():
+            for producer in self.producers:
+                stream.wait_stream(producer)
+        return accelerator.stream(stream)
 
     def scatter(self, bucket: Sequence[Any], wire: torch.dtype, *, process_group: Any, **others: Any) -> None:
         """Reduces the slices of a bucket, (owners, slice, fp32 accumulator or None) each, to their owners."""
         owners = [next(iter(ranks)) for ranks, _, _ in bucket]
         pieces = [piece for _, piece, _ in bucket]
-        for cut, mean in means_of_own(pieces, owners, wire, process_group, average=self.average):
-            _, piece, accumulator = bucket[cut.index]
-            piece.narrow(0, cut.start, cut.numel).copy_(mean)
-            if accumulator is not None:
-                accumulator.narrow(0, cut.start, cut.numel).add_(mean)
+        with self.reducing():
+            if not get_accelerator().resolves_data_dependency():
+                # The slices are of one tensor. Where it is no bucket but a gradient larger than one, DeepSpeed drops it at once.
+                pieces[0].record_stream(get_accelerator().current_stream())
+            for cut, mean in self.means(pieces, owners, wire, process_group):
+                _, piece, accumulator = bucket[cut.index]
+                piece.narrow(0, cut.start, cut.numel).copy_(mean)
+                if accumulator is not None:
+                    accumulator.narrow(0, cut.start, cut.numel).add_(mean)
 
     def reduce_apart(self, grads: Sequence[Tensor], wire: torch.dtype) -> None:
         """Reduces a bucket of gradients that lie apart (``contiguous_gradients: false``) in a copy of them."""
         if not grads:
             return
-        flat = torch.cat([grad.reshape(-1) for grad in grads])
-        self.zero.average_tensor(flat, wire)
-        for grad, reduced in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-            grad.copy_(reduced.view_as(grad))
+        with self.reducing():
+            flat = torch.cat([grad.reshape(-1) for grad in grads])
+            self.zero.average_tensor(flat, wire)
+            for grad, reduced in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+                grad.copy_(reduced.view_as(grad))
 
     def gather(self, param: nn.Parameter, group: int) -> None:
         """Stands for ``process_gradients``, called with every gradient that is ready."""
-        if self.zero._coalesce_grad_reduction or self.zero.is_gradient_accumulation_boundary():
+        self.producers.add(get_accelerator().current_stream())
+        if not self.defers or self.zero._coalesce_grad_reduction or self.zero.is_gradient_accumulation_boundary():
             self.waiting.pop(param, None)
             self.process(param, group)
             return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,7 +13,9 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import relora_ds
+from relora_ds.comm import counter
 from relora_ds.engine.release import release
+from relora_ds.zero import gradient_reduction
 
 VOCAB = 61
 GLOBAL_BATCH = 12
@@ -115,3 +119,41 @@ def set_lr(engine: Any, lr: float) -> None:
 def end(engine: Any) -> None:
     """Frees an engine, so that the next test of this process starts clean."""
     release(engine)
+
+
+def reduce_each(group: dist.ProcessGroup, outputs: list[Tensor], inputs: list[list[Tensor]], options: Any = None) -> None:
+    """What NCCL's process group does with a reduce-scatter of parts of unequal length, which gloo's does not take: a reduce of each
+    part to its rank, in the dtype of the wire. Not counted again as reduces.
+    """
+    reduce = getattr(dist.ProcessGroup.reduce, "__wrapped__", dist.ProcessGroup.reduce)
+    for rank, part in enumerate(inputs[0]):
+        if part.numel():
+            to_rank = dist.ReduceOptions()
+            to_rank.rootRank = rank
+            reduce(group, [part], to_rank).wait()
+    outputs[0].copy_(inputs[0][group.rank()])
+
+
+@contextmanager
+def as_on_gpus() -> Iterator[list[tuple[list[int], Any]]]:
+    """Gradients of the engines that are made inside go as on GPUs, with :func:`reduce_each` for NCCL's part.
+
+    Yields:
+        A list of what was exchanged: how many entries each rank got, and on which stream.
+    """
+    exchanged: list[tuple[list[int], Any]] = []
+    kept = gradient_reduction.GradientRoute, gradient_reduction.sum_scattered, dist.ProcessGroup.reduce_scatter
+
+    def route(zero: Any, *, on_cpu: bool, defer: bool) -> gradient_reduction.GradientRoute:
+        return kept[0](zero, on_cpu=False, defer=defer)
+
+    def noted(packed: Tensor, sizes: list[int], group: dist.ProcessGroup | None, divisor: int) -> Tensor:
+        exchanged.append((list(sizes), gradient_reduction.get_accelerator().current_stream()))
+        return kept[1](packed, sizes, group, divisor)
+
+    changed = counter._counted(reduce_each, *counter.OPERATIONS["reduce_scatter"])
+    gradient_reduction.GradientRoute, gradient_reduction.sum_scattered, dist.ProcessGroup.reduce_scatter = route, noted, changed
+    try:
+        yield exchanged
+    finally:
+        gradient_reduction.GradientRoute, gradient_reduction.sum_scattered, dist.ProcessGroup.reduce_scatter = kept

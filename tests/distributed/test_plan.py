@@ -40,7 +40,7 @@ MICRO_BATCH, LENGTH = 2, 48
 def case(**changes: Any) -> dict[str, Any]:
     plain = {
         "world_size": 1, "stage": 2, "accumulation": 1, "dtype": "bf16", "relora": LORA, "checkpointing": False, "zero": {},
-        "sizes": SIZES, "micro_batch": MICRO_BATCH, "length": LENGTH, "bucket": BUCKET,
+        "sizes": SIZES, "micro_batch": MICRO_BATCH, "length": LENGTH, "bucket": BUCKET, "as_on_gpus": False,
     }  # fmt: skip
     return {**plain, **changes}
 
@@ -54,6 +54,9 @@ def config_of(of: dict[str, Any]) -> dict[str, Any]:
 
 def measured(of: dict[str, Any]) -> dict[str, int]:
     """The most bytes of live tensors on this rank, of building, two updates and a restart; the model counts from its making."""
+    if of["as_on_gpus"]:
+        with common.as_on_gpus():
+            return measured({**of, "as_on_gpus": False})
     gc.collect()
     peaks: dict[str, int] = {}
 
@@ -104,7 +107,7 @@ def estimated(of: dict[str, Any]) -> dict[str, int]:
     width = WIDTHS[of["dtype"]]
     engine = footprint.Engine(
         world_size=of["world_size"], stage=of["stage"], accumulation=of["accumulation"], width=width, wire=width,
-        bucket=of["bucket"], overlap=of["zero"].get("overlap_comm", False), on_cuda=False,
+        bucket=of["bucket"], overlap=of["zero"].get("overlap_comm", False), on_cuda=of["as_on_gpus"],
     )  # fmt: skip
     peaks = Phase(settings, rehearsed, of["length"]).peaks(engine, of["micro_batch"])
     totals = {moment: peak.total for moment, peak in peaks.items()}
@@ -196,8 +199,17 @@ def test_memory_of_the_change_of_phase(of: dict[str, Any]) -> None:
         case(world_size=2, stage=1, accumulation=3),
         case(world_size=2, relora=None, zero={"overlap_comm": True}),
         case(world_size=2, dtype="fp32", accumulation=3, relora={**LORA, "frozen": {"dtype": "int8", "master": "sharded"}}),
+        case(world_size=2, relora=None, as_on_gpus=True, length=8, bucket=1_000_000),  # the exchange rules
     ],
-    ids=["full", "int8, accumulation", "int8, checkpointing", "stage 1, accumulation", "full, overlap", "sharded, accumulation"],
+    ids=[
+        "full",
+        "int8, accumulation",
+        "int8, checkpointing",
+        "stage 1, accumulation",
+        "full, overlap",
+        "sharded, accumulation",
+        "full, exchanged as on GPUs",
+    ],
 )
 def test_memory_at_most(of: dict[str, Any]) -> None:
     """Within 5% at every moment, so also at the highest: what is left are scalars, positions and hashes."""

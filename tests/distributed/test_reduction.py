@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -193,7 +192,9 @@ def sums(owners: list[int], numels: list[int], dtype: torch.dtype) -> list[list[
         for r in range(world_size)
     ]
     true = [sum(by_rank[r][i].double() for r in range(world_size)) for i, owner in enumerate(owners) if owner == rank]
-    by_cut = reduction.means_of_own(by_rank[rank], owners, dtype, None, average=False, numel_per_round=12)
+    by_cut = reduction.means_of_own(
+        by_rank[rank], owners, dtype, None, reduction.sum_exchanged, average=False, numel_per_round=12
+    )
     own = {(cut.index, cut.start): values for cut, values in by_cut}
     empty = torch.zeros(0)
     ours = [own[place] for place in sorted(own)]
@@ -211,24 +212,20 @@ def test_sums(owners: list[int], numels: list[int], dtype: torch.dtype) -> None:
         assert ours == pytest.approx(true, abs=1e-5), "summed in fp32 whatever the wire carries"
 
 
-def as_on_a_gpu(own_way: bool, accumulation: int) -> dict[str, Any]:
-    """Losses and calls where the sums are left to DeepSpeed, as under NCCL."""
-    kept = reduction.get_accelerator
-    reduction.get_accelerator = lambda: SimpleNamespace(device_name=lambda: "cuda")
-    try:
-        with Wire() as wire:
-            result = losses(own_way, "llama", {"stage": 2, "accumulation": accumulation})
-    finally:
-        reduction.get_accelerator = kept
-    return {**result, "calls": wire.calls}
+def as_on_gpus(own_way: bool, accumulation: int) -> dict[str, Any]:
+    """Losses and calls where gradients go as under NCCL."""
+    with common.as_on_gpus() as exchanged, Wire() as wire:
+        result = losses(own_way, "llama", {"stage": 2, "accumulation": accumulation, "reduce_bucket_size": 2000})
+    return {**result, "exchanged": len(exchanged), "calls": wire.calls}
 
 
-def test_elsewhere_deepspeed_reduces_to_each_owner_once_per_update() -> None:
-    """NCCL's sums are DeepSpeed's business; here they run over gloo."""
-    ours, theirs, lone = (run(2, as_on_a_gpu, *way) for way in ((False, 3), (True, 3), (False, 1)))
+def test_on_gpus_each_bucket_goes_to_its_owners_once_per_update() -> None:
+    """NCCL's part is done by gloo; more of this way is in test_scatter.py."""
+    ours, theirs, lone = (run(2, as_on_gpus, *way) for way in ((False, 3), (True, 3), (False, 1)))
     for mine, default, single in zip(ours, theirs, lone, strict=True):
         assert mine["losses"] == pytest.approx(default["losses"], rel=1e-4)
-        assert mine["calls"]["reduce"] == single["calls"]["reduce"], "as often as without accumulation"
+        assert mine["exchanged"] == single["exchanged"] > 12, "as often as without accumulation"
+        assert default["exchanged"] == 0
         assert mine["calls"]["allreduce"] < default["calls"]["allreduce"] - 12, "no gradients among them"
 
 

@@ -86,3 +86,9 @@ def test_all_to_all_leaves_the_own_part_out(splits: list[int], expected: float) 
     source = torch.zeros(4, 8)  # 128 bytes, of which the first part stays on rank 0
     arguments: tuple[Any, ...] = (torch.zeros(4, 8), source, [], splits)
     assert counter._all_to_all_base(Group(2), arguments, {}) == expected
+
+
+@pytest.mark.parametrize(("own", "expected"), [(1, 24.0), (6, 4.0), (0, 28.0)], ids=["little", "most", "nothing"])
+def test_a_reduce_scatter_of_unequal_parts_leaves_the_own_part_out(own: int, expected: float) -> None:
+    parts = [torch.zeros(own), torch.zeros(7 - own)]
+    assert counter._reduce_scatter(Group(2), ([parts[0]], [parts]), {}) == expected

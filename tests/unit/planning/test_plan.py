@@ -321,10 +321,11 @@ def test_readmes_command_plans_in_a_fresh_clone(monkeypatch: pytest.MonkeyPatch,
 def test_the_bucket_of_the_recipes_of_this_project_is_as_plan_advises(name: str) -> None:
     recipe = ROOT / "recipes" / f"{name}.yaml"
     machine = Machine(gpus=2, gpus_per_node=2, link=1.0, memory=80e9, flops=1.0, on_cuda=name != "demo")
-    planner = Planner(load(str(recipe)), recipe, machine, 32100)
-    assert planner.hints([{"micro_batch": 1}]) == []
-    small = Planner(load(str(recipe)), recipe, dataclasses.replace(machine, memory=0.5e9), 32100)
-    assert any("reduce_bucket_size" in hint for hint in small.hints([{"micro_batch": 1}])) == (name == "llama_60m")
+    small = dataclasses.replace(machine, memory=0.5e9)
+    for given in (machine, small):
+        assert Planner(load(str(recipe)), recipe, given, 32100).hints([{"micro_batch": 1}]) == []
+    larger = load(str(recipe), ["deepspeed={zero_optimization: {stage: 2, overlap_comm: true, reduce_bucket_size: 500000000}}"])
+    assert any("reduce_bucket_size" in hint for hint in Planner(larger, recipe, small, 32100).hints([{"micro_batch": 1}]))
 
 
 def test_what_is_not_estimated_is_said_where_it_fits() -> None:
