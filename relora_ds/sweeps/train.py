@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from relora_ds.environment import attempt, process_environment
-from relora_ds.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, ConfigError
+from relora_ds.errors import EXIT_BAD_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, ConfigError
 from relora_ds.launch import cores
 from relora_ds.launch.launcher import tied
 from relora_ds.paths import make_folder
@@ -202,7 +202,9 @@ class _Training:
         code, error = its.process.returncode, last_error(run.output, its.offset)
         if code != EXIT_DONE:
             state = ending(code, error, was_asked=self.signals > 0, diverged=has_diverged(run))
-            self.events.add(run.name, state, code=code, error=error if state in ("failed", "diverged") else "")
+            self.events.add(
+                run.name, state, code=code, error=error.removeprefix(ERROR) if state in ("failed", "diverged") else ""
+            )
         else:
             self.events.add(run.name, "done", code=code)
         at = self.standings[run] = standing(run, self.events)
@@ -212,16 +214,14 @@ class _Training:
         self.say(f"{run.name} {at.state} after {as_time(time.monotonic() - its.began)}{why}; {self._counts()}")
 
     def _counts(self) -> str:
-        states = [at.state for at in self.standings.values()]
-        done, running = states.count("done"), states.count("running")
-        ended = states.count("failed") + states.count("diverged") - sum(self._is_waiting(run) for run in self.standings)
+        over = [
+            at.state for run, at in self.standings.items() if run not in self.waiting
+        ]  # one that failed before may be tried again
+        counts = [f"{over.count('done')} of {len(self.standings)} done", f"{len(self.running)} running"]
+        counts += [f"{over.count('failed')} failed"] + [f"{over.count('diverged')} diverged"] * ("diverged" in over)
         left = {run: run.config.total_updates - self.standings[run].update for run in (*self.running, *self.waiting)}
         time_left = as_time(seconds_left(left, self.pace, max(1, len(self.places)))) if left else "0:00:00"
-        return f"{done} of {len(states)} done, {running} running, {ended} failed, {len(self.waiting)} left, time left {time_left}"
-
-    def _is_waiting(self, run: SweepRun) -> bool:
-        """Whether a run that failed before waits to be tried again."""
-        return run in self.waiting and self.standings[run].state in ("failed", "diverged")
+        return ", ".join([*counts, f"{len(self.waiting)} left", f"time left {time_left}"])
 
 
 def ending(code: int, error: str, *, was_asked: bool, diverged: bool) -> str:
@@ -229,9 +229,10 @@ def ending(code: int, error: str, *, was_asked: bool, diverged: bool) -> str:
 
     A run that was asked to stop before it could hear of signals has no checkpoint and no error to tell of: it is stopped, too.
     """
-    if code == EXIT_STOPPED or (was_asked and not error.startswith(ERROR)):
+    says_why = error.startswith(ERROR)
+    if code == EXIT_STOPPED or (was_asked and not says_why):
         return "stopped"
-    return "diverged" if diverged and code == EXIT_FAILED else "failed"
+    return "diverged" if diverged and says_why and code != EXIT_BAD_CONFIG else "failed"
 
 
 def last_error(output: Path, offset: int) -> str:

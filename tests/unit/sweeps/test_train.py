@@ -76,7 +76,7 @@ def test_a_failure_does_not_end_the_others(sweep: Sweep, fake: Fake) -> None:
     assert train_all(sweep, jobs=1, insisted=[], say=told.append) == 1
     assert list(states(sweep).values()) == ["failed", "done", "done", "done"]
     (line,) = [line for line in told if " failed after " in line]
-    assert "relora-ds: error: no disk" in line and line.endswith("0 of 4 done, 0 running, 1 failed, 3 left, time left unknown")
+    assert ": no disk; " in line and line.endswith("0 of 4 done, 0 running, 1 failed, 3 left, time left unknown")
     fake("")
     assert train_all(sweep, jobs=1, insisted=[], say=told.append) == 0, "it is tried again"
 
@@ -145,7 +145,9 @@ def test_an_arm_is_judged_before_any_is_trained(read: Callable[..., Sweep], monk
         (1, "relora-ds: error: no disk", True, False, "failed"),
         (1, "relora-ds: error: the weights are not finite", False, True, "diverged"),
         (2, "relora-ds: error: relora.rank=8: the run has 4", False, True, "failed"),
+        (-15, "relora-ds: error: 2 updates in a row had a non-finite gradient", True, True, "diverged"),
         (-9, "training", False, False, "failed"),
+        (-9, "training", False, True, "failed"),
     ],
 )
 def test_how_a_run_ended(code: int, error: str, was_asked: bool, diverged: bool, state: str) -> None:
