@@ -34,6 +34,8 @@ def add_command(parent: Any) -> None:
             "relora-ds sweep recipes/sweeps/lora_relora.yaml --slurm --nodes 1 --gpus-per-node 8",
         ],
     )  # fmt: skip
+    # SWEEP first: whatever stands behind --slurm is not ours
+    sweep.usage = "%(prog)s [-h] SWEEP [--jobs N] [--dry-run | --table] [--allow-changed KEY] [--trust] [--slurm OPTION ...]"
     sweep.add_argument("sweep", metavar="SWEEP", type=path_argument, help="The YAML file that says what to train.")
     sweep.add_argument(
         "--jobs", metavar="N", type=int, default=1,
