@@ -22,6 +22,7 @@ from relora_ds.text.yaml_text import read_yaml, read_yaml_file
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Rate = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 USUAL_REWARMUP = 100
 
@@ -35,7 +36,7 @@ class Section(BaseModel):
 class Run(Section):
     dir: LocalPath
     """Where everything of the run is written; holds a checkpoint: the run is resumed."""
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    seed: Seed = 0
     """Of the weights, the data order, LoRA's initialisations, dropout and random pruning."""
 
 

@@ -35,6 +35,11 @@ class ConfigError(ValueError):
         text = f"{key}={value!r}: {problem}"
         super().__init__(" ".join(f"{text}; {way_out}".split()) if way_out else " ".join(text.split()))
 
+    def within(self, where: str) -> ConfigError:
+        """The same, with the place where the setting is: ``arms.lora: relora.rank``."""
+        key, value, problem, way_out = self._parts
+        return ConfigError(f"{where}: {key}", value, problem, way_out)
+
     def __reduce__(self) -> tuple[Any, ...]:
         """What rank 0 finds is raised on all ranks: the error travels."""
         return type(self), self._parts

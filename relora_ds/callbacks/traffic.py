@@ -16,6 +16,7 @@ from relora_ds.callbacks.callback import Callback, RunState
 from relora_ds.comm import nic
 from relora_ds.comm.counter import CHECKPOINT, COUNTER, UPDATE, Kind, Tally, by_purpose, rows
 from relora_ds.launch.places import Place
+from relora_ds.method.lora import count_parameters
 from relora_ds.run.folder import read_traffic, write_atomically
 
 
@@ -38,6 +39,7 @@ class TrafficLog(Callback):
         self.path, self.place, self.hosts, self.device, self.attempt = path, place, hosts, device, attempt
         self.is_counting_node = place.local_rank == 0
         self.first_update = 0
+        self.trainable_parameters: int | None = None
         self._counted: dict[Kind, Tally] = {}
         self._seen: nic.Counters = {}
         self._lap = 0.0
@@ -49,6 +51,7 @@ class TrafficLog(Callback):
         record["sent_bytes"] = self.lap()
 
     def checkpoint(self, run: RunState) -> None:
+        self.trainable_parameters, _ = count_parameters(run.engine.module)
         self.write(run.done.update)
 
     def count_from(self, first_update: int) -> None:
@@ -85,6 +88,7 @@ class TrafficLog(Callback):
             "last_update": update,
             "world_size": self.place.world_size,
             "backend": dist.get_backend(),
+            "trainable_parameters": self.trainable_parameters,
             "wire_bytes_per_update": float(by_rank[:, 1].mean()) / updates,
             "wire_bytes": {purpose: round(value) for purpose, value in by_purpose(counted).items()},
             "nodes": self._nodes(by_rank),

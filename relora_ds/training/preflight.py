@@ -22,24 +22,10 @@ from relora_ds.method.full_rank import full_rank_line
 from relora_ds.models import adapters, compiling, generation, loss
 from relora_ds.models import build as models
 from relora_ds.run import unpickle
+from relora_ds.run.changes import differences, is_under
 from relora_ds.run.folder import RunFolder
 from relora_ds.run.lock import WAY_OUT, RunLock
 from relora_ds.run.manifest import Manifest
-
-MATTERS = ("run.seed", "method", "model", "data", "relora", "optimizer", "train.global_batch")
-"""Settings that a resumed run must share with the run that it goes on with, unless the user insists …"""
-HARMLESS = (
-    "model.attention",
-    "model.gradient_checkpointing",
-    "model.compile",
-    "model.loss",
-    "relora.linear",
-    "relora.keep_merged",
-    "relora.frozen.verify_every",
-    "relora.frozen.on_mismatch",
-    "relora.frozen.master_device",
-)
-"""… but for these."""
 
 
 @dataclass(frozen=True)
@@ -223,30 +209,11 @@ def refuse_busy(config: Config, attempt: str = "") -> None:
         raise ConfigError("run.dir", config.run.dir, f"in use by {other}", WAY_OUT)
 
 
-def differences(before: Config, now: Config) -> list[tuple[str, Any, Any]]:
-    """The settings that matter and are not the same: (key, before, now)."""
-    old, new = (dict(_flat(settings.model_dump(mode="json"))) for settings in (before, now))
-    keys = [key for key in {**old, **new} if _is_under(key, MATTERS) and not _is_under(key, HARMLESS)]
-    return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
-
-
-def _flat(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in content.items():
-        if isinstance(value, dict) and prefix + name != "model.config":
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-def _is_under(key: str, sections: Sequence[str]) -> bool:
-    return any(key == section or key.startswith(f"{section}.") for section in sections)
-
-
 def _refuse_unknown(allowed: Sequence[str]) -> None:
     """Raises ConfigError for a word of ``--allow-changed`` that no setting, and no section of them, has for its name."""
     known = list(_settings(Config))
     for key in allowed:
-        if not any(_is_under(name, [key]) for name in known):
+        if not any(is_under(name, [key]) for name in known):
             raise ConfigError("--allow-changed", key, "is no setting of a recipe", nearest(key, known))
 
 
@@ -262,7 +229,7 @@ def _settings(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def _refuse_changes(changes: list[tuple[str, Any, Any]], run_dir: str, allowed: Sequence[str]) -> None:
     """Raises ConfigError with all the differences that the user does not insist on."""
-    refused = [(key, before, now) for key, before, now in changes if not _is_under(key, allowed)]
+    refused = [(key, before, now) for key, before, now in changes if not is_under(key, allowed)]
     if refused:
         (key, before, now), others = refused[0], refused[1:]
         more = "".join(f"; {key} was {before!r} and is {now!r}" for key, before, now in others)

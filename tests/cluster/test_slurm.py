@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.cluster.cluster import Cluster, missing
 from tests.command_line import ROOT, environment, read_log, relora, write_recipe
@@ -86,3 +89,27 @@ def test_nodes_whose_own_names_lead_elsewhere(
     rename("n1", f"127.0.1.1 node1 n1\n{cluster.address('n2')} node2 n2")
     rename("n2", f"192.168.99.2 node2 n2\n{cluster.address('n1')} node1 n1")
     assert train() == losses
+
+
+def test_a_sweep_is_a_job_for_each_run(cluster: Cluster, recipe: Recipe, tmp_path: Path) -> None:
+    """What is queued, running or done is not submitted again."""
+    arms = {"lora": {"method": "lora"}, "relora": {"relora.rank": 2}}
+    sweep = {"recipe": str(recipe("base")), "dir": str(tmp_path / "sweep"), "seeds": [3], "arms": arms}
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(sweep))
+
+    def call(*options: str) -> subprocess.CompletedProcess[str]:
+        words = (sys.executable, "-m", "relora_ds", "sweep", path, *options)
+        return cluster.run("ctl", *words, env=environment(HOME=str(tmp_path)), cwd=ROOT)
+
+    submit = ("--slurm", "--tasks-per-node", "1", "--no-check")
+    jobs = [int(job) for job in re.findall(r"submitted job (\d+)", call(*submit).stdout)]
+    assert len(jobs) == 2
+    again = call(*submit)
+    assert "submitted" not in again.stdout
+    assert len(re.findall(r"\w+/seed-3 is (?:queued|running)", again.stderr)) == 2
+    for job in jobs:
+        assert cluster.wait(job, ("COMPLETED", "FAILED"), timeout=180)["state"] == "COMPLETED"
+    assert call(*submit).stderr.count("/seed-3 is done") == 2
+    lora, relora_ = call("--table").stdout.splitlines()[1:3]
+    assert lora.split()[:2] == ["lora", "1"] and relora_.split()[:2] == ["relora", "1"]

@@ -8,6 +8,7 @@ import pytest
 
 from relora_ds import config
 from relora_ds.ds_config import fit as ds_config
+from relora_ds.sweeps.sweep_file import read_sweep
 from tests.unit.test_config import judge
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,3 +36,12 @@ def test_the_deepspeed_files_of_this_project_are_valid(path: Path, recipe: Path)
     if "bf16" in path.name:
         assert ds_config.precision(checked.deepspeed) == "bf16"
         assert checked.deepspeed["bf16"]["check_grad_overflow"] is True
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/sweeps/*.yaml")), ids=lambda path: path.name)
+def test_the_sweeps_of_this_project_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(path.parent)  # the recipe is found from anywhere
+    sweep = read_sweep(path)
+    assert sweep.recipe.samefile(ROOT / "recipes" / "demo.yaml") and len(sweep.arms) > 1
+    for run in sweep.runs:
+        assert run.config.short_last_interval() is None

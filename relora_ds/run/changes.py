@@ -1,0 +1,43 @@
+"""What two configurations of one run may not differ in. PURE, and without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from relora_ds.config import Config
+
+MATTERS = ("run.seed", "method", "model", "data", "relora", "optimizer", "train.global_batch")
+"""Settings that a resumed run must share with the run that it goes on with, unless the user insists …"""
+HARMLESS = (
+    "model.attention",
+    "model.gradient_checkpointing",
+    "model.compile",
+    "model.loss",
+    "relora.linear",
+    "relora.keep_merged",
+    "relora.frozen.verify_every",
+    "relora.frozen.on_mismatch",
+    "relora.frozen.master_device",
+)
+"""… but for these."""
+
+
+def differences(before: Config, now: Config) -> list[tuple[str, Any, Any]]:
+    """The settings that matter and are not the same: (key, before, now)."""
+    old, new = (dict(_flat(settings.model_dump(mode="json"))) for settings in (before, now))
+    keys = [key for key in {**old, **new} if is_under(key, MATTERS) and not is_under(key, HARMLESS)]
+    return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
+
+
+def _flat(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in content.items():
+        if isinstance(value, dict) and prefix + name != "model.config":
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def is_under(key: str, sections: Sequence[str]) -> bool:
+    """Whether a dotted key is one of the sections, or in one of them."""
+    return any(key == section or key.startswith(f"{section}.") for section in sections)

@@ -1,0 +1,39 @@
+"""What a sweep remembers of its runs beside their own folders: when each began, and how it ended."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from relora_ds.run.folder import append_line
+
+
+class Events:
+    """events.jsonl of a sweep's folder; one process writes it.
+
+    {"time": …, "run": "relora/seed-1", "state": "running"}                                 it was started
+    {"time": …, "run": "relora/seed-1", "state": "failed", "code": 1, "error": "…"}         it ended so
+
+    Args:
+        folder: of the sweep; it need not be there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "events.jsonl"
+        self.newest: dict[str, dict[str, Any]] = {}
+        lines: list[str] = []
+        with suppress(FileNotFoundError):
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        for line in lines:
+            with suppress(ValueError, TypeError, KeyError):  # cut off by a kill
+                event = dict(json.loads(line))
+                self.newest[str(event["run"])] = event
+
+    def add(self, run: str, state: str, **content: Any) -> None:
+        """Notes what became of a run just now."""
+        event = {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "run": run, "state": state, **content}
+        append_line(self.path, event)
+        self.newest[run] = event

@@ -1,0 +1,156 @@
+"""Where each run of a sweep stands, by its folder, by SLURM and by what the sweep remembers; and its figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from relora_ds.errors import ConfigError
+from relora_ds.run import manifest as manifests
+from relora_ds.run.changes import differences
+from relora_ds.run.folder import read_jsonl, read_traffic
+from relora_ds.run.lock import RunLock
+from relora_ds.slurm import client
+from relora_ds.slurm.client import SlurmError
+from relora_ds.slurm.events import Events as JobEvents
+from relora_ds.sweeps.events import Events
+from relora_ds.sweeps.sweep_file import SweepRun
+
+State = Literal["done", "running", "queued", "stopped", "failed", "diverged", "changed", "not begun"]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a run stands.
+
+    Attributes:
+        state: *done*: its last checkpoint is that of its last update. *running*: here, elsewhere or as a job; *queued* as a job.
+            *stopped*: it can go on. *failed* and *diverged*: it ended so. *changed*: its folder is that of other settings.
+        update: of its newest checkpoint.
+        error: the line that it ended with, where it failed or diverged.
+    """
+
+    state: State
+    update: int = 0
+    error: str = ""
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether there is nothing to start: it is done, at work, or would diverge once more. One that is changed is started, and
+        says itself what is wrong."""
+        return self.state in ("done", "running", "queued", "diverged")
+
+
+def standing(run: SweepRun, events: Events) -> Standing:
+    """Where a run stands now; ``events``: of its sweep."""
+    folder = run.folder
+    newest = manifests.newest(folder.checkpoints)
+    update = newest[1].update if newest else 0
+    is_changed = _is_changed(run)
+    if update >= run.config.total_updates and not is_changed:
+        return Standing("done", update)
+    if folder.path.is_dir() and RunLock(folder.path).holder() is not None:
+        return Standing("running", update)
+    job = _of_job(run)
+    if job is not None and job[0] in ("running", "queued"):
+        return Standing(job[0], update)
+    event = events.newest.get(run.name, {})
+    state, error = job or (event.get("state"), str(event.get("error", "")))
+    if is_changed and state != "failed":
+        return Standing("changed", update)
+    if state not in ("failed", "diverged") or (state == "diverged" and not folder.path.is_dir()):
+        # what began and left no word was killed; what diverged and was removed is to begin anew
+        state, error = ("stopped" if newest or folder.metrics.is_file() else "not begun"), ""
+    return Standing(state, update, error)
+
+
+def _is_changed(run: SweepRun) -> bool:
+    if not run.folder.config.is_file():
+        return False
+    try:
+        return bool(differences(run.folder.read_config(), run.config))
+    except ConfigError:  # not as this version writes it
+        return True
+
+
+def _of_job(run: SweepRun) -> tuple[State, str] | None:
+    """What became of the newest SLURM job of a run; None where there was none."""
+    events = JobEvents(run.folder)
+    number = events.newest_job()
+    if number is None:
+        return None
+    try:
+        job = client.job(number, events.cluster(number))
+    except (ConfigError, SlurmError):  # SLURM is not here, or does not answer
+        job = None
+    if job is not None and not job.is_over:
+        return ("running" if job.is_under_way else "queued"), ""
+    ended = events.of("ended", events.chain(number))
+    if not ended or ended[-1]["decision"] != "stop" or events.of("cancelled", [number]):
+        return "stopped", ""
+    error = f"job {number} ended with code {ended[-1]['code']}: relora-ds slurm logs {run.folder.path}"
+    return ("diverged" if has_diverged(run) else "failed"), error
+
+
+def has_diverged(run: SweepRun) -> bool:
+    """Whether the last update that a run wrote down has a loss, or gradients, that are no numbers."""
+    try:
+        records = [record for record in read_jsonl(run.folder.metrics) if "loss" in record]
+    except (OSError, ConfigError):
+        return False
+    return bool(records) and (records[-1]["loss"] is None or bool(records[-1].get("skipped")))
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a run's folder says of it; NaN for what it does not say.
+
+    Attributes:
+        update: the newest that is written down.
+        perplexity: of the newest evaluation.
+        trainable_parameters: in the phase of the newest checkpoint.
+        tokens: trained on.
+        seconds: in updates, restarts included; without the start, evaluations, and what was waited for checkpoints.
+        sent_bytes: by rank 0 for all updates.
+        sent_bytes_per_update: the mean of these.
+    """
+
+    update: int = 0
+    perplexity: float = math.nan
+    trainable_parameters: float = math.nan
+    tokens: float = math.nan
+    seconds: float = math.nan
+    sent_bytes: float = math.nan
+    sent_bytes_per_update: float = field(default=math.nan)
+
+    @property
+    def seconds_per_update(self) -> float:
+        return self.seconds / self.update if self.update else math.nan
+
+
+def figures(run: SweepRun) -> Figures:
+    """The figures of a run, as far as it has come."""
+    from relora_ds.reports.report import column, known, read_run  # it imports matplotlib
+
+    try:
+        content = read_run(run.folder.path)
+    except ConfigError:
+        return Figures()
+    batch = run.config.train.global_batch * run.config.data.sequence_length
+    sent = known(column(content.updates, "sent_bytes"))
+    trainable = column(read_traffic(run.folder.traffic), "trainable_parameters")
+    return Figures(
+        update=content.updates[-1]["update"],
+        perplexity=_last(column(content.evals, "eval_perplexity")),
+        trainable_parameters=_last(trainable),
+        tokens=_last(column(content.updates, "tokens")),
+        seconds=sum(batch / speed for speed in known(column(content.updates, "tokens_per_s")) if speed > 0),
+        sent_bytes=sum(sent) if sent else math.nan,
+        sent_bytes_per_update=sum(sent) / len(sent) if sent else math.nan,
+    )
+
+
+def _last(values: Sequence[float]) -> float:
+    return values[-1] if values else math.nan

@@ -1,0 +1,38 @@
+"""Submits the runs of a sweep to SLURM, each as a job of its own, by ``relora-ds slurm submit``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+from relora_ds.environment import process_environment
+from relora_ds.errors import EXIT_DONE, EXIT_FAILED
+from relora_ds.sweeps.events import Events
+from relora_ds.sweeps.runs import standing
+from relora_ds.sweeps.sweep_file import Sweep
+
+
+def submit_all(sweep: Sweep, options: Sequence[str], *, insisted: Sequence[str], say: Callable[[str], None]) -> int:
+    """Submits what is neither done, nor queued, nor running; returns the exit code: failed where one was refused.
+
+    Args:
+        sweep: its runs.
+        options: of ``relora-ds slurm submit``, for all of them.
+        insisted: more words for it.
+        say: tells the user.
+    """
+    events, refused = Events(sweep.folder), 0
+    for run in sweep.runs:
+        at = standing(run, events)
+        if at.is_settled:
+            say(f"{run.name} is {at.state}")
+            continue
+        name = f"--job-name={sweep.folder.name}.{run.arm}.{run.seed}"  # first: options given by the user stand over it
+        words = ["slurm", "submit", str(sweep.recipe), *run.words, name, *options, *insisted]
+        # A process of its own, as if it was typed: what libraries add to this one's environment must not reach the job.
+        done = subprocess.run([sys.executable, "-m", "relora_ds", *words], env=process_environment(), check=False)
+        if done.returncode != EXIT_DONE:
+            say(f"{run.name} is not submitted")
+            refused += 1
+    return EXIT_FAILED if refused else EXIT_DONE

@@ -1,0 +1,65 @@
+"""A sweep's tables, of folders made by hand."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+
+from relora_ds.sweeps.events import Events
+from relora_ds.sweeps.sweep_file import Sweep
+from relora_ds.sweeps.table import mean_and_spread, write
+from tests.unit.sweeps.conftest import make_done, make_run
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_mean_and_sample_standard_deviation() -> None:
+    assert mean_and_spread([1.0, math.nan, 3.0]) == (2.0, math.sqrt(2))
+    mean, spread = mean_and_spread([4.0])
+    assert mean == 4.0 and math.isnan(spread)
+    assert all(map(math.isnan, mean_and_spread([])))
+
+
+def test_the_tables_of_a_sweep(sweep: Sweep) -> None:
+    lora, relora, lora_2, relora_2 = sweep.runs
+    make_done(lora, 20.0)
+    make_done(lora_2, 21.0)
+    make_done(relora, 18.25)
+    make_run(relora_2, update=5, losses=[3.0, None], perplexity=1000.0)
+    Events(sweep.folder).add(relora_2.name, "diverged", code=1, error="relora-ds: error: not | finite")
+    page, table = write(sweep)
+    assert table[0] == [
+        "arm", "runs done", "validation perplexity", "trainable parameters", "tokens", "seconds in updates", "sent per update",
+        "sent in all",
+    ]  # fmt: skip
+    assert table[1] == ["lora", "2", "20.50 ± 0.71", "640", "2,560", "25.6", "1.01 kB", "20.2 kB"]
+    assert table[2][:3] == ["relora", "1 of 2", "18.25"], "one seed has no spread, and what diverged does not count"
+    first, second = rows(sweep.folder / "sweep.csv")
+    assert (first["arm"], first["n"], first["runs"]) == ("lora", "2", "2")
+    assert float(first["perplexity_sd"]) == pytest.approx(math.sqrt(0.5))
+    assert (second["perplexity_mean"], second["perplexity_sd"]) == ("18.25", "")
+    runs = rows(sweep.folder / "runs.csv")
+    assert [(run["arm"], run["seed"], run["state"], run["update"]) for run in runs] == [
+        ("lora", "1", "done", "20"), ("relora", "1", "done", "20"), ("lora", "2", "done", "20"), ("relora", "2", "diverged", "2"),
+    ]  # fmt: skip
+    assert runs[3]["error"] == "relora-ds: error: not | finite" and runs[3]["updates"] == "20"
+    text = page.read_text()
+    assert r"| relora/seed-2 | diverged | 5 | relora-ds: error: not \| finite |" in text
+    assert "![](plots/perplexity.png)" in text and (sweep.folder / "plots" / "perplexity.png").is_file()
+    assert "lora/seed-1" in (sweep.folder / "report.md").read_text()
+
+
+def test_what_nobody_recorded_has_no_column(sweep: Sweep) -> None:
+    _, table = write(sweep)
+    assert table == [["arm", "runs done"], ["lora", "0 of 2"], ["relora", "0 of 2"]]
+    assert not (sweep.folder / "report.md").exists()
+    make_done(sweep.runs[0], 20.0)
+    sweep.runs[0].folder.traffic.unlink()
+    _, table = write(sweep)
+    assert "trainable parameters" not in table[0]
