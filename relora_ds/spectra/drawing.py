@@ -49,13 +49,14 @@ def draw(path: Path, kind: str, runs: Sequence[RunChanges]) -> None:
             _ranks(axes[2], kind, run, colour)
     axes[0].axvline(SMALL, color="0.45", linestyle=":", linewidth=1)
     axes[0].set(xlabel="singular value", ylabel="share of the values", yscale="log", title=f"{kind}: histogram")
-    axes[1].set(xlabel="rank of the value", ylabel="singular value (mean of the layers)", yscale="log", title="sorted")
+    axes[1].set(xlabel="index of the value", ylabel="singular value (mean of the layers)", yscale="log", title="sorted")
     axes[1].set_ylim(largest * 10.0**-DECADES, 2 * largest)
     if over_time:
         axes[2].set(xlabel="update", ylabel="rank (mean of the layers)", title="ranks")
         axes[2].set_ylim(bottom=0)
     for axis in axes:
         axis.grid(color="0.93")
+        axis.set_axisbelow(True)
     # A dollar sign in a folder name would start a formula.
     handles = [Line2D([], [], linewidth=2, color=colour, label=run.label.replace("$", r"\$")) for run, colour in coloured]
     handles.append(Line2D([], [], color="0.45", linestyle="--", label="rank that the factors allow"))
@@ -97,4 +98,4 @@ def _ranks(axis: Axes, kind: str, run: RunChanges, colour: str) -> None:
     axis.plot(updates, [one.stable_rank for one in figures.values()], color=colour, marker="x", markersize=4, linestyle=":")
     bounds = [one.bound for one in figures.values() if one.bound is not None]
     if len(bounds) == len(updates):
-        axis.plot(updates, bounds, color=colour, linestyle="--", linewidth=1)
+        axis.plot(updates, bounds, color=colour, linestyle="--", linewidth=1, drawstyle="steps-post")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from relora_ds.checkpoint import base as bases
 from relora_ds.method.frozen_weights import FrozenWeight
@@ -55,22 +54,25 @@ def test_the_sharded_master_is_read_and_not_what_int8_leaves_of_it(content: dict
         state = {key.rpartition(".")[2]: value for key, value in base.state().items() if key.startswith(f"{name}.")}
         rounded = FrozenWeight.exact(state["values"], state["scales"], 16)
         assert list(master.shape) == layer["shape"] and 0 < (master - rounded).abs().max() <= state["scales"].max()
-        assert step < 1e-6 * float(state["scales"].mean())
+        assert float(step) < 1e-4 * float(state["scales"].mean())
 
 
 def test_residual_factors_count_from_where_they_began(content: dict[str, Any], tmp_path: Path) -> None:
-    """Their first product is in the master already; each interval changes the weight by the product at its end less that."""
+    """Their first product is in the master already; each interval changes the weight by the product at its end less that.
+
+    The first base comes with a checkpoint after update 5, whose learning rate is 0."""
     frozen = {"dtype": "int8", "group_size": 16, "master": "sharded"}
-    found = trained(content, tmp_path / "run", relora={"frozen": frozen, "init": "residual"})
-    for change, counts in zip(found.all, numbers(found), strict=True):
+    found = trained(content, tmp_path / "run", relora={"frozen": frozen, "init": "residual"}, train={"keep_first_base": True})
+    unchanged, *others = found.all
+    assert unchanged.now == 5 and len(others) == 5
+    weights = RunWeights(tmp_path / "run").at(5, "--to")
+    for layer in unchanged.layers:
+        assert weights.base is not None
+        held = weights.base.held(layer.name)
+        assert held is not None and layer.spectrum.norm < 1e-5 * float(held.norm())
+    for change in others:
         bound = min(2 * RANK * (change.restarts + 1), SIDE)
-        assert all(layer.bound == bound for layer in change.layers) and RANK < counts[0] <= counts[-1] <= bound
-    first, run_weights = found.all[0], RunWeights(tmp_path / "run")
-    weights = run_weights.at(first.now, "--to")
-    product = weights.product(first.layers[0].name)
-    held = weights.base.held(first.layers[0].name) if weights.base else None
-    assert product is not None and held is not None
-    assert torch.linalg.matrix_norm(product) < 0.5 * torch.linalg.matrix_norm(product + held), "most of B·A is not a change"
+        assert all(layer.bound == bound >= layer.spectrum.num_above_noise for layer in change.layers)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
