@@ -123,8 +123,10 @@ def changes_of(
     Raises:
         ConfigError: one of the two is not there, or not before the other.
     """
-    at_start = before is None or (run.config.has_lora_phase and before == run.config.full_updates)
-    first = run.start() if at_start else run.at(before, "--from")  # type: ignore[arg-type]
+    if before is None or (run.config.has_lora_phase and before == run.config.full_updates):
+        first = run.start()
+    else:
+        first = run.at(before, "--from")
     last = max(run.updates) if now is None else now
     if last <= first.update:
         problem = f"is not later than update {first.update}, from which on {label} is compared"

@@ -19,7 +19,7 @@ HEADINGS = ["rank allowed", "above noise", "effective rank", "stable rank", f"be
 CSV_HEADINGS = ["run", "from", "to", "layer", "index", "value"]
 NOTE = f"""The singular values are those of W(to) − W(from), with W the stored weight + s·B·A. A figure is the mean over the layers.
 
-- **rank allowed**: rank of the factors × (restarts + 1); – for layers that were trained at full rank.
+- **rank allowed**: by the factors, their rank × (restarts + 1) where the change begins with them; – for full-rank training.
 - **above noise**: how many are above {NOISE_SHARE:g} of the largest, and above what rounding in the stored weights makes.
 - **effective rank**: exp of the entropy of the values as shares of their sum (Roy and Vetterli 2007).
 - **stable rank**: the sum of all squares over the square of the largest.
