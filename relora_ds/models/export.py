@@ -154,10 +154,15 @@ def stored_model(place: Path, *, trust: bool = False) -> PreTrainedModel:
     model = model_beside_base(run, checkpoint, trust=trust)
     if content.base is not None:
         _load(model, checkpoint, _base_tensors(checkpoint, content), strict=False)
+    refuse_unfilled(model, checkpoint)
+    return model
+
+
+def refuse_unfilled(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Raises ConfigError where frozen weights of a checkpoint's model were nowhere."""
     if any(layer.weight is not None and layer.weight.values.is_meta for _, layer in lora.relora_layers(model)):
         problem = "it holds no frozen weights, and its manifest names no base that does"
         raise ConfigError("CHECKPOINT", str(checkpoint), problem, "take another checkpoint")
-    return model
 
 
 def model_beside_base(run: RunFolder, checkpoint: Path, *, trust: bool = False) -> PreTrainedModel:

@@ -16,7 +16,7 @@ from relora_ds.console import say
 from relora_ds.errors import ConfigError
 from relora_ds.method import lora
 from relora_ds.method.frozen_weights import spacing
-from relora_ds.models.export import model_beside_base
+from relora_ds.models.export import model_beside_base, refuse_unfilled
 from relora_ds.run import manifest as manifests
 from relora_ds.run.folder import RunFolder
 from relora_ds.run.manifest import Manifest, ManifestError
@@ -83,6 +83,8 @@ class CheckpointWeights(Weights):
         self.restarts, self.is_full = content.restarts, content.phase == "full"
         self.has_factors = factors and not self.is_full
         model = model_beside_base(run, checkpoint, trust=trust)
+        if base is None:
+            refuse_unfilled(model, checkpoint)
         targets = run.read_config().lora_settings.targets
         self.layers: dict[str, nn.Module] = {**(lora.find_targets(model, targets) if self.is_full else {})}
         self.layers |= lora.relora_layers(model)

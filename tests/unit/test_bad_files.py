@@ -302,6 +302,7 @@ RUNS = [
     spoilt("spectrum: a model with another byte", flip(STATES), "spectrum run", "CHECKPOINT=", "holds other bytes"),
     spoilt("spectrum: a base with another byte", flip(f"{BASE}/rank_00000.safetensors"), "spectrum run", "RUN_DIR=", "other bytes"),
     spoilt("spectrum: a model cut off", cut(STATES), "spectrum run", "RUN_DIR='run'", "no complete checkpoint", "bytes"),
+    spoilt("spectrum: no base is named", edit(MANIFEST, "base", None), "spectrum run", "CHECKPOINT=", "names no base"),
     spoilt("spectrum: no base", remove(BASE), "spectrum run", "RUN_DIR='run'", "no complete checkpoint", BASE.removeprefix("run/")),
     spoilt("spectrum: a pickle that runs something", harm, "spectrum run", "wants posix.system", "pass --trust"),
     spoilt("no config.yaml", remove("run/config.yaml"), "export run out", "RUN_DIR='", "holds no config.yaml", "run.dir"),
