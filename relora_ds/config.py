@@ -199,6 +199,8 @@ class Train(Section):
     """How many checkpoints stay on disk."""
     keep_every: Positive | None = None
     """Checkpoints after multiples of so many updates stay beside them."""
+    keep_first_base: bool = False
+    """The frozen weights as the LoRA phase began stay in base/, for ``relora-ds spectrum``."""
     max_skipped: Positive = 100
     """So many non-finite updates in a row stop the run."""
     stop_signal: Literal["USR1", "USR2", "HUP"] = "USR2"
@@ -245,6 +247,11 @@ class Config(Section):
             return self.train.updates
         assert self.train.tokens is not None, "validated"
         return math.ceil(self.train.tokens / (self.train.global_batch * self.data.sequence_length))
+
+    @property
+    def first_base_update(self) -> int | None:
+        """The update whose checkpoint brings the first base, where that is to be kept: the first of the LoRA phase."""
+        return self.full_updates + 1 if self.train.keep_first_base and self.has_lora_phase else None
 
     @property
     def has_lora_phase(self) -> bool:
@@ -386,6 +393,12 @@ def _check_contradictions(config: Config) -> None:
     if config.method == "relora" and relora.restart_every is None and relora.reset.every is None:
         raise ConfigError("relora.restart_every", None, "ReLoRA needs restarts", "give a number of updates, or method: lora")
     check_relora(config.lora_settings)
+    if train.keep_first_base and config.checkpoint.self_contained:
+        problem = "there is no base where frozen weights are in every checkpoint"
+        raise ConfigError("train.keep_first_base", True, problem, "set train.keep_every or checkpoint.self_contained=false")
+    if train.keep_first_base and config.lora_settings.restart_every == 1:
+        problem = "the first update's restart changes the weights before a checkpoint can hold them"
+        raise ConfigError("train.keep_first_base", True, problem, "set relora.restart_every to 2 or more")
 
 
 def check_relora(relora: ReLoRA) -> None:

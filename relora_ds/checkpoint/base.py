@@ -15,7 +15,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from relora_ds.method.frozen_weights import FrozenWeight, ShardedMaster, own_rows, pieces
+from relora_ds.method import exact as exactly
+from relora_ds.method.frozen_weights import FrozenWeight, ShardedMaster, own_rows, pieces, spacing
 from relora_ds.method.lora import relora_layers
 from relora_ds.optimizer.wrapper import ReLoRAOptimizer
 from relora_ds.run import manifest as manifests
@@ -102,6 +103,23 @@ class Base:
         if self.is_master:
             return FrozenWeight.rounded(self._rows(name, "rows", rows), layer["dtype"], layer["group_size"])
         return self._rows(name, "values", rows), self._rows(name, "scales", rows) if layer["dtype"] == "int8" else None
+
+    def exact(self, name: str) -> tuple[Tensor, Tensor]:
+        """A frozen weight, (out, in) fp32, the master where there is one; and the :func:`spacing` of what it is kept in."""
+        layer = self.layers[name]
+        rows = slice(0, layer["shape"][0])
+        if self.is_master:
+            master = self._rows(name, "rows", rows)
+            return master, spacing(master, None)
+        values, scales = self._stored(name, rows)
+        return FrozenWeight.exact(values, scales, layer["group_size"]), spacing(values, scales)
+
+    def held(self, name: str) -> Tensor | None:
+        """What the master holds already of the factors' product, (out, in) fp32; None where that is nothing."""
+        if f"{name}/held_left" not in self._names[0]:
+            return None
+        left = self._rows(name, "held_left", slice(0, self.layers[name]["shape"][0]))
+        return exactly.product(left, exactly.columns(self._open[0].get_tensor(f"{name}/held_right"))).to(torch.float32)
 
     def state(self) -> dict[str, Tensor]:
         """The frozen weights as a replica stores them, by their names in the model's ``state_dict``."""

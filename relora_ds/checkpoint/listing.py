@@ -33,7 +33,8 @@ def listing(run: RunFolder, *, deep: bool) -> tuple[list[str], bool]:
         faults += found
         rows.append(_row(path, "damaged" if found else "whole" if deep else "complete"))
     for folder in bases.entries(run):
-        used = "" if any(row[6] == folder.name for row in rows) else "needed by none"
+        unused = "the start of the factors" if folder == bases.folder_of(run, 0) else "needed by none"
+        used = "" if any(row[6] == folder.name for row in rows) else unused
         rows.append((f"base/{folder.name}", "", "", "", "", _size(folder), "", used))
     if run.universal.is_dir():
         rows += [

@@ -175,8 +175,15 @@ def _set_aside(folder: Path) -> None:
     folder.rename(aside)
 
 
-def rotate(run: RunFolder, *, keep: int, keep_every: int | None) -> None:
-    """Removes all but the newest ``keep`` checkpoints and every ``keep_every``-th update's; then the bases that none needs."""
+def rotate(run: RunFolder, *, keep: int, keep_every: int | None, keep_first_base: bool = False) -> None:
+    """Removes the checkpoints that are not to be kept, and the bases that none of the others needs.
+
+    Args:
+        run: its folder.
+        keep: so many of the newest checkpoints stay.
+        keep_every: checkpoints after multiples of so many updates stay, too.
+        keep_first_base: whether the base with which the LoRA phase began stays.
+    """
     found = find_all(run)
     contents = {path: manifests.read(path) for path in found[-keep:]}
     for path in found[:-keep]:
@@ -186,6 +193,8 @@ def rotate(run: RunFolder, *, keep: int, keep_every: int | None) -> None:
             _remove(path)
             _remove(run.universal / path.name)
     needed = {base_folder(path, content) for path, content in contents.items() if content.base is not None}
+    if keep_first_base:
+        needed.add(bases.folder_of(run, 0))
     for folder in bases.entries(run):
         if folder not in needed:
             _remove(folder)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from relora_ds.cli import checkpoints, evaluate, export, plan, prepare, report, slurm, sweep, traffic, train
+from relora_ds.cli import checkpoints, evaluate, export, plan, prepare, report, slurm, spectrum, sweep, traffic, train
 from relora_ds.cli.options import EXIT_CODES, Parser
 from relora_ds.errors import (
     EXIT_BAD_CONFIG,
@@ -39,7 +39,7 @@ def build_parser() -> Parser:
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
-    for command in (prepare, train, sweep, evaluate, export, checkpoints, report, traffic, plan):
+    for command in (prepare, train, sweep, evaluate, export, checkpoints, report, spectrum, traffic, plan):
         command.add_command(commands)
     slurm.add_commands(commands)
     return parser

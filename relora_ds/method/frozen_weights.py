@@ -59,6 +59,16 @@ def convert(values: Tensor, scales: Tensor | None, group_size: int, dtype: torch
     return values.to(dtype) if scales is None else dequantise(values, scales, group_size, dtype)
 
 
+def spacing(values: Tensor, scales: Tensor | None) -> Tensor:
+    """Root mean square of the step from one number that a store can hold to the next, at its entries: a 0-d fp32 tensor.
+
+    Rounding to the nearest changes an entry by a step / √12 in the mean square.
+    """
+    if scales is not None:
+        return scales.square().mean().sqrt()
+    return values.to(torch.float32).square().mean().sqrt() * torch.finfo(values.dtype).eps
+
+
 class FrozenWeight(nn.Module):
     """A weight that is not trained, in buffers of its own dtype.
 

@@ -151,8 +151,33 @@ def stored_model(place: Path, *, trust: bool = False) -> PreTrainedModel:
     """
     run, checkpoint = checkpoints.locate(place)
     content = checkpoints.read_manifest(checkpoint)
+    model = model_beside_base(run, checkpoint, trust=trust)
+    if content.base is not None:
+        _load(model, checkpoint, _base_tensors(checkpoint, content), strict=False)
+    refuse_unfilled(model, checkpoint)
+    return model
+
+
+def refuse_unfilled(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Raises ConfigError where frozen weights of a checkpoint's model were nowhere."""
+    if any(layer.weight is not None and layer.weight.values.is_meta for _, layer in lora.relora_layers(model)):
+        problem = "it holds no frozen weights, and its manifest names no base that does"
+        raise ConfigError("CHECKPOINT", str(checkpoint), problem, "take another checkpoint")
+
+
+def model_beside_base(run: RunFolder, checkpoint: Path, *, trust: bool = False) -> PreTrainedModel:
+    """What a checkpoint itself holds of its model, over files that stay on disk: frozen weights of a base are on the meta device.
+
+    Args:
+        run: whose checkpoint it is.
+        checkpoint: its folder.
+        trust: as in :func:`load_merged`.
+
+    Raises:
+        ConfigError: it is damaged, could run something, or is another model's.
+    """
     model = models.build_meta(models.read_hf_config(run.model, "RUN_DIR"))
-    if content.phase == "lora":
+    if checkpoints.read_manifest(checkpoint).phase == "lora":
         settings = run.read_config().lora_settings
         lora.wrap(
             model,
@@ -162,17 +187,15 @@ def stored_model(place: Path, *, trust: bool = False) -> PreTrainedModel:
             frozen=settings.frozen,
             trainable_scaling=settings.trainable_scaling,
         )
-    state = checkpoints.read_model_state(checkpoint, trust=trust)
-    if content.base is not None:
-        state |= _base_tensors(checkpoint, content)
+    _load(model, checkpoint, checkpoints.read_model_state(checkpoint, trust=trust), strict=True)
+    return model
+
+
+def _load(model: PreTrainedModel, checkpoint: Path, state: dict[str, Tensor], *, strict: bool) -> None:
     try:
-        model.load_state_dict(state, assign=True)
+        model.load_state_dict(state, assign=True, strict=strict)
     except RuntimeError as error:
         raise ConfigError("CHECKPOINT", str(checkpoint), f"does not fit the run's model: {str(error).splitlines()[-1]}") from None
-    if any(layer.weight is not None and layer.weight.values.is_meta for _, layer in lora.relora_layers(model)):
-        problem = "it holds no frozen weights, and its manifest names no base that does"
-        raise ConfigError("CHECKPOINT", str(checkpoint), problem, "take another checkpoint")
-    return model
 
 
 def _base_tensors(checkpoint: Path, content: Manifest) -> dict[str, torch.Tensor]:

@@ -28,7 +28,9 @@ class Checkpoints:
         train, settings = run.config.train, run.config.checkpoint
         self.saver = Saver(
             run.folder, run.place.rank, run.place.world_size, is_mine=lock.is_mine, self_contained=settings.self_contained,
-            rotate=lambda: reader.rotate(run.folder, keep=train.keep, keep_every=train.keep_every),
+            rotate=lambda: reader.rotate(
+                run.folder, keep=train.keep, keep_every=train.keep_every, keep_first_base=train.keep_first_base
+            ),
         )  # fmt: skip
 
     def save(self, *, wait: bool) -> None:

@@ -53,7 +53,7 @@ def train(
             stopping, is_last = trainer.update(update, stop.requested), update == config.total_updates
             if is_last or update == config.full_updates or _is_due(config.train.eval_every, update):
                 trainer.evaluate()
-            if is_last or stopping or _is_due(config.train.checkpoint_every, update):
+            if is_last or stopping or update == config.first_base_update or _is_due(config.train.checkpoint_every, update):
                 trainer.save(wait=is_last or stopping)
             if stopping and not is_last:
                 trainer.tell(

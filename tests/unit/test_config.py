@@ -208,6 +208,16 @@ CONTRADICTIONS = [
     (["train.micro_batch=3"], "train.global_batch=8", "not a multiple of train.micro_batch=3"),
     (["optimizer.warmup=20"], "optimizer.warmup=20", "not shorter than the run of 20 updates"),
     (["relora.warm_start=20"], "relora.warm_start=20", "not shorter than the run of 20 updates"),
+    (
+        ["train.keep_first_base=true", "checkpoint.self_contained=true"],
+        "train.keep_first_base=True",
+        "frozen weights are in every checkpoint; set train.keep_every",
+    ),
+    (
+        ["train.keep_first_base=true", "relora.restart_every=1", "relora.restart_warmup=0"],
+        "train.keep_first_base=True",
+        "set relora.restart_every to 2 or more",
+    ),
     (["relora.restart_warmup=8"], "relora.restart_warmup=8", "not shorter than relora.restart_every=8"),
     (["relora.reset.every=3"], "relora.restart_warmup=3", "not shorter than relora.reset.every=3"),
     (

@@ -73,6 +73,7 @@ def test_one_place_alone(pattern: str, homes: list[str]) -> None:
         "method/full_rank.py",
         "method/linear.py",
         "models/cross_entropy.py",
+        "spectra/spectrum.py",
     ],
 )
 def test_pure_modules_know_of_no_ranks(module: str) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from relora_ds.checkpoint import reader as checkpoints
 from relora_ds.checkpoint.base import entries
-from relora_ds.checkpoint.listing import readable
+from relora_ds.checkpoint.listing import listing, readable
 from relora_ds.checkpoint.writer import HostCopy
 from relora_ds.errors import ConfigError
 from relora_ds.run import manifest as manifests
@@ -75,6 +75,19 @@ def test_rotation_keeps_what_a_kept_checkpoint_needs(
     checkpoints.rotate(run, keep=keep, keep_every=keep_every)
     assert kept(run) == updates and base_names(run) == bases
     assert not [fault for path in checkpoints.find_all(run) for fault in checkpoints.faults(path)]
+
+
+def test_the_first_base_is_kept_where_that_is_asked_for(run: RunFolder) -> None:
+    checkpoints.rotate(run, keep=2, keep_every=None, keep_first_base=True)
+    assert kept(run) == [10, 12] and base_names(run) == ["restart_0000", "restart_0002"]
+    checkpoints.tidy(run, checkpoints.choose(run, print))
+    assert base_names(run) == ["restart_0000", "restart_0002"], "a resume keeps it, too"
+    run.config.touch()
+    table, is_whole = listing(run, deep=True)
+    assert is_whole and [line.split(maxsplit=3)[3:] for line in table if line.startswith("base")] == [
+        ["the start of the factors"],
+        [],
+    ]
 
 
 def test_the_newest_whole_one_is_chosen_and_what_lies_after_it_set_aside(run: RunFolder) -> None:

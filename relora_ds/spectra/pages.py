@@ -1,0 +1,131 @@
+"""``relora-ds spectrum``: spectrum.md with its tables, spectrum.csv with every value, and a picture for each kind of layer."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from relora_ds.errors import ConfigError
+from relora_ds.paths import make_folder, refuse_unwritable
+from relora_ds.reports.report import unique_labels
+from relora_ds.reports.tables import markdown
+from relora_ds.spectra import drawing
+from relora_ds.spectra.changes import Change, Figures, LayerChange, RunChanges, changes_of
+from relora_ds.spectra.spectrum import EXACT_SIDE, NOISE_SHARE, SMALL
+from relora_ds.spectra.weights import RunWeights
+
+HEADINGS = ["rank allowed", "above noise", "effective rank", "stable rank", f"below {SMALL:g}", "largest", "error"]
+CSV_HEADINGS = ["run", "from", "to", "layer", "index", "value"]
+NOTE = f"""The singular values are those of W(to) − W(from), with W the stored weight + s·B·A. A figure is the mean over the layers.
+
+- **rank allowed**: by the factors, their rank × (restarts + 1) where the change begins with them; – for full-rank training.
+- **above noise**: how many are above {NOISE_SHARE:g} of the largest, and above what rounding in the stored weights makes.
+- **effective rank**: exp of the entropy of the values as shares of their sum (Roy and Vetterli 2007).
+- **stable rank**: the sum of all squares over the square of the largest.
+- **error**: 0 where all values were computed (`torch.linalg.svdvals` in fp32). Else the largest were, by a randomised sketch: a value
+  is between the computed one and √(computed² + error²), and the others are at most the error. They count as 0. So the number above
+  noise and the effective rank are too low, and the share below {SMALL:g} may be too high."""
+
+
+def spectrum(
+    run_dirs: Sequence[Path],
+    out: Path | None = None,
+    *,
+    before: int | None = None,
+    now: int | None = None,
+    every: bool = False,
+    exact_side: int = EXACT_SIDE,
+    trust: bool = False,
+) -> Path:
+    """Writes spectrum.md, spectrum.csv and plots/spectrum_KIND.png; several runs are overlaid.
+
+    Args:
+        run_dirs: folders of runs.
+        out: the folder to write into; None for the run's own, and for ``spectrum`` where there are several.
+        before, now, every, exact_side: see :func:`changes_of`.
+        trust: whether the user trusts whoever wrote the checkpoints.
+
+    Returns:
+        The path of spectrum.md.
+
+    Raises:
+        ConfigError: a run or a checkpoint is not there, or cannot be read; ``out`` cannot be written to.
+    """
+    folders = list({folder.resolve(): folder for folder in map(Path, run_dirs)}.values())
+    weights = [RunWeights(folder, trust=trust) for folder in folders]
+    target = out or (folders[0] if len(folders) == 1 else Path("spectrum"))
+    refuse_unwritable("--out", target)
+    runs = [
+        changes_of(run, label, before=before, now=now, every=every, exact_side=exact_side)
+        for run, label in zip(weights, unique_labels(folders), strict=True)
+    ]
+    make_folder("--out", target / "plots")
+    kinds = list(dict.fromkeys(kind for run in runs for kind in run.newest.kinds()))
+    for kind in kinds:
+        drawing.draw(target / "plots" / drawing.picture_of(kind), kind, [run for run in runs if kind in run.newest.kinds()])
+    _write_values(target / "spectrum.csv", runs)
+    (target / "spectrum.md").write_text(_page(runs, kinds), encoding="utf-8")
+    return target / "spectrum.md"
+
+
+def _write_values(path: Path, runs: Sequence[RunChanges]) -> None:
+    try:
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(CSV_HEADINGS)
+            for run in runs:
+                for change in run.all:
+                    for layer in change.layers:
+                        start = [run.label, change.before, change.now, layer.name]
+                        values = enumerate(layer.spectrum.values.tolist(), start=1)
+                        writer.writerows([*start, index, f"{value:.7g}"] for index, value in values)
+    except OSError as error:
+        raise ConfigError("--out", str(path), f"cannot be written: {error.strerror}", "name another folder") from None
+
+
+def _page(runs: Sequence[RunChanges], kinds: Sequence[str]) -> str:
+    lines = ["# Spectra of what changed in " + ", ".join(run.label for run in runs), "", *_runs(runs), ""]
+    lines += [*_table(["kind", "run", "layers"], _by_kind(runs, kinds)), "", NOTE]
+    for kind in kinds:
+        lines += ["", f"## {kind}", "", f"![{kind}](plots/{drawing.picture_of(kind)})"]
+        if any(run.earlier for run in runs):
+            lines += ["", *_table(["run", "update", "restarts"], _by_update(runs, kind))]
+    for run in runs:
+        lines += ["", f"## Layers of {run.label}", "", *_table(["layer", "shape"], map(_layer_row, run.newest.layers))]
+    return "\n".join(lines) + "\n"
+
+
+def _runs(runs: Sequence[RunChanges]) -> list[str]:
+    rows = [[run.label, run.method, f"{run.newest.before:,}", f"{run.newest.now:,}", str(run.newest.restarts)] for run in runs]
+    return markdown([["run", "method", "from update", "to update", "restarts"], *rows])
+
+
+def _by_kind(runs: Sequence[RunChanges], kinds: Sequence[str]) -> Iterable[list[str]]:
+    for kind in kinds:
+        for run in runs:
+            if layers := run.newest.of_kind(kind):
+                yield [kind, run.label, str(len(layers)), *_cells(layers)]
+
+
+def _by_update(runs: Sequence[RunChanges], kind: str) -> Iterable[list[str]]:
+    moments: list[tuple[RunChanges, Change]] = [(run, change) for run in runs for change in run.all]
+    for run, change in moments:
+        if layers := change.of_kind(kind):
+            yield [run.label, f"{change.now:,}", str(change.restarts), *_cells(layers)]
+
+
+def _layer_row(layer: LayerChange) -> list[str]:
+    return [layer.name, f"{layer.shape[0]:,} × {layer.shape[1]:,}", *_cells([layer])]
+
+
+def _table(first: Sequence[str], rows: Iterable[list[str]]) -> list[str]:
+    return markdown([[*first, *HEADINGS], *rows])
+
+
+def _cells(layers: Sequence[LayerChange]) -> list[str]:
+    """One cell for each of the headings."""
+    figures = Figures.of(layers)
+    bound = "–" if figures.bound is None else f"{figures.bound:g}"
+    ranks = [f"{rank:.1f}" for rank in (figures.above_noise, figures.effective_rank, figures.stable_rank)]
+    return [bound, *ranks, f"{figures.below_small:.1%}", f"{figures.largest:.3g}", f"{figures.error:.2g}"]
