@@ -86,6 +86,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "int8": ("lora", {"relora": {"frozen": {"dtype": "int8", "group_size": 16, "master": "sharded"}}}),
     "stage 1": ("lora", {"deepspeed": {"zero_optimization": {"stage": 1}}}),
+    "offloaded": ("lora", {"deepspeed": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}}),
 }
 
 
@@ -98,7 +99,8 @@ def test_no_micro_batch_waits(content: dict[str, Any], way: str) -> None:
     for found in run(2, waits, content, phase):
         assert not [moment for moment in MICRO_BATCHES if found.get(moment)], found
         whole = sum(found.values(), Counter())
-        assert sum(whole.values()) <= 7, "DeepSpeed twice, and for each of three groups that it clips; the trainer twice"
+        if way != "offloaded":  # then DeepSpeed reads figures of each parameter
+            assert sum(whole.values()) <= 7, "DeepSpeed twice, and for each of three groups that it clips; the trainer twice"
         ours = {who for who in whole if who.startswith("relora_ds")}
         assert ours == {"relora_ds.training.trainer._agree", "relora_ds.training.trainer._record"}, whole
 
