@@ -12,7 +12,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def engine(precision: str, **relora: Any) -> Any:
+def engine(precision: str, accumulation: int = 1, **relora: Any) -> Any:
     """A small LLaMA under ZeRO-2, in the LoRA phase."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -50,6 +51,8 @@ def engine(precision: str, **relora: Any) -> Any:
     model = LlamaForCausalLM(LlamaConfig(**SIZES)).to(device())
     config: dict[str, Any] = {"train_batch_size": 8, "gradient_clipping": 1.0, "zero_optimization": {"stage": 2}}
     config["optimizer"] = {"type": "AdamW", "params": {"lr": 2e-3, "torch_adam": True}}
+    config["gradient_accumulation_steps"] = accumulation
+    config["timers"] = {"throughput": {"enabled": False}}  # as a recipe has it
     if precision != "fp32":
         config[precision] = {"enabled": True}
     settings = {"rank": 16, "restart_every": 1000, **relora}
@@ -124,6 +127,36 @@ def restart(precision: str, frozen: str, master: str) -> dict[str, Any]:
     assert abs(after - before) < bound * before, (before, after)
     assert later[-1] < losses[-1], (losses[-1], later[-1])
     return {"first": losses[0], "before": before, "after": after, "last": later[-1], "bound": bound}
+
+
+class Batches:
+    """Stands for a token folder."""
+
+    def batch(self, samples: Sequence[int]) -> Tensor:
+        return torch.randint(SIZES["vocab_size"], (8, 64), generator=torch.Generator().manual_seed(samples[0]))
+
+
+def waiting() -> dict[str, Any]:
+    """Four micro batches an update: the host waits for the GPU in none but the last, nor does a batch on its way there."""
+    from relora_ds.data.prefetch import Prefetch
+    from relora_ds.models.packing import none_packed
+
+    given, num_watched = engine("bf16", accumulation=4), 0
+    order = [[number] for number in range(12)]
+    with closing(Prefetch(Batches(), order, device())) as ahead, none_packed():  # type: ignore[arg-type]
+        for number, samples in enumerate(order):
+            watched = torch.cuda.is_available() and number >= 4 and not given.is_gradient_accumulation_boundary()
+            if watched:
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                ids = ahead.batch(samples)
+                given.backward(given(input_ids=ids, labels=ids).loss)
+                given.step()
+                num_watched += watched
+            finally:
+                if watched:
+                    torch.cuda.set_sync_debug_mode("default")
+    return {"micro_batches": num_watched}
 
 
 def memory() -> dict[str, Any]:
@@ -227,6 +260,7 @@ def main() -> None:
         "products of a merge": exact_products,
         "int8 stores": int8_stores,
         "memory between engines": memory,
+        "no waiting in a micro batch": waiting,
         "restart, fp32": lambda: restart("fp32", "auto", "none"),
         "restart, bf16": lambda: restart("bf16", "auto", "none"),
         "restart, bf16, sharded master": lambda: restart("bf16", "auto", "sharded"),

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +18,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PretrainedConfig, PreTrainedModel, masking_utils
+from transformers import PretrainedConfig, PreTrainedModel
 
 from relora_ds.config import Loss, ReLoRA
 from relora_ds.method import lora
 from relora_ds.models import build as models
 from relora_ds.models.loss import attach as attach_loss
+from relora_ds.models.packing import none_packed
 
 Mark = str
 """The name of a parameter whose gradient is complete, and about to be taken."""
@@ -105,7 +105,7 @@ class Rehearsed:
 
         hooks = [param.register_post_accumulate_grad_hook(take) for param in names]
         try:
-            with _one_sequence_a_sample(), self.mode, recorder:
+            with none_packed(), self.mode, recorder:
                 ids = torch.zeros(micro_batch, sequence_length, dtype=torch.int64)
                 self.model(input_ids=ids, labels=ids).loss.backward()
         finally:
@@ -120,17 +120,6 @@ class Rehearsed:
         with self.mode, Recorder() as recorder:
             work()
         return recorder.peak
-
-
-@contextmanager
-def _one_sequence_a_sample() -> Iterator[None]:
-    """transformers looks into the positions for packed sequences, and builds masks where it cannot; here there is nothing to find."""
-    kept = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = kept
 
 
 class _FusedDropout(nn.Dropout):
@@ -179,7 +168,7 @@ def build(
             )  # fmt: skip
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        with _one_sequence_a_sample():
+        with none_packed():
             attach_loss(model, "chunked" if loss == "liger" else loss)
     if on_cuda:
         for module in model.modules():

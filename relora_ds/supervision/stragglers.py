@@ -31,7 +31,7 @@ class OwnTime:
 
     @contextmanager
     def batch(self) -> Iterator[None]:
-        """Around getting a batch, without its way to the device, which may wait for what runs there."""
+        """Around getting a batch. It is read ahead, so a slow disk counts as far as the update has to wait for it."""
         started = time.perf_counter()
         yield
         self._current_s += time.perf_counter() - started

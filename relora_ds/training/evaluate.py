@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,9 @@ import torch.distributed as dist
 from torch import nn
 
 from relora_ds.comm.counter import COUNTER, EVALUATION
+from relora_ds.data.prefetch import Prefetch
 from relora_ds.data.token_dataset import TokenDataset
+from relora_ds.models.packing import none_packed
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Evaluation:
 
 
 @torch.no_grad()
+@none_packed()
 def evaluate(
     model: nn.Module,
     dataset: TokenDataset,
@@ -52,21 +56,23 @@ def evaluate(
     if max_tokens is not None:
         num_samples = max(1, min(num_samples, max_tokens // dataset.sequence_length))
     mine = range(rank, num_samples, world_size)
-    sums = torch.zeros(2, dtype=torch.float64)
+    batches = [mine[start : start + batch_size] for start in range(0, math.ceil(num_samples / world_size), batch_size)]
+    total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
     was_training = model.training
     model.eval()
-    for start in range(0, math.ceil(num_samples / world_size), batch_size):
-        if samples := mine[start : start + batch_size]:
-            ids = dataset.batch(samples).to(device)
-            predicted = ids.shape[0] * (ids.shape[1] - 1)
-            loss = model(input_ids=ids, labels=ids).loss
-            sums += torch.tensor([float(loss) * predicted, predicted], dtype=torch.float64)
-        beat()
+    with closing(Prefetch(dataset, filter(None, batches), device)) as ahead:
+        for samples in batches:
+            if samples:
+                ids = ahead.batch(samples)
+                predicted = ids.shape[0] * (ids.shape[1] - 1)
+                total += model(input_ids=ids, labels=ids).loss.double() * predicted
+                tokens += predicted
+            beat()
     model.train(was_training)
+    sums = torch.stack([total, total.new_full((), tokens)])
     if world_size > 1:
-        sums = sums.to(device)
         with COUNTER.purpose(EVALUATION):
             dist.all_reduce(sums)
-    total, tokens = sums.tolist()
-    mean = total / tokens
-    return Evaluation(mean, math.exp(mean) if mean < 700 else math.inf, int(tokens))
+    loss, count = sums.tolist()  # read once: on a GPU the host runs ahead of the batches
+    mean = loss / count
+    return Evaluation(mean, math.exp(mean) if mean < 700 else math.inf, int(count))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from relora_ds.checkpoint import universal
 from relora_ds.checkpoint.writer import FencedError
 from relora_ds.comm.counter import COUNTER, LOSS, START_UP
 from relora_ds.console import say
+from relora_ds.data.prefetch import Prefetch
 from relora_ds.data.token_dataset import TokenDataset, rank_micro_batches
 from relora_ds.errors import TrainingError
 from relora_ds.launch.places import Place
@@ -32,6 +34,7 @@ from relora_ds.method.lora import LORA_GROUP, count_parameters
 from relora_ds.models import compiling
 from relora_ds.models.build import describe
 from relora_ds.models.loss import attach as attach_loss
+from relora_ds.models.packing import none_packed
 from relora_ds.optimizer.wrapper import ReLoRAOptimizer
 from relora_ds.run.folder import RunFolder
 from relora_ds.run.lock import RunLock
@@ -81,10 +84,16 @@ class Trainer(RunState):
         self.own_time = OwnTime(place.rank, place.world_size, device)
         self.checkpoints = Checkpoints(self, self.lock, checked.index.digests)
         data, length, seed = Path(config.data.path), config.data.sequence_length, config.run.seed
-        self.train_data = TokenDataset(data, "train", length, seed=seed)
+        train_data = TokenDataset(data, "train", length, seed=seed)
         self.held_out = TokenDataset(data, "validation", length, shuffle=False) if checked.index.holds_out else None
+        self.micro_batches = partial(
+            rank_micro_batches, global_batch=config.train.global_batch, micro_batch=config.train.micro_batch,
+            rank=place.rank, world_size=place.world_size,
+        )  # fmt: skip
         self._say("building the model and its DeepSpeed engine")
         self._build()
+        to_come = range(self.done.update + 1, config.total_updates + 1)
+        self.train_data = Prefetch(train_data, chain.from_iterable(map(self.micro_batches, to_come)), device)
 
     def _own_callbacks(self) -> list[Callback]:
         """Traffic first, which adds to the records of those behind it."""
@@ -159,22 +168,20 @@ class Trainer(RunState):
             self.checkpoints.finish()
         return agreed.is_asked_to_stop
 
+    @none_packed()
     def _train(self, update: int) -> torch.Tensor:
-        """Forward, backward and step of this rank's micro batches; their mean loss, () float64."""
-        train = self.config.train
+        """Forward, backward and step of this rank's micro batches; their mean loss, () float64.
+
+        On a GPU the host only launches: nothing before the last step waits for the device.
+        """
         # Dropout is a function of (seed, update, rank): a resumed run draws the same without any saved generator state.
         # torch takes 64 bits of it, and large seeds make more.
         torch.manual_seed(((self.config.run.seed * 1_000_003 + update) * 65_537 + self.place.rank) % 2**64)
-        micro_batches = rank_micro_batches(
-            update, global_batch=train.global_batch, micro_batch=train.micro_batch,
-            rank=self.place.rank, world_size=self.place.world_size,
-        )  # fmt: skip
+        micro_batches = self.micro_batches(update)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for samples in micro_batches:
-            with part(DATA):
-                with self.own_time.batch():
-                    ids = self.train_data.batch(samples)
-                ids = ids.to(self.device)
+            with part(DATA), self.own_time.batch():
+                ids = self.train_data.batch(samples)
             with part(FORWARD), self.own_time.forward():
                 micro_loss = self.engine(input_ids=ids, labels=ids).loss
             with part(BACKWARD):
@@ -283,6 +290,7 @@ class Trainer(RunState):
     def close(self, exit_code: int) -> None:
         """The run is over on this rank."""
         self.watchdog.stop()  # first: what the others do at their end may take its time
+        self.train_data.close()
         for callback in self.callbacks:
             callback.end(exit_code)
         self.lock.release()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from relora_ds.training.evaluate import evaluate
+from tests.syncs import Syncs
 
 
 class Held:
@@ -65,3 +66,27 @@ def test_ranks_with_fewer_samples_beat_as_often(monkeypatch: pytest.MonkeyPatch)
             beat=lambda rank=rank: beats.append(rank),
         )  # fmt: skip
     assert beats == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+class Losses(nn.Module):
+    """Gives one loss after the other."""
+
+    def __init__(self, losses: Tensor) -> None:
+        super().__init__()
+        self.losses = iter(losses.unbind())
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(loss=next(self.losses))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_read_once_and_summed_as_python_does(dtype: torch.dtype) -> None:
+    """Four batches, the last of one sample: to the last digit what float() of each would give."""
+    losses = (torch.rand(4, generator=torch.Generator().manual_seed(0)) * 10).to(dtype)
+    with Syncs() as syncs:
+        result = evaluate(Losses(losses), Held(), batch_size=2, device=torch.device("cpu"))  # type: ignore[arg-type]
+    assert syncs.found == {"": {"relora_ds.training.evaluate.evaluate": 1}}
+    total = 0.0
+    for loss, samples in zip(losses, (2, 2, 2, 1), strict=True):
+        total += float(loss) * (samples * 4)
+    assert result.loss == total / 28
