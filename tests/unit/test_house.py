@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from relora_ds.cli.main import build_parser
+
 PACKAGE = Path(__file__).resolve().parents[2] / "relora_ds"
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
@@ -33,6 +35,8 @@ def test_the_design_names_every_file_in_its_room() -> None:
 def test_rooms_are_small() -> None:
     files = Counter(module.rpartition("/")[0] for module in MODULES if not module.endswith("__init__.py"))
     assert files.pop("") <= 10, "loose files"
+    (commands,) = (action.choices for action in build_parser()._actions if isinstance(action.choices, dict))
+    assert files.pop("cli") <= len(commands) + 2, "a file a command, besides main.py and options.py"
     assert max(files.values()) <= 12 and all(room.count("/") == 0 for room in files), files
 
 
