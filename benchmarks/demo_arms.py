@@ -12,7 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from relora_ds.reports.report import read_run, restart_table
+from relora_ds.reports.restarts import restart_table
+from relora_ds.reports.run_records import read_run
 
 RESTARTED, RUNNING_ON = "relora.reset.restart_bias_correction=true", "relora.reset.restart_bias_correction=false"
 INT8 = ["relora.frozen.dtype=int8", "relora.frozen.master=sharded"]
@@ -62,7 +63,7 @@ def main() -> None:
             command += [f"run.dir={folder}", f"run.seed={seed}", "wandb.mode=disabled", *settings, *options.overrides]
             subprocess.run(command, check=True)
             run = read_run(folder)
-            changes = [f"{row.loss_before:.3f} → {row.loss_after:.3f}" for row in restart_table(run.updates, run.restarts)]
+            changes = [f"{row.later.before:.3f} → {row.later.after:.3f}" for row in restart_table(run.updates, run.restarts)]
             rows.append(f"| {name} | {seed} | {run.evals[-1]['eval_perplexity']:.2f} | {' | '.join(changes)} |")
             print(rows[-1], file=sys.stderr)
     print("| variant | seed | held-out perplexity | loss around restart 1, 2, 3 … |\n|---|---|---|---|")

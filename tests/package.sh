@@ -10,7 +10,7 @@ trap 'rm -rf "$work"' EXIT
 "$builder" -m build --outdir "$work/dist" "$root" >"$work/build.log" 2>&1 || { cat "$work/build.log"; exit 1; }
 tar tzf "$work"/dist/*.tar.gz >"$work/sdist.txt"
 "$builder" -m zipfile -l "$work"/dist/*.whl >"$work/wheel.txt"
-for file in relora_ds/py.typed relora_ds/method/lora.py; do
+for file in relora_ds/py.typed relora_ds/method/lora.py relora_ds/reports/page.css; do
     grep -q "/$file$" "$work/sdist.txt" || { echo "the sdist lacks $file"; exit 1; }
     grep -q "^$file " "$work/wheel.txt" || { echo "the wheel lacks $file"; exit 1; }
 done
@@ -34,4 +34,6 @@ EOF
 relora-ds train recipe.yaml --nproc 1
 relora-ds export run model
 test -f model/model.safetensors
+relora-ds report run
+grep -q -- '--paper' run/report.html
 echo "the package installs and trains"

@@ -15,7 +15,7 @@ def add_command(parent: Any) -> None:
     """Adds the command to the parser of ``relora-ds``."""
     report = new_command(
         parent, "report", run_report, "Write tables and plots of one run, or of several side by side.",
-        about="It may be called at any time, also while the run trains.",
+        about="It may be called at any time, also while the run trains. report.html is one file, which can be sent to somebody.",
         examples=["relora-ds report runs/demo", "relora-ds report runs/relora runs/full_rank --out compared"],
     )  # fmt: skip
     report.add_argument(
@@ -23,7 +23,7 @@ def add_command(parent: Any) -> None:
     )
     report.add_argument(
         "--out", metavar="FOLDER", type=path_argument,
-        help="The folder to write report.md and plots/ into. Default: the run's folder; for several runs, report.",
+        help="The folder to write report.html, report.md and plots/ into. Default: the run's folder; for several runs, report.",
     )  # fmt: skip
 
 
@@ -31,5 +31,6 @@ def run_report(options: argparse.Namespace, rest: Sequence[str]) -> int:
     refuse_rest(rest)
     from relora_ds.reports.report import report
 
-    print(f"wrote {report(options.places, options.out)}")
+    page = report(options.places, options.out)
+    print(f"wrote {page} and {page.with_name('report.html')}")
     return EXIT_DONE

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from relora_ds.reports.report import COLOURS
+from relora_ds.reports.drawing import COLOURS
 from relora_ds.spectra.changes import Figures, LayerChange, RunChanges
 from relora_ds.spectra.spectrum import SMALL
 

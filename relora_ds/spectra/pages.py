@@ -8,7 +8,7 @@ from pathlib import Path
 
 from relora_ds.errors import ConfigError
 from relora_ds.paths import make_folder, refuse_unwritable
-from relora_ds.reports.report import unique_labels
+from relora_ds.reports.run_records import unique_labels
 from relora_ds.reports.tables import markdown
 from relora_ds.spectra import drawing
 from relora_ds.spectra.changes import Change, Figures, LayerChange, RunChanges, changes_of

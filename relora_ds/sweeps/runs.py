@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from relora_ds.errors import ConfigError
+from relora_ds.reports.run_records import column, known, last, read_run
 from relora_ds.run import manifest as manifests
 from relora_ds.run.changes import differences
 from relora_ds.run.folder import read_jsonl, read_traffic
@@ -132,8 +132,6 @@ class Figures:
 
 def figures(run: SweepRun) -> Figures:
     """The figures of a run, as far as it has come."""
-    from relora_ds.reports.report import column, known, read_run  # it imports matplotlib
-
     try:
         content = read_run(run.folder.path)
     except ConfigError:
@@ -143,14 +141,10 @@ def figures(run: SweepRun) -> Figures:
     trainable = column(read_traffic(run.folder.traffic), "trainable_parameters")
     return Figures(
         update=content.updates[-1]["update"],
-        perplexity=_last(column(content.evals, "eval_perplexity")),
-        trainable_parameters=_last(trainable),
-        tokens=_last(column(content.updates, "tokens")),
+        perplexity=last(column(content.evals, "eval_perplexity")),
+        trainable_parameters=last(trainable),
+        tokens=last(column(content.updates, "tokens")),
         seconds=sum(batch / speed for speed in known(column(content.updates, "tokens_per_s")) if speed > 0),
         sent_bytes=sum(sent) if sent else math.nan,
         sent_bytes_per_update=sum(sent) / len(sent) if sent else math.nan,
     )
-
-
-def _last(values: Sequence[float]) -> float:
-    return values[-1] if values else math.nan

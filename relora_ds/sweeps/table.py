@@ -28,6 +28,8 @@ MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "sent_bytes": ("sent in all", human_bytes),
 }
 """Fields of :class:`Figures`: what they are called, and how they are written."""
+CURVES = ("perplexity.png", "loss.png")
+"""The pictures of the report that the page of a sweep shows."""
 NOTE = """Mean ± sample standard deviation over the seeds that are done. The perplexity is that of the last evaluation. Seconds are
 those of updates, restarts included, without starts and evaluations. Bytes are what rank 0 sent for updates, as rings send them."""
 
@@ -108,7 +110,7 @@ def _number(value: object) -> float:
 
 
 def write(sweep: Sweep) -> tuple[Path, list[list[str]]]:
-    """Writes sweep.md, sweep.csv, runs.csv and, as soon as a run has an update, report.md with its plots.
+    """Writes sweep.md, sweep.csv, runs.csv and, as soon as a run has an update, report.md with its plots, and report.html.
 
     Returns:
         The path of sweep.md, and the cells of its table.
@@ -140,16 +142,9 @@ def _page(sweep: Sweep, table: list[list[str]], standings: Mapping[SweepRun, Sta
     if rest := not_done(standings):
         lines += ["## Runs that are not done", "", *markdown(rest), ""]
     if is_drawn:
-        lines += [
-            "## Curves",
-            "",
-            "![](plots/perplexity.png)",
-            "",
-            "![](plots/loss.png)",
-            "",
-            "Every run: [report.md](report.md).",
-            "",
-        ]
+        drawn = [name for name in CURVES if (sweep.folder / "plots" / name).is_file()]  # without evaluations one is missing
+        pictures = (line for name in drawn for line in (f"![](plots/{name})", ""))
+        lines += ["## Curves", "", *pictures, "Every run: [report.html](report.html), [report.md](report.md).", ""]
     return lines
 
 

@@ -145,6 +145,8 @@ def test_from_text_to_report(recipe: Recipe, tmp_path: Path) -> None:
     assert [path for path in written if path.stat().st_mode & 0o777 != (0o775 if path.is_dir() else 0o664)] == []
     page = (tmp_path / "run" / "report.md").read_text()
     assert "restart" in page and "## Traffic of run" in page
-    assert len(list((tmp_path / "run" / "plots").glob("*.png"))) == 3
+    pictures = ["gradient_norm", "learning_rate", "loss", "merged_change", "perplexity", "restarts", "speed"]
+    assert sorted(path.stem for path in (tmp_path / "run" / "plots").glob("*.png")) == pictures
+    assert "Recipe of run" in (tmp_path / "run" / "report.html").read_text()
     again = relora("train", path, "--nproc", 2)
     assert "resuming from" in again.stderr and metrics(tmp_path / "run")[-1] == last, "nothing is left to do"

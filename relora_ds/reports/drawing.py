@@ -1,0 +1,170 @@
+"""Draws a report's pictures by matplotlib: as PNG for Markdown, and as SVG for a page whose style sheet gives colours and letters."""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from relora_ds.reports.figures import Picture, Style
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito: for any colour vision
+LINES: dict[Style, dict[str, Any]] = {
+    "line": {"linewidth": 1.5},
+    "thin": {"linewidth": 0.6, "alpha": 0.35},
+    "dashed": {"linewidth": 1.2, "linestyle": "--"},
+    "dots": {"linewidth": 0.8, "marker": "o", "markersize": 4},
+}
+MARKS: dict[str, dict[str, Any]] = {
+    "restart": {"linestyle": "--", "linewidth": 0.8, "alpha": 0.7},
+    "phase change": {"linestyle": ":", "linewidth": 1.6},
+}
+SIZE = (7.2, 3.0)
+"""Of an SVG in inches: 518 x 216 of its units, to which a page's letters are measured."""
+PLOT = (0.125, 0.12, 0.865, 0.85)
+"""Left, bottom, width and height of the axes in it; beside them is room for numbers in the larger letters of small screens."""
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Colours of the series, in turn, and of the rest."""
+
+    series: tuple[str, ...]
+    ink: str
+    mark: str
+    grid: str
+
+    def of(self, number: int | None) -> str:
+        """The colour of a series; that of marks where it has none of its own."""
+        return self.mark if number is None else self.series[number % len(self.series)]
+
+
+ON_WHITE = Palette(COLOURS, ink="#262626", mark="#737373", grid="#ededed")
+# Names that matplotlib takes for colours; each becomes a variable of the page's style sheet. None is black, which an SVG leaves out.
+BY_STYLE = Palette(
+    tuple(f"#{number:06x}" for number in range(1, len(COLOURS) + 1)), ink="#0000a1", mark="#0000a2", grid="#0000a3"
+)
+VARIABLES = {name: f"var(--series-{number})" for number, name in enumerate(BY_STYLE.series)} | {
+    BY_STYLE.ink: "var(--soft)",
+    BY_STYLE.mark: "var(--mark)",
+    BY_STYLE.grid: "var(--grid)",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of a legend: what a line of this style (of a series, or ``restart``, ``phase change``) and colour is."""
+
+    label: str
+    style: str
+    colour: int | None
+
+
+def legend(picture: Picture) -> list[Entry]:
+    """What is to be told of the curves and marks of a picture; marks of several runs are told once, in grey."""
+    entries = [Entry(series.label, series.style, series.colour) for series in picture.series if series.label]
+    return entries + [Entry(kind, kind, None) for kind in dict.fromkeys(mark.kind for mark in picture.marks)]
+
+
+def write_png(picture: Picture, path: Path) -> None:
+    """Draws a picture with its title, units and legend, on white."""
+    figure = Figure(figsize=(9, 4.6), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    _draw(axis, picture, ON_WHITE)
+    axis.set_title(picture.title, loc="left", fontweight="bold")
+    axis.set(xlabel=picture.x_unit, ylabel=picture.unit)
+    # A dollar sign in a folder name would start a formula.
+    handles = [
+        Line2D([], [], color=ON_WHITE.of(entry.colour), label=entry.label.replace("$", r"\$"), **_line(entry.style))
+        for entry in legend(picture)
+    ]
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path)
+
+
+def svg(picture: Picture) -> str:
+    """The curves of a picture as an ``<svg>`` element for an HTML page, which says title, units and legend itself.
+
+    It has no size, font or colour of its own. Colours are the variables ``--series-0`` … ``--series-6``, ``--soft`` (numbers),
+    ``--mark`` and ``--grid`` of the page's style sheet. Every id in it begins with the picture's name, and those of its curves go on
+    with ``-series-``.
+    """
+    figure = Figure(figsize=SIZE)
+    figure.patch.set_visible(False)
+    _draw(figure.add_axes(PLOT), picture, BY_STYLE)
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": picture.name}):
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return _for_page(file.getvalue(), picture)
+
+
+def _line(style: str) -> dict[str, Any]:
+    return MARKS[style] if style in MARKS else LINES[style]  # type: ignore[index]
+
+
+def _draw(axis: Axes, picture: Picture, palette: Palette) -> None:
+    """Curves, marks, axes and their numbers."""
+    for number, series in enumerate(picture.series):
+        line = axis.plot(series.x, series.y, color=palette.of(series.colour), **_line(series.style))
+        line[0].set_gid(f"series-{number}")
+    # The marks lie above the grid and below the curves.
+    for number, mark in enumerate(picture.marks):
+        axis.axvline(mark.x, color=palette.of(mark.colour), zorder=1.8, gid=f"mark-{number}", **_line(mark.kind))
+    if picture.is_log:
+        axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9) if picture.is_log else MaxNLocator(5))
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    for ruler in (axis.xaxis, axis.yaxis):
+        ruler.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+        ruler.set_minor_locator(NullLocator())
+    axis.set_ylim(picture.limits)
+    axis.grid(color=palette.grid, linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.patch.set_visible(palette is ON_WHITE)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.spines["bottom"].set_color(palette.mark)
+    axis.tick_params(length=0, pad=5, labelcolor=palette.ink)
+
+
+def _for_page(drawn: str, picture: Picture) -> str:
+    """What matplotlib wrote, without what is not to be in a page: its style sheet, metadata, names, sizes, fonts and colours."""
+    root = ElementTree.fromstring(drawn)
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag.endswith(("}metadata", "}style")):
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        own = {name.rpartition("}")[2]: value for name, value in element.attrib.items()}
+        element.attrib.clear()
+        element.attrib.update({name: _value(name, value, element.tag, picture.name) for name, value in own.items()})
+    for name in ("width", "height", "version"):
+        root.attrib.pop(name, None)
+    root.attrib |= {"role": "img", "aria-label": f"{picture.title}, {picture.unit} by {picture.x_unit}"}
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _value(name: str, value: str, tag: str, prefix: str) -> str:
+    """An attribute's value: ids with a prefix, colours as variables, two decimals, a text's style without its font."""
+    if name == "id":
+        return f"{prefix}-{value}"
+    if name in ("href", "clip-path"):
+        return value.replace("#", f"#{prefix}-")
+    if name == "style":
+        rules = [rule.strip() for rule in value.split(";") if rule.strip()]
+        if tag == "text":
+            rules = [rule for rule in rules if rule.startswith(("fill", "text-anchor"))]
+        return "; ".join(re.sub(r"#[0-9a-f]{6}\b", lambda found: VARIABLES.get(found[0], found[0]), rule) for rule in rules)
+    return re.sub(r"(\.\d\d)\d+", r"\1", value) if name in ("d", "x", "y", "transform") else value

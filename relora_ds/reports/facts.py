@@ -1,0 +1,171 @@
+"""What was run, and on what, by a run's config.yaml, model/, base/, checkpoints/ and traffic.json; nothing is guessed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from typing import Any
+
+from relora_ds.reports.restarts import stored_dtype
+from relora_ds.reports.run_records import Run, last
+from relora_ds.run import manifest as manifests
+from relora_ds.run.manifest import ManifestError
+from relora_ds.text import json_text
+
+UNKNOWN = "–"
+SHAPE = {"num_hidden_layers": "layers", "hidden_size": "hidden size", "num_attention_heads": "heads", "vocab_size": "vocabulary"}
+"""Names of a Hugging Face configuration that tell a model's size, with their names in the report."""
+
+
+def what(run: Run) -> dict[str, str]:
+    """What was trained, by what method, on what data; :data:`UNKNOWN` where the folder does not tell."""
+    has_factors = any(record.get("phase") == "lora" for record in run.updates)
+    facts = {"method": run.method, "model": _model(run), "first weights": _first_weights(run)} | _parameters(run)
+    if has_factors:
+        facts |= _factors(run)
+        # Left out, it is the other one.
+        facts["learning rate of the factors"] = _text(run, "optimizer.lora_lr", otherwise=_text(run, "optimizer.lr"))
+    facts |= {
+        "learning rate": _text(run, "optimizer.lr"),
+        "schedule": _text(run, "optimizer.schedule"),
+        "one update": _batch(run),
+        "data": _data(run),
+        "seed": _text(run, "run.seed"),
+    }
+    return facts
+
+
+def on_what(run: Run) -> dict[str, str]:
+    """Machines, versions, dates and time, as far as the folder records them."""
+    newest = manifests.newest(run.folder.checkpoints)
+    versions = newest[1].versions if newest else {}
+    precision = f"{newest[1].precision}, ZeRO stage {newest[1].zero_stage}" if newest else UNKNOWN
+    return {
+        "machines": _machines(run),
+        "precision": precision,
+        "versions": ", ".join(f"{name} {number}" for name, number in versions.items()) or UNKNOWN,
+        "updates done": _progress(run),
+        "metrics.jsonl last written": _date(run),
+    }
+
+
+def _text(run: Run, key: str, otherwise: str = UNKNOWN) -> str:
+    value = run.setting(key)
+    return otherwise if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _model(run: Run) -> str:
+    content = _json(run, "config.json")
+    sizes = [f"{title} {content[name]:,}" for name, title in SHAPE.items() if isinstance(content.get(name), int)]
+    return ", ".join([str(content.get("model_type", "")), *sizes]).strip(", ") or UNKNOWN
+
+
+def _json(run: Run, name: str) -> Mapping[str, Any]:
+    try:
+        content = json_text.parse((run.folder.model / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _first_weights(run: Run) -> str:
+    for key in ("model.path", "model.weights"):
+        if run.setting(key) is not None:
+            return str(run.setting(key))
+    return "random" if run.settings else UNKNOWN
+
+
+def _parameters(run: Run) -> dict[str, str]:
+    """How many parameters there are in the newest phase, and how many of them are trained."""
+    newest = next((start for start in reversed(run.starts) if isinstance(start.get("trainable_parameters"), int)), None)
+    if newest is None:
+        return {"parameters": UNKNOWN, "of these trained": UNKNOWN}
+    trained = newest["trainable_parameters"]
+    phase = next((str(record.get("phase")) for record in run.updates if record["update"] == newest["last_update"]), "")
+    frozen = 0 if phase == "full" or run.method == "low_rank" else frozen_parameters(run)
+    if frozen is None:
+        return {"parameters": UNKNOWN, "of these trained": f"{trained:,}"}
+    return {"parameters": f"{trained + frozen:,}", "of these trained": f"{trained:,} ({trained / (trained + frozen):.1%})"}
+
+
+def frozen_parameters(run: Run) -> int | None:
+    """How many frozen weights the newest base holds; None where there is none that can be read."""
+    for folder in sorted(run.folder.base.glob("restart_*"), reverse=True):
+        try:
+            layers = manifests.read_json(folder)["layers"]
+            return sum(math.prod(layer["shape"]) for layer in layers.values())
+        except (ManifestError, KeyError, TypeError, AttributeError):
+            continue
+    return None
+
+
+def _factors(run: Run) -> dict[str, str]:
+    rank, alpha = run.setting("relora.rank"), run.setting("relora.alpha")
+    is_known = isinstance(rank, int) and isinstance(alpha, (int, float)) and rank > 0
+    facts = {
+        "rank": _text(run, "relora.rank"),
+        "alpha": f"{alpha:g} (B·A counts {alpha / rank:g} times)" if is_known else UNKNOWN,
+    }
+    facts["warm start"] = _updates(run, "relora.warm_start", "{} updates at full rank")
+    if run.method == "relora":
+        growth = run.setting("relora.restart_growth")
+        grows = f", each interval {growth:g} times the one before" if isinstance(growth, (int, float)) and growth != 1 else ""
+        facts["restart"] = _updates(run, "relora.restart_every", "every {} updates" + grows)
+        facts["learning rate climbs again over"] = _updates(run, "relora.restart_warmup", "{} updates")
+        facts["optimizer at a restart"] = _reset(run)
+    facts["frozen weights stored in"] = stored_dtype(run) or UNKNOWN
+    return facts
+
+
+def _updates(run: Run, key: str, pattern: str) -> str:
+    value = run.setting(key)
+    return pattern.format(f"{value:,}") if isinstance(value, int) else UNKNOWN
+
+
+def _reset(run: Run) -> str:
+    kind, ratio = run.setting("relora.reset.kind"), run.setting("relora.reset.ratio")
+    if kind in ("magnitude", "random") and isinstance(ratio, (int, float)):
+        which = "smallest" if kind == "magnitude" else "random"
+        return f"the {which} {ratio:.1%} of the moments are set to 0"
+    return {"full": "all moments are set to 0", "none": "the moments are kept"}.get(str(kind), UNKNOWN)
+
+
+def _batch(run: Run) -> str:
+    batch, length = run.setting("train.global_batch"), run.setting("data.sequence_length")
+    if not isinstance(batch, int) or not isinstance(length, int):
+        return UNKNOWN
+    return f"{batch:,} sequences of {length:,} tokens: {batch * length:,} tokens"
+
+
+def _data(run: Run) -> str:
+    newest = manifests.newest(run.folder.checkpoints)
+    digests = newest[1].data.get("sha256") if newest else None
+    digest = (
+        f" (SHA-256 of the training tokens {str(digests['train'])[:12]}…)"
+        if isinstance(digests, dict) and "train" in digests
+        else ""
+    )
+    return f"{_text(run, 'data.path')}{digest}"
+
+
+def _machines(run: Run) -> str:
+    described = []
+    for start in run.starts:
+        hosts = ", ".join(str(node.get("host")) for node in start["nodes"])
+        backend = f", {start['backend']}" if start.get("backend") else ""
+        described.append(f"{start['world_size']} rank(s) on {hosts}{backend}")
+    return "; then ".join(dict.fromkeys(described)) or UNKNOWN
+
+
+def _progress(run: Run) -> str:
+    wanted = run.setting("train.updates")
+    of = f" of {wanted:,}" if isinstance(wanted, int) else ""
+    tokens = last([record["tokens"] for record in run.updates if isinstance(record.get("tokens"), int)])
+    return f"{run.updates[-1]['update']:,}{of}" + ("" if math.isnan(tokens) else f", {tokens:,} tokens")
+
+
+def _date(run: Run) -> str:
+    """A file's date is all that tells it: runs write none. A copy of the folder may have another."""
+    at = datetime.fromtimestamp(run.folder.metrics.stat().st_mtime, tz=timezone.utc)
+    return f"{at:%Y-%m-%d %H:%M} UTC, by the file's date (a copy may have another)"

@@ -1,0 +1,150 @@
+"""report.html in a real browser: on a phone, a tablet and a desk, in light, dark and print; nothing is asked for, nothing runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from relora_ds.reports.report import report
+from tests import browser
+from tests.unit.reports.run_folders import WARM_START, falling, relora_records, restart, start, write_run, write_traffic
+
+pytestmark = pytest.mark.skipif(browser.PROGRAM is None, reason="no chromium: apt-get install chromium")
+
+WIDTHS = [360, 768, 1280]
+WIDEST = "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+SPILT = """[...document.querySelectorAll('body *')].filter(e => {
+  const box = e.getBoundingClientRect();
+  return box.width && (box.right > innerWidth + 1 || box.left < -1) && !e.closest('.wide, pre, details:not([open])');
+}).map(e => e.tagName + ' ' + e.textContent.slice(0, 40))"""
+CURVES = """[...document.querySelectorAll('figure')].map(figure => {
+  const frame = figure.querySelector('svg').getBoundingClientRect();
+  const curves = [...figure.querySelectorAll('[id*="-series-"]')].map(e => e.getBoundingClientRect());
+  const inside = box => box.width > 2 && box.left >= frame.left - 1 && box.right <= frame.right + 1;
+  return [figure.id, curves.length, curves.filter(inside).length];
+})"""
+# Numbers of the axes: how tall the letters are in px, and pairs that lie over each other.
+NUMBERS = """[...document.querySelectorAll('svg')].map(svg => {
+  const texts = [...svg.querySelectorAll('text')], scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
+  const boxes = texts.map(e => e.getBoundingClientRect());
+  const over = (a, b) => a.left < b.right && b.left < a.right && a.top + 2 < b.bottom && b.top + 2 < a.bottom;
+  const pairs = boxes.flatMap((a, i) => boxes.slice(i + 1).filter(b => over(a, b)).map(() => svg.getAttribute('aria-label')));
+  return [Math.min(...texts.map(e => parseFloat(getComputedStyle(e).fontSize) * scale)), pairs];
+})"""
+CONTRAST = """(selector, property) => {
+  const light = colour => {
+    const linear = v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+    const [r, g, b] = colour.match(/[\\d.]+/g).slice(0, 3).map(v => linear(v / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = e => {
+    const colour = getComputedStyle(e).backgroundColor;
+    return e.parentElement && /, 0\\)|transparent/.test(colour) ? behind(e.parentElement) : colour;
+  };
+  const ratios = [...document.querySelectorAll(selector)].map(e => {
+    const [a, b] = [light(getComputedStyle(e)[property]), light(behind(e))].sort((x, y) => y - x);
+    return (a + 0.05) / (b + 0.05);
+  });
+  return ratios.length ? Math.min(...ratios) : null;
+}"""
+TEXTS = ["body", "p", "th", "td", "thead th", "a", "code", "pre", "summary", ".unit", ".legend li", "footer"]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a run with all that a report shows, with a long name, and of another one beside it."""
+    records = relora_records()
+    for record in records:
+        record["sent_bytes"] = 4_000_000 if record["phase"] == "lora" else 10_000_000
+    folder = tmp_path_factory.mktemp("runs") / "a_run_with_a_name_that_is_longer_than_a_phone_is_wide_and_has_no_space"
+    settings = "method: relora\nrelora: {rank: 4, alpha: 8, warm_start: 60}\ndata: {path: /" + "very/" * 40 + "deep}\n"
+    write_run(folder, records, [restart(1, WARM_START + 40), restart(2, 150)], settings=settings)
+    write_traffic(folder, start(last_update=200, trainable_parameters=250))
+    (folder / "ranks.jsonl").write_text('{"update": 20, "hosts": ["a", "b"], "forward_s": [1, 2]}\n')
+    report([folder])
+    return folder / "report.html"
+
+
+@pytest.fixture(scope="module")
+def shown(page: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Tab]:
+    with browser.tab(tmp_path_factory.mktemp("profile")) as tab:
+        tab.resize(1280)
+        tab.open(page)
+        yield tab
+
+
+def contrast(tab: browser.Tab, selector: str, what: str) -> float | None:
+    return tab.run(f"({CONTRAST})({selector!r}, {what!r})")
+
+
+def test_nothing_is_asked_for_and_the_console_is_silent(shown: browser.Tab, page: Path) -> None:
+    assert shown.requests == [page.as_uri()]
+    assert shown.complaints == []
+    assert shown.run("document.scripts.length + document.querySelectorAll('img, link, iframe, object').length") == 0
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_page_fits_the_screen(shown: browser.Tab, width: int) -> None:
+    shown.prefer()
+    shown.resize(width)
+    content, screen = shown.run(WIDEST)
+    assert content <= screen == width
+    assert shown.run(SPILT) == []
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_picture_has_its_curves_and_numbers_that_can_be_read(shown: browser.Tab, width: int) -> None:
+    shown.prefer()
+    shown.resize(width)
+    drawn = shown.run(CURVES)
+    assert len(drawn) == 8 and all(inside == curves > 0 for _, curves, inside in drawn), drawn
+    for size, pairs in shown.run(NUMBERS):
+        assert size >= 9 and pairs == [], (size, pairs)
+
+
+@pytest.mark.parametrize(("scheme", "medium"), [("light", "screen"), ("dark", "screen"), ("dark", "print")])
+def test_contrast(shown: browser.Tab, scheme: str, medium: str) -> None:
+    """As WCAG asks: 4.5 for text, 3 for curves. Paper is white whatever the screen is."""
+    shown.prefer(scheme, medium)
+    paper = shown.run("getComputedStyle(document.body).backgroundColor")
+    assert (paper == "rgb(255, 255, 255)") == ((scheme, medium) != ("dark", "screen"))
+    for selector in TEXTS:
+        ratio = contrast(shown, selector, "color")
+        assert ratio is not None and ratio >= 4.5, (selector, ratio)
+    for selector, what, least in (
+        ("svg text", "fill", 4.5),
+        ('svg [id*="-series-"] path', "stroke", 3),
+        ('svg [id*="-mark-"] path', "stroke", 3),
+    ):
+        ratio = contrast(shown, selector, what)
+        assert ratio is not None and ratio >= least, (selector, ratio)
+
+
+def test_several_runs_side_by_side_fit_a_phone(page: Path, tmp_path: Path) -> None:
+    others = [write_run(tmp_path / f"run_{number}", falling(80), method="full") for number in range(7)]
+    report([page.parent, *others], tmp_path / "both")
+    with browser.tab(tmp_path / "profile") as tab:
+        tab.resize(360)
+        tab.open(tmp_path / "both" / "report.html")
+        content, screen = tab.run(WIDEST)
+        assert content <= screen == 360
+        assert tab.complaints == []
+        assert all(curves == inside > 0 for _, curves, inside in tab.run(CURVES))
+
+
+def test_the_policy_holds(page: Path, tmp_path: Path) -> None:
+    """A script and an address from elsewhere, had they come in, would do nothing."""
+    text = page.read_text(encoding="utf-8")
+    (tmp_path / "broken.html").write_text(
+        text.replace(
+            "<main>",
+            '<main><script>document.title = "ran"</script><img src="http://127.0.0.1:9/x.png" onerror="document.title = 1">',
+        ),
+        encoding="utf-8",
+    )
+    with browser.tab(tmp_path / "profile") as tab:
+        tab.open(tmp_path / "broken.html")
+        assert tab.run("document.title").startswith("Report on")
+        assert len(tab.complaints) >= 2 and all("Content Security Policy" in complaint for complaint in tab.complaints)

@@ -1,0 +1,66 @@
+"""Pictures as PNG and as a part of a page: the right marks, no colour or letter of their own, nothing from elsewhere."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import matplotlib.image
+import pytest
+
+from relora_ds.reports.drawing import COLOURS, VARIABLES, Entry, legend, svg, write_png
+from relora_ds.reports.figures import Mark, Picture, Series
+
+LINE = Series("a", [1, 2, 3, 4], [1.0, 2.0, math.nan, 4.0], 0)
+PICTURE = Picture(
+    "loss", "Loss", "nats", "", (LINE, Series("b", [1, 4], [2.0, 3.0], 1, "dots"), Series("", [1, 4], [1.0, 1.0], 8, "thin")),
+    (Mark("restart", 2), Mark("restart", 3, 1), Mark("phase change", 2)),
+)  # fmt: skip
+
+
+def test_a_legend_tells_each_thing_once() -> None:
+    assert legend(PICTURE) == [
+        Entry("a", "line", 0), Entry("b", "dots", 1), Entry("restart", "restart", None), Entry("phase change", "phase change", None),
+    ]  # fmt: skip
+
+
+def test_svg_has_the_colours_and_letters_of_its_page() -> None:
+    drawn = svg(PICTURE)
+    root = ElementTree.fromstring(drawn)
+    assert root.tag == "svg" and {"width", "height"}.isdisjoint(root.attrib) and root.get("viewBox") == "0 0 518.4 216"
+    assert not re.search(r"#[0-9a-f]{6}\b|font|<style|<metadata|http", drawn)
+    assert {"var(--series-0)", "var(--series-1)", "var(--soft)", "var(--mark)", "var(--grid)"} <= set(
+        re.findall(r"var\([\w-]+\)", drawn)
+    )
+    assert len(VARIABLES) == len(COLOURS) + 3
+    texts = ["".join(element.itertext()).strip() for element in root.iter("text")]
+    assert {"1", "2", "3", "4"} <= set(texts)
+
+
+def test_ids_of_two_pictures_in_a_page_differ() -> None:
+    first, second = (svg(Picture(name, "", "", "", PICTURE.series, PICTURE.marks)) for name in ("loss", "speed"))
+    ids = [re.findall(r' id="([^"]+)"', drawn) for drawn in (first, second)]
+    assert all(len(set(own)) == len(own) for own in ids) and set(ids[0]).isdisjoint(ids[1])
+    for drawn, own in zip((first, second), ids, strict=True):
+        assert set(re.findall(r'(?:url\(|href=")#([^")]+)', drawn)) <= set(own), "what is referred to is there"
+    assert [name for name in ids[0] if "-series-" in name] == [f"loss-series-{number}" for number in range(3)]
+
+
+def test_the_same_picture_is_drawn_the_same() -> None:
+    assert svg(PICTURE) == svg(PICTURE)
+
+
+@pytest.mark.parametrize("is_log", [True, False])
+def test_numbers_of_an_axis_are_plain(is_log: bool) -> None:
+    picture = Picture("p", "", "", "", (Series("a", [0, 20000], [3.0, 50000.0], 0),), is_log=is_log)
+    texts = [element.text or "" for element in ElementTree.fromstring(svg(picture)).iter("text")]
+    assert "20,000" in texts and all(re.fullmatch(r"[\d,.]+", text) for text in texts), texts
+
+
+def test_png(tmp_path: Path) -> None:
+    path = tmp_path / "loss.png"
+    write_png(Picture("loss", "Loss", "nats", "", (Series("a $x$", [1, 2], [1.0, 2.0], 0),)), path)
+    pixels = matplotlib.image.imread(path)
+    assert pixels.shape[0] > 300 and pixels.shape[1] > 800 and pixels.std() > 0

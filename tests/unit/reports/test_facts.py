@@ -1,0 +1,112 @@
+"""What was run and on what, by the folder alone; what it does not tell is not made up."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import yaml
+
+from relora_ds.reports import facts
+from relora_ds.reports.run_records import read_run
+from relora_ds.run import manifest as manifests
+from relora_ds.run.manifest import Manifest
+from tests.unit.reports.run_folders import falling, relora_records, restart, start, update, write_run, write_traffic
+
+SETTINGS = {
+    "run": {"seed": 7},
+    "method": "relora",
+    "model": {"path": None},
+    "data": {"path": "data/demo", "sequence_length": 128},
+    "relora": {
+        "rank": 16,
+        "alpha": 32.0,
+        "warm_start": 60,
+        "restart_every": 50,
+        "restart_growth": 2.0,
+        "restart_warmup": 30,
+        "reset": {"kind": "magnitude", "ratio": 0.99},
+        "frozen": {"dtype": "auto"},
+    },
+    "optimizer": {"lr": 0.002, "lora_lr": None, "schedule": "jagged"},
+    "train": {"updates": 900, "global_batch": 24},
+}
+SIZES = {"model_type": "llama", "num_hidden_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "vocab_size": 32100}
+
+
+def whole_run(folder: Path) -> Path:
+    """A run whose folder holds all that a report can read."""
+    write_run(folder, relora_records(), [restart(1, 100)], settings=yaml.safe_dump(SETTINGS))
+    write_traffic(folder, start(last_update=200, trainable_parameters=250, backend="gloo"))
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text(json.dumps(SIZES))
+    for number, shape in ((0, [1, 1]), (1, [30, 25])):
+        base = folder / "base" / f"restart_{number:04d}"
+        base.mkdir(parents=True)
+        manifests.write(base, {"files": {}, "layers": {"q_proj": {"shape": shape, "dtype": "bf16", "group_size": 128}}})
+    checkpoint = folder / "checkpoints" / "update_0000200"
+    checkpoint.mkdir(parents=True)
+    data = {"epoch_seed": 7, "sequences": 1, "sha256": {"train": "0123456789abcdef", "validation": "f"}}
+    content = Manifest(200, "lora", 1, 140, 2, 2, "bf16", "c", data, {}, {}, None, {"python": "3.11.7", "torch": "2.13.0"})
+    manifests.write(checkpoint, content)
+    os.utime(folder / "metrics.jsonl", (0, 86400 + 3600))
+    return folder
+
+
+def test_what_was_run(tmp_path: Path) -> None:
+    assert facts.what(read_run(whole_run(tmp_path / "run"))) == {
+        "method": "relora",
+        "model": "llama, layers 4, hidden size 128, heads 4, vocabulary 32,100",
+        "first weights": "random",
+        "parameters": "1,000",
+        "of these trained": "250 (25.0%)",
+        "rank": "16",
+        "alpha": "32 (B·A counts 2 times)",
+        "warm start": "60 updates at full rank",
+        "restart": "every 50 updates, each interval 2 times the one before",
+        "learning rate climbs again over": "30 updates",
+        "optimizer at a restart": "the smallest 99.0% of the moments are set to 0",
+        "frozen weights stored in": "bf16",
+        "learning rate of the factors": "0.002",
+        "learning rate": "0.002",
+        "schedule": "jagged",
+        "one update": "24 sequences of 128 tokens: 3,072 tokens",
+        "data": "data/demo (SHA-256 of the training tokens 0123456789ab…)",
+        "seed": "7",
+    }
+
+
+def test_on_what(tmp_path: Path) -> None:
+    assert facts.on_what(read_run(whole_run(tmp_path / "run"))) == {
+        "machines": "2 rank(s) on a, b, gloo",
+        "precision": "bf16, ZeRO stage 2",
+        "versions": "python 3.11.7, torch 2.13.0",
+        "updates done": "200 of 900, 2,000 tokens",
+        "metrics.jsonl last written": "1970-01-02 01:00 UTC, by the file's date (a copy may have another)",
+    }
+
+
+def test_a_full_rank_run_trains_all_and_has_no_factors(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", falling(80), method="full")
+    write_traffic(folder, start(last_update=80, trainable_parameters=1000))
+    found = facts.what(read_run(folder))
+    assert (found["parameters"], found["of these trained"]) == ("1,000", "1,000 (100.0%)")
+    assert "rank" not in found and "learning rate of the factors" not in found
+
+
+def test_nothing_is_guessed(tmp_path: Path) -> None:
+    """A folder of nothing but a log: every value is unknown but what the log says."""
+    folder = write_run(tmp_path / "run", [update(1, 3.0, phase="lora")])
+    (folder / "config.yaml").unlink()
+    assert set(facts.what(read_run(folder)).values()) == {facts.UNKNOWN}
+    machines = facts.on_what(read_run(folder))
+    assert [machines[name] for name in ("machines", "precision", "versions")] == [facts.UNKNOWN] * 3
+
+
+def test_factors_without_a_base_leave_the_whole_unknown(tmp_path: Path) -> None:
+    """As with self-contained checkpoints."""
+    folder = write_run(tmp_path / "run", relora_records())
+    write_traffic(folder, start(last_update=200, trainable_parameters=250))
+    found = facts.what(read_run(folder))
+    assert (found["parameters"], found["of these trained"]) == (facts.UNKNOWN, "250")
