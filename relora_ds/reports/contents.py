@@ -22,8 +22,8 @@ does. It keeps the large weight matrices W frozen, and trains beside each of the
 layer multiplies by W + s·B·A. Every so often a **restart** adds s·B·A to W and begins with fresh factors, so that many small
 changes can add up to a large one. A **warm start** of ordinary training, of all weights at full rank, may come first."""
 WORDS = """An **update** is one step of the optimizer. The **loss** is in nats per token: how badly the model predicts the next
-token. Training loss is that of the text just trained on; validation loss is that of text it never trains on, and the one to judge a model
-by. **Perplexity** is exp of the validation loss."""
+token. Training loss is that of the text just trained on. Validation loss is that of text that it never trains on, and judges a
+model better. **Perplexity** is exp of the validation loss."""
 RUN_COLUMNS = {
     "run": "",
     "method": "",

@@ -12,13 +12,12 @@ from html import escape
 from importlib.resources import files
 
 from relora_ds.reports.contents import Block, Recipe, Section, Table
-from relora_ds.reports.drawing import Entry, legend, svg
+from relora_ds.reports.drawing import COLOURS, Entry, legend, svg
 from relora_ds.reports.figures import Picture
 from relora_ds.version import __version__
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 """Nothing is loaded from anywhere, and no script runs; style sheets and styles are those in the page itself."""
-NUMBER_OF_COLOURS = 7
 
 
 def page(title: str, sections: Sequence[Section]) -> str:
@@ -99,6 +98,6 @@ def _figure(picture: Picture) -> str:
 
 
 def _entry(entry: Entry) -> str:
-    colour = "mark" if entry.colour is None else f"series-{entry.colour % NUMBER_OF_COLOURS}"
+    colour = "mark" if entry.colour is None else f"series-{entry.colour % len(COLOURS)}"
     style = entry.style.replace(" ", "-")
     return f'<li><span class="key {style}" style="--colour: var(--{colour})"></span>{escape(entry.label)}</li>'
