@@ -26,7 +26,7 @@ LINES: dict[Style, dict[str, Any]] = {
     "dots": {"linewidth": 0.8, "marker": "o", "markersize": 4},
 }
 MARKS: dict[str, dict[str, Any]] = {
-    "restart": {"linestyle": "--", "linewidth": 0.8, "alpha": 0.7},
+    "restart": {"linestyle": "--", "linewidth": 0.8},
     "phase change": {"linestyle": ":", "linewidth": 1.6},
 }
 SIZE = (7.2, 3.0)
