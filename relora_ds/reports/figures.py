@@ -193,8 +193,8 @@ def perplexity(runs: Sequence[Run]) -> Picture:
     series = _of_each(runs, "validation perplexity", _evaluations, "dots")
     shown = known(value for curve in series for value in curve.y) or [1.0]
     caption = (
-        "exp of the validation loss: among how many tokens the model is undecided, as it were. Lower is better, and a model that "
-        "knows nothing has the size of its vocabulary."
+        "exp of the validation loss: among how many tokens the model is undecided, as it were. Lower is better, and a model "
+        "that knows nothing has the size of its vocabulary."
     )
     if any(run.restarts for run in runs):
         caption += (
