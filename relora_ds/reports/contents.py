@@ -154,8 +154,7 @@ def _restarts(run: Run) -> Section:
     if rows and run.evals:
         blocks += [
             "The evaluations nearest to each restart (validation loss), and how far off they were: only one right before and "
-            "one right after "
-            "would show what the restart itself did.",
+            "one right after would show what the restart itself did.",
             Table([EVALUATION_COLUMNS, *evaluations_around(run)]),
         ]
     return Section(f"Restarts of {run.label}", blocks)
