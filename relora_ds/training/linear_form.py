@@ -7,7 +7,7 @@ import time
 import torch
 from torch import nn
 
-from relora_ds.method.linear import Form
+from relora_ds.method.linear import Form, Kept
 from relora_ds.method.lora import ReLoRALinear, relora_layers
 
 FORMS: tuple[Form, Form] = ("split", "merged")
@@ -42,12 +42,12 @@ def form_line(model: nn.Module, tokens: int) -> str | None:
 
 def _seconds(layer: ReLoRALinear, form: Form, tokens: int) -> float:
     """Of a forward and a backward pass; no gradient of the layer is touched."""
-    device, kept = layer.lora_A.device, layer.form
+    device, form_before, kept = layer.lora_A.device, layer.form, layer.kept
     x = torch.randn(
         tokens, layer.in_features, device=device, generator=torch.Generator(device).manual_seed(0), requires_grad=True
     )
     learned, taken = [x, layer.lora_A, layer.lora_B], []
-    layer.form = form
+    layer.form, layer.kept = form, Kept(kept.passes)  # what is kept for the measurement goes with it
     try:
         for _ in range(ROUNDS):
             started = _now(device)
@@ -55,7 +55,7 @@ def _seconds(layer: ReLoRALinear, form: Form, tokens: int) -> float:
             torch.autograd.grad(y, learned, y.detach())
             taken.append(_now(device) - started)
     finally:
-        layer.form = kept
+        layer.form, layer.kept = form_before, kept
     return min(taken)
 
 
