@@ -14,7 +14,7 @@ beside  = $(BIN)/python -m pytest $(2) >.$(1).log 2>&1 & other=$$!; trap "kill $
   $(BIN)/python -m pytest $(3); here=$$?; wait $$other; there=$$?; cat .$(1).log; exit $$((here | there))
 
 # Tests over several ranks that go into the other lane, so that both take as long
-ASIDE   = tests/distributed/test_equivalence.py tests/distributed/test_unpickle.py
+ASIDE   = $(addprefix tests/distributed/,test_equivalence.py test_loss.py test_starts.py test_unpickle.py)
 
 .PHONY: install train test test-cluster test-versions check package format clean
 
