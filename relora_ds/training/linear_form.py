@@ -40,6 +40,15 @@ def form_line(model: nn.Module, tokens: int) -> str | None:
     return said if largest.form_for(tokens) == faster else f"{said}: relora.linear={faster} may be faster here"
 
 
+def kept_line(model: nn.Module, tokens: int, *, is_compiled: bool) -> str:
+    """Why nothing is kept although ``relora.keep_merged: true`` asks for it; empty where something is."""
+    layers = [layer for _, layer in relora_layers(model) if isinstance(layer, ReLoRALinear)]
+    if not is_compiled and any(layer.form_for(tokens) == "merged" for layer in layers):
+        return ""
+    why = "compiled blocks keep nothing" if is_compiled else "no linear layer multiplies merged"
+    return f"relora.keep_merged=true does nothing here: {why}"
+
+
 def _seconds(layer: ReLoRALinear, form: Form, tokens: int) -> float:
     """Of a forward and a backward pass; no gradient of the layer is touched."""
     device, form_before, kept = layer.lora_A.device, layer.form, layer.kept

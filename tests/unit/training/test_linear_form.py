@@ -41,3 +41,9 @@ def test_a_measurement_leaves_the_layer_as_it_was() -> None:
     assert all(param.grad is None for param in made.parameters())
     assert {made[name].form for name in ("small", "large")} == {"split"}  # type: ignore[union-attr]
     assert made["large"].kept._whole is None, "no copy of the layer stays behind"  # type: ignore[index, union-attr]
+
+
+def test_a_setting_that_does_nothing_is_told() -> None:
+    assert linear_form.kept_line(model(linear="merged"), 64, is_compiled=False) == ""
+    assert "no linear layer multiplies merged" in linear_form.kept_line(model(linear="split"), 64, is_compiled=False)
+    assert "compiled blocks keep nothing" in linear_form.kept_line(model(linear="merged"), 64, is_compiled=True)
