@@ -13,6 +13,9 @@ NPROC  ?= 2
 beside  = $(BIN)/python -m pytest $(2) >.$(1).log 2>&1 & other=$$!; trap "kill $$other 2>/dev/null" EXIT; \
   $(BIN)/python -m pytest $(3); here=$$?; wait $$other; there=$$?; cat .$(1).log; exit $$((here | there))
 
+# Tests over several ranks that go into the other lane, so that both take as long
+ASIDE   = $(addprefix tests/distributed/,test_equivalence.py test_loss.py test_starts.py test_unpickle.py)
+
 .PHONY: install train test test-cluster test-versions check package format clean
 
 install: $(STAMP)
@@ -35,8 +38,8 @@ train: $(STAMP) data/demo/index.json
 	$(BIN)/relora-ds report runs/demo
 
 test: $(STAMP)
-	@echo "==> running the test suite, in two lanes: tests over several ranks, and beside them all others"
-	@$(call beside,others,tests/unit tests/integration -m "not long",tests/distributed -m "not long")
+	@echo "==> running the test suite, in two lanes: tests over several ranks, and beside them the others"
+	@$(call beside,others,tests/unit tests/integration $(ASIDE) -m "not long",tests/distributed $(ASIDE:%=--ignore=%) -m "not long")
 
 test-cluster: $(STAMP)
 	@echo "==> running what takes minutes: jobs on a SLURM cluster, which mostly wait, and beside them runs that are killed"

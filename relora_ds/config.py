@@ -418,6 +418,10 @@ def check_relora(relora: ReLoRA) -> None:
     if relora.linear == "merged" and (relora.dropout or relora.trainable_scaling):
         problem = "one product has neither A's own input, which dropout makes, nor a gradient of a trainable scaling"
         raise ConfigError("relora.linear", "merged", problem, "use auto, or leave those out")
+    never = relora.linear == "split" or relora.dropout or relora.trainable_scaling or relora.frozen.dtype == "none"
+    if relora.keep_merged is True and never:
+        problem = "no layer multiplies merged with relora.linear=split, dropout, a trainable scaling, or without frozen weights"
+        raise ConfigError("relora.keep_merged", True, problem, "use auto")
 
 
 def dump(config: Config) -> str:

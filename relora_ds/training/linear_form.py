@@ -7,7 +7,7 @@ import time
 import torch
 from torch import nn
 
-from relora_ds.method.linear import Form
+from relora_ds.method.linear import Form, Kept
 from relora_ds.method.lora import ReLoRALinear, relora_layers
 
 FORMS: tuple[Form, Form] = ("split", "merged")
@@ -40,14 +40,23 @@ def form_line(model: nn.Module, tokens: int) -> str | None:
     return said if largest.form_for(tokens) == faster else f"{said}: relora.linear={faster} may be faster here"
 
 
+def kept_line(model: nn.Module, tokens: int, *, is_compiled: bool) -> str:
+    """Why nothing is kept although ``relora.keep_merged: true`` asks for it; empty where something is."""
+    layers = [layer for _, layer in relora_layers(model) if isinstance(layer, ReLoRALinear)]
+    if not is_compiled and any(layer.form_for(tokens) == "merged" for layer in layers):
+        return ""
+    why = "compiled blocks keep nothing" if is_compiled else "no linear layer multiplies merged"
+    return f"relora.keep_merged=true does nothing here: {why}"
+
+
 def _seconds(layer: ReLoRALinear, form: Form, tokens: int) -> float:
     """Of a forward and a backward pass; no gradient of the layer is touched."""
-    device, kept = layer.lora_A.device, layer.form
+    device, form_before, kept = layer.lora_A.device, layer.form, layer.kept
     x = torch.randn(
         tokens, layer.in_features, device=device, generator=torch.Generator(device).manual_seed(0), requires_grad=True
     )
     learned, taken = [x, layer.lora_A, layer.lora_B], []
-    layer.form = form
+    layer.form, layer.kept = form, Kept(kept.passes)  # what is kept for the measurement goes with it
     try:
         for _ in range(ROUNDS):
             started = _now(device)
@@ -55,7 +64,7 @@ def _seconds(layer: ReLoRALinear, form: Form, tokens: int) -> float:
             torch.autograd.grad(y, learned, y.detach())
             taken.append(_now(device) - started)
     finally:
-        layer.form = kept
+        layer.form, layer.kept = form_before, kept
     return min(taken)
 
 

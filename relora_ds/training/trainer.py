@@ -45,7 +45,7 @@ from relora_ds.training.checkpoints import Checkpoints, newest
 from relora_ds.training.evaluate import evaluate
 from relora_ds.training.finite import refuse_not_finite
 from relora_ds.training.learning_rate import set_learning_rates
-from relora_ds.training.linear_form import form_line
+from relora_ds.training.linear_form import form_line, kept_line
 from relora_ds.training.open_run import make_watchdog, open_run_folder
 from relora_ds.training.preflight import Checked
 
@@ -306,8 +306,17 @@ class Trainer(RunState):
             f"{describe(self.checked.architecture)}; {trainable:,} of {everything:,} parameters trainable in phase {self.phase!r}; "
             f"{self.place.world_size} rank(s) on {self.device.type}"
         )
+        if self.place.is_main and self.phase == "lora":
+            self._tell_linear_form()
+
+    def _tell_linear_form(self) -> None:
+        """How linear layers multiply, and what of the settings for it does nothing."""
+        model, tokens = self.engine.module, self.config.train.micro_batch * self.config.data.sequence_length
         is_compiled = compiling.is_wanted(self.config.model.compile, self.device)
-        if self.place.is_main and not is_compiled:
-            tokens = self.config.train.micro_batch * self.config.data.sequence_length
-            if line := form_line(self.engine.module, tokens):
-                self.tell(line)
+        asked = self.config.lora_settings.keep_merged is True
+        lines = [
+            "" if is_compiled else form_line(model, tokens),
+            kept_line(model, tokens, is_compiled=is_compiled) if asked else "",
+        ]
+        for line in filter(None, lines):
+            self.tell(line)

@@ -170,7 +170,8 @@ def state_after_loading(content: dict[str, Any]) -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.mark.parametrize("frozen", [common.long({}), INT8 | {"master": "sharded"}])
+@pytest.mark.long
+@pytest.mark.parametrize("frozen", [{}, INT8 | {"master": "sharded"}])
 def test_another_number_of_ranks_begins_with_the_same_bits(
     content: dict[str, Any], tmp_path: Path, frozen: dict[str, Any]
 ) -> None:

@@ -115,6 +115,7 @@ def shared_with_a_group() -> Iterator[None]:
     os.umask(before)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("shared_with_a_group")
 def test_from_text_to_report(recipe: Recipe, tmp_path: Path) -> None:
     """The commands one after the other, as a user types them; eval and the exported model agree with the run's own evaluation.

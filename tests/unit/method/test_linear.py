@@ -312,6 +312,14 @@ def test_the_choice() -> None:
     assert choose(torch.float32, tokens=512, inputs=1024, outputs=1024, formed=1 / 4) == "merged", "kept for four passes"
 
 
+@pytest.mark.parametrize(
+    "other", [{"linear": "split"}, {"dropout": 0.1}, {"trainable_scaling": True}, {"frozen": {"dtype": "none"}}]
+)
+def test_keeping_is_refused_where_nothing_is_merged(other: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"relora\.keep_merged"):
+        parse_relora({"rank": RANK, "keep_merged": True, **other})
+
+
 @pytest.mark.parametrize(("keep", "accumulation", "passes"), [("auto", 1, 0), ("auto", 4, 4), (True, 1, 1), (False, 4, 0)])
 def test_when_it_is_kept(keep: bool | str, accumulation: int, passes: int) -> None:
     assert parse_relora({"rank": RANK, "keep_merged": keep}).kept_passes(accumulation) == passes

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from relora_ds.method import lora
+from relora_ds.method.linear import Kept
 from relora_ds.training import linear_form
 
 
@@ -33,8 +34,16 @@ def test_nothing_is_said_where_there_is_no_choice(how: dict[str, object]) -> Non
 
 def test_a_measurement_leaves_the_layer_as_it_was() -> None:
     made = model(linear="split")
+    made["large"].kept = Kept(2)  # type: ignore[index, union-attr]
     before = {name: value.clone() for name, value in made.state_dict().items()}
     assert linear_form.form_line(made, 64) is not None
     assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
     assert all(param.grad is None for param in made.parameters())
     assert {made[name].form for name in ("small", "large")} == {"split"}  # type: ignore[union-attr]
+    assert made["large"].kept._whole is None, "no copy of the layer stays behind"  # type: ignore[index, union-attr]
+
+
+def test_a_setting_that_does_nothing_is_told() -> None:
+    assert linear_form.kept_line(model(linear="merged"), 64, is_compiled=False) == ""
+    assert "no linear layer multiplies merged" in linear_form.kept_line(model(linear="split"), 64, is_compiled=False)
+    assert "compiled blocks keep nothing" in linear_form.kept_line(model(linear="merged"), 64, is_compiled=True)
