@@ -24,6 +24,13 @@ changes can add up to a large one. A **warm start** of ordinary training, of all
 WORDS = """An **update** is one step of the optimizer. The **loss** is in nats per token: how badly the model predicts the next
 token. Training loss is that of the text just trained on. Validation loss is that of text that it never trains on, and judges a
 model better. **Perplexity** is exp of the validation loss."""
+METHODS = {
+    "relora": "ReLoRA",
+    "lora": "LoRA, which is ReLoRA without restarts",
+    "full": "ordinary training of all weights",
+    "control": "ordinary training of a model with as few weights as ReLoRA trains",
+    "low_rank": "training of the factors alone, without the matrices W",
+}
 RUN_COLUMNS = {
     "run": "",
     "method": "",
@@ -35,8 +42,8 @@ RUN_COLUMNS = {
 RUN_COLUMNS |= {
     "validation loss (last)": ".4f",
     "validation perplexity (last)": ",.2f",
-    "best": ",.2f",
-    "at the end of the warm start": ",.2f",
+    "validation perplexity (best)": ",.2f",
+    "validation perplexity (end of the warm start)": ",.2f",
     "median tokens/s": ",.0f",
     "skipped updates": "d",
 }
@@ -49,19 +56,23 @@ RESTART_COLUMNS |= {
     "change": "+.4f",
     f"{WINDOW + 1} to {REACH} after": ".4f",
 }
-RESTART_COLUMNS |= {"pruned fraction": ".4f", "merged change": ".4f", "merge error": ".1e", "seconds": ".2f", "bytes": ",.0f"}
-RESTART_NOTE = """The first columns are means of the training loss over so many updates before and after the restart, none
-across another one; after it the learning rate climbs from 0 again, so that the last of them is the fairer one. Pruned fraction:
-the share of the factors' Adam moments that was set to 0. Merged change: the norm of s·B·A over that of W. Seconds: how long the
-restart took. Bytes: the payload of its collectives on rank 0."""
-EVALUATION_COLUMNS = [
-    "restart",
-    "update",
-    "updates since the evaluation before",
-    "its loss",
-    "updates to the evaluation after",
-    "its loss",
-]
+RESTART_NOTE = """Training loss: means over so many updates before and after the restart, none across another one. After it the
+learning rate climbs from 0 again, so that the last column is the fairer one."""
+MERGE_COLUMNS = {
+    "restart": "d",
+    "pruned fraction": ".4f",
+    "merged change": ".4f",
+    "merge error": ".1e",
+    "seconds": ".2f",
+    "bytes": ",.0f",
+}
+MERGE_NOTE = """What each restart did. Pruned fraction: the share of the factors' Adam moments that was set to 0. Merged change: the
+norm of s·B·A over that of W. Merge error: the share of that change that rounding lost. Seconds: how long the restart took. Bytes: the
+payload of its collectives on rank 0."""
+EVALUATION_NOTE = """Validation loss and perplexity at the evaluations nearest to each restart, and how many updates off these were.
+Only one right before and one right after would show what the restart itself did."""
+EVALUATION_COLUMNS = ["restart", "update", "updates before", "validation loss", "perplexity"]
+EVALUATION_COLUMNS += ["updates after", "validation loss", "perplexity"]
 PHASE_COLUMNS = ["phase", "updates", "time in updates", "median tokens/s", "sent by rank 0 in an update (median)"]
 
 
@@ -101,9 +112,9 @@ def sections(runs: Sequence[Run], pictures: Sequence[Picture]) -> list[Section]:
     """All of a report but its title."""
     found = [
         Section("What is ReLoRA?", [INTRODUCTION, WORDS]),
-        Section("In short", [table(RUN_COLUMNS, map(_run_row, runs))]),
+        Section("In short", [*map(_in_short, runs), table(RUN_COLUMNS, map(_run_row, runs))]),
         Section("What was run", [_upright(runs, {run.label: facts.what(run) for run in runs})]),
-        Section("On what", [_upright(runs, {run.label: facts.on_what(run) for run in runs})]),
+        Section("Where it was run", [_upright(runs, {run.label: facts.on_what(run) for run in runs})]),
         *(Section(picture.title, [picture, picture.caption]) for picture in pictures),
     ]
     for run in runs:
@@ -122,7 +133,9 @@ def table(columns: Mapping[str, str], rows: Iterable[Sequence[object]]) -> Table
 
 
 def _text(value: object, pattern: str) -> str:
-    return "–" if isinstance(value, float) and math.isnan(value) else format(value, pattern)
+    if isinstance(value, float) and math.isnan(value):
+        return "–"
+    return "0" if value == 0 and pattern.endswith("e") else format(value, pattern)
 
 
 def _upright(runs: Sequence[Run], values: Mapping[str, Mapping[str, str]]) -> Table:
@@ -132,6 +145,16 @@ def _upright(runs: Sequence[Run], values: Mapping[str, Mapping[str, str]]) -> Ta
     return Table(
         [heading, *([name, *(values[run.label].get(name, facts.UNKNOWN) for run in runs)] for name in names)], is_upright=True
     )
+
+
+def _in_short(run: Run) -> str:
+    """What a run did and came to, for somebody who reads no table."""
+    done = [METHODS.get(run.method, run.method), f"updates {facts.progress(run)}"]
+    done += [f"{len(run.restarts)} restart(s)"] if run.restarts else []
+    evals = [record for record in run.evals if known(column([record], "eval_perplexity"))]
+    told = [f"{record['eval_perplexity']:,.2f} after update {record['update']:,}" for record in evals[:1] + evals[1:][-1:]]
+    reached = f" Validation perplexity: {', then '.join(told)}." if told else ""
+    return f"{run.label}: {', '.join(done)}.{reached}"
 
 
 def _run_row(run: Run) -> list[object]:
@@ -149,20 +172,22 @@ def _restarts(run: Run) -> Section:
     rows = restart_table(run.updates, run.restarts)
     blocks: list[Block] = [verdict(rows)]
     if rows:
-        blocks += [table(RESTART_COLUMNS, map(_restart_row, rows)), RESTART_NOTE]
-        blocks += [remark] if (remark := merge_remark(run)) else []
+        blocks += [RESTART_NOTE, table(RESTART_COLUMNS, map(_loss_row, rows))]
     if rows and run.evals:
-        blocks += [
-            "The evaluations nearest to each restart (validation loss), and how far off they were: only one right before and "
-            "one right after would show what the restart itself did.",
-            Table([EVALUATION_COLUMNS, *evaluations_around(run)]),
-        ]
+        blocks += [EVALUATION_NOTE, Table([EVALUATION_COLUMNS, *evaluations_around(run)])]
+    if rows:
+        blocks += [MERGE_NOTE, table(MERGE_COLUMNS, map(_merge_row, rows))]
+        blocks += [remark] if (remark := merge_remark(run)) else []
     return Section(f"Restarts of {run.label}", blocks)
 
 
-def _restart_row(row: RestartRow) -> list[object]:
+def _loss_row(row: RestartRow) -> list[object]:
     losses = [row.near.before, row.near.after, row.near.change, row.wide.before, row.wide.after, row.wide.change, row.later.after]
-    return [row.update, row.restart, *losses, row.pruned_fraction, row.merged_change, row.merge_error, row.seconds, row.bytes]
+    return [row.update, row.restart, *losses]
+
+
+def _merge_row(row: RestartRow) -> list[object]:
+    return [row.restart, row.pruned_fraction, row.merged_change, row.merge_error, row.seconds, row.bytes]
 
 
 def _time(run: Run) -> Section:

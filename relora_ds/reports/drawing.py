@@ -29,9 +29,10 @@ MARKS: dict[str, dict[str, Any]] = {
     "restart": {"linestyle": "--", "linewidth": 0.8},
     "phase change": {"linestyle": ":", "linewidth": 1.6},
 }
-SIZE = (7.2, 3.0)
-"""Of an SVG in inches: 518 x 216 of its units, to which a page's letters are measured."""
-PLOT = (0.125, 0.12, 0.865, 0.85)
+MARK_LABELS = {"restart": "restart", "phase change": "end of the warm start"}
+SIZE = (7.2, 3.4)
+"""Of an SVG in inches: 518 x 245 of its units, to which a page's letters are measured."""
+PLOT = (0.125, 0.105, 0.865, 0.875)
 """Left, bottom, width and height of the axes in it; beside them is room for numbers in the larger letters of small screens."""
 
 
@@ -73,7 +74,7 @@ class Entry:
 def legend(picture: Picture) -> list[Entry]:
     """What is to be told of the curves and marks of a picture; marks of several runs are told once, in grey."""
     entries = [Entry(series.label, series.style, series.colour) for series in picture.series if series.label]
-    return entries + [Entry(kind, kind, None) for kind in dict.fromkeys(mark.kind for mark in picture.marks)]
+    return entries + [Entry(MARK_LABELS[kind], kind, None) for kind in dict.fromkeys(mark.kind for mark in picture.marks)]
 
 
 def write_png(picture: Picture, path: Path) -> None:
@@ -127,7 +128,7 @@ def _draw(axis: Axes, picture: Picture, palette: Palette) -> None:
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9) if picture.is_log else MaxNLocator(5))
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     for ruler in (axis.xaxis, axis.yaxis):
-        ruler.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+        ruler.set_major_formatter(FuncFormatter(lambda value, _: axis_number(value)))
         ruler.set_minor_locator(NullLocator())
     axis.set_ylim(picture.limits)
     axis.grid(color=palette.grid, linewidth=0.8)
@@ -136,6 +137,16 @@ def _draw(axis: Axes, picture: Picture, palette: Palette) -> None:
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.spines["bottom"].set_color(palette.mark)
     axis.tick_params(length=0, pad=5, labelcolor=palette.ink)
+
+
+def axis_number(value: float) -> str:
+    """A number at an axis, short enough for a phone: 0.25, 20,000, 1.5M, 2.5e-5."""
+    if abs(value) >= 1e6:
+        return f"{value / 1e6:,.6g}M"
+    if 0 < abs(value) < 1e-4:
+        digits, _, power = f"{value:.3e}".partition("e")
+        return f"{float(digits):g}e{int(power)}"
+    return f"{value:,.6g}"
 
 
 def _for_page(drawn: str, picture: Picture) -> str:

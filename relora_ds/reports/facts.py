@@ -45,7 +45,7 @@ def on_what(run: Run) -> dict[str, str]:
         "machines": _machines(run),
         "precision": precision,
         "versions": ", ".join(f"{name} {number}" for name, number in versions.items()) or UNKNOWN,
-        "updates done": _progress(run),
+        "updates done": progress(run),
         "metrics.jsonl last written": _date(run),
     }
 
@@ -158,7 +158,8 @@ def _machines(run: Run) -> str:
     return "; then ".join(dict.fromkeys(described)) or UNKNOWN
 
 
-def _progress(run: Run) -> str:
+def progress(run: Run) -> str:
+    """How far a run has come: updates, of how many, and tokens."""
     wanted = run.setting("train.updates")
     of = f" of {wanted:,}" if isinstance(wanted, int) else ""
     tokens = last([record["tokens"] for record in run.updates if isinstance(record.get("tokens"), int)])

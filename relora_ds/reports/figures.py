@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -22,6 +22,12 @@ MOST_POINTS = 1200
 """Points of a curve; of more, the smallest and the largest of each stretch are drawn, so that no spike is lost."""
 MOST_RESTARTS = 6
 """Restarts that are told apart by colour."""
+AS_BEFORE = f"Thin: each update. Thick: the mean of {SMOOTH} updates, as in the picture of the loss."
+SMOOTHED = (
+    f"Thin: each update, as it was measured. Thick: the mean of {SMOOTH} updates, {NEAR} before and {NEAR} after each. "
+    "It never reaches across a restart, so that a jump there would show; right beside one it is a straight line through the "
+    "updates on its side."
+)
 
 
 @dataclass(frozen=True)
@@ -71,17 +77,31 @@ class Picture:
 def centred_mean(values: Sequence[float], breaks: Sequence[int] = (), window: int = SMOOTH) -> list[float]:
     """Mean of each value and its neighbours, as many before as after; NaN values do not count.
 
+    Near an end, and near a break, there are fewer on one side: there it is the straight line through what a window holds (least
+    squares). A mean of these would lie beside a falling curve, and one over fewer values would end in the noise of the last.
+
     Args:
         values: to be smoothed.
         breaks: indices at which something new begins, as after a restart: no mean reaches across. So a jump there stays one.
-        window: an odd number, how many values a mean covers. Near an end, and near a break, it covers fewer.
+        window: an odd number, how many values a mean covers.
     """
     means: list[float] = []
     for begin, end in zip([0, *breaks], [*breaks, len(values)], strict=True):
         for at in range(begin, end):
-            half = min(window // 2, at - begin, end - 1 - at)
-            means.append(mean(values[at - half : at + half + 1]))
+            first, last = max(begin, at - window // 2), min(end, at + window // 2 + 1)
+            is_whole = last - first == window
+            means.append(mean(values[first:last]) if is_whole else _line_at(at - first, values[first:last]))
     return means
+
+
+def _line_at(place: int, values: Sequence[float]) -> float:
+    """The straight line through values, at the place of one of them; with fewer than two that are known, this one."""
+    there = [at for at, value in enumerate(values) if not math.isnan(value)]
+    if len(there) < 2:
+        return values[place]
+    middle, level = mean(there), mean(values)
+    slope = sum((at - middle) * (values[at] - level) for at in there) / sum((at - middle) ** 2 for at in there)
+    return level + slope * (place - middle)
 
 
 def thinned(x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS) -> tuple[list[float], list[float]]:
@@ -103,10 +123,11 @@ def breaks_of(run: Run) -> list[int]:
 
 
 def pictures(runs: Sequence[Run]) -> list[Picture]:
-    """All pictures of a report on these runs; one that would be empty is left out."""
+    """All pictures of a report on these runs; a curve without a point is left out, and so is a picture without a curve."""
     drawn = [loss(runs), around_restarts(runs), perplexity(runs), merged_change(runs), merge_error(runs)]
     drawn += [learning_rate(runs), gradient_norm(runs), speed(runs)]
-    return [picture for picture in drawn if any(known(series.y) for series in picture.series)]
+    drawn = [replace(picture, series=tuple(series for series in picture.series if known(series.y))) for picture in drawn]
+    return [picture for picture in drawn if picture.series]
 
 
 def loss(runs: Sequence[Run]) -> Picture:
@@ -123,8 +144,7 @@ def loss(runs: Sequence[Run]) -> Picture:
     limits, cut = _without_the_fall(runs)
     caption = (
         "How badly the model predicts the next token: lower is better. Training loss is that of the text just trained on, "
-        f"validation loss that of text it never trains on. The line is the mean of {SMOOTH} updates, {NEAR} before and {NEAR} "
-        f"after each, and never reaches across a restart, so that a jump there would show. {cut}"
+        f"validation loss that of text it never trains on. {SMOOTHED} {cut}"
     )
     return Picture(
         "loss", "Training and validation loss", "nats per token", caption.strip(), tuple(series), _marks(runs), limits=limits
@@ -156,17 +176,17 @@ def around_restarts(runs: Sequence[Run]) -> Picture:
             for number, (update, curve) in enumerate(curves.items()):
                 offsets, changes = list(curve), list(curve.values())
                 series.append(Series("", offsets, changes, number, "thin"))
-                smooth = centred_mean(changes, [at for at, offset in enumerate(offsets) if at and offset == 1], NEAR + 1)
+                smooth = centred_mean(changes, [at for at, offset in enumerate(offsets) if at and offset == 1])
                 series.append(Series(f"restart after update {update:,}", offsets, smooth, number))
         elif curves:
             offsets = [float(offset) for offset in range(1 - WINDOW, WINDOW + 1)]
             means = [mean(curve.get(offset, math.nan) for curve in curves.values()) for offset in offsets]
             label = f"{run.label}: mean of {len(curves)} restart(s)" if len(runs) > 1 else f"mean of {len(curves)} restarts"
             series.append(Series(label, offsets, means, colour))
-    thin = f"Thin: each update; thick: mean of {NEAR + 1}." if is_single else "A mean over the restarts, update by update."
+    drawn = AS_BEFORE if is_single else "A mean over the restarts, update by update."
     caption = (
         f"Training loss of the {WINDOW} updates before and after a restart, less the mean of the {NEAR} right before it. The "
-        f"restart is at 0. A restart that does harm would show as a step or a spike upwards right behind it. {thin}"
+        f"restart is at 0. A restart that does harm would show as a step or a spike upwards right behind it. {drawn}"
     )
     marks = (Mark("restart", 0.5),) if series else ()
     title = "Training loss around the restarts"
@@ -200,6 +220,7 @@ def perplexity(runs: Sequence[Run]) -> Picture:
         caption += (
             " Evaluations seldom come right before and after a restart: what it does at once is in the picture before this."
         )
+    caption += " The lines between the points only lead the eye."
     is_log = max(shown) > LOG_RATIO * min(shown)
     return Picture("perplexity", "Validation perplexity", "perplexity", caption, series, _marks(runs), is_log=is_log)
 
@@ -213,9 +234,11 @@ def merged_change(runs: Sequence[Run]) -> Picture:
     series = _of_each(runs, "merged change", partial(_percent_at_restarts, key="merged_change"), "dots")
     caption = (
         "How much the factors had changed the weights when a restart merged them: the norm of the merged s·B·A over the norm "
-        "of W, over all layers. It shows whether the factors still learn something between two restarts."
+        "of W, over all layers. It shows whether the factors still learn something between two restarts. The lines only lead the eye."
     )
-    return Picture("merged_change", "What each restart merged", "% of the weights' norm", caption, series)
+    return Picture(
+        "merged_change", "What each restart merged", "% of the weights' norm", caption, series, limits=_from_zero(series)
+    )
 
 
 def merge_error(runs: Sequence[Run]) -> Picture:
@@ -224,7 +247,9 @@ def merge_error(runs: Sequence[Run]) -> Picture:
     if not any(value > 0 for curve in series for value in curve.y):
         series = ()
     caption = "The share of the merged change that rounding to the stored weights lost."
-    return Picture("merge_error", "What rounding lost of it", "% of the merged change", caption, series)
+    return Picture(
+        "merge_error", "What rounding lost of it", "% of the merged change", caption, series, limits=_from_zero(series)
+    )
 
 
 def _percent_at_restarts(run: Run, key: str) -> Curve:
@@ -247,31 +272,49 @@ def learning_rate(runs: Sequence[Run]) -> Picture:
     caption = "How large the steps are."
     if has_lora:
         caption += " After a restart the fresh factors begin with small steps: the learning rate climbs from 0 again."
-    return Picture("learning_rate", "Learning rate", "learning rate", caption, tuple(series), _marks(runs))
+    drawn, marks, limits = tuple(series), _marks(runs), _from_zero(series)
+    return Picture("learning_rate", "Learning rate", "learning rate", caption, drawn, marks, limits=limits)
 
 
 def gradient_norm(runs: Sequence[Run]) -> Picture:
-    """The norm of the gradients, smoothed."""
+    """The norm of the gradients, before clipping."""
+    series, said = _measured(runs, "gradient norm", "grad_norm")
     caption = (
-        f"How steep the loss is, before clipping; mean of {SMOOTH} updates. Its level changes with the phase, since it is the "
-        "norm over other parameters. Growth without end announces a run that diverges."
+        "How steep the loss is, before clipping. Its level changes with the phase, since it is the norm over other parameters. "
+        f"Growth without end announces a run that diverges. {said}"
     )
-    series = _of_each(runs, "gradient norm", partial(_smooth, key="grad_norm"))
     return Picture("gradient_norm", "Gradient norm", "norm", caption, series, _marks(runs))
 
 
 def speed(runs: Sequence[Run]) -> Picture:
-    """Tokens per second, smoothed."""
+    """Tokens per second of each update, over all ranks."""
+    series, said = _measured(runs, "tokens/s", "tokens_per_s")
     caption = (
-        f"Tokens trained on per second, over all ranks; mean of {SMOOTH} updates. Without the time of starts, evaluations and "
-        "checkpoints."
+        "Tokens trained on per second, over all ranks: higher is better. The time of a restart counts to the update before it; "
+        f"that of starts, evaluations and checkpoints is not in it. {said}"
     )
-    series = _of_each(runs, "tokens/s", partial(_smooth, key="tokens_per_s"))
-    return Picture("speed", "Throughput", "tokens/s", caption, series, _marks(runs))
+    return Picture("speed", "Throughput", "tokens/s", caption, series, _marks(runs), limits=_from_zero(series))
+
+
+def _measured(runs: Sequence[Run], name: str, key: str) -> tuple[tuple[Series, ...], str]:
+    """What is measured at every update: of one run each value and their mean, of several the means; and a sentence on that."""
+    if len(runs) == 1:
+        each = _of_each(runs, f"{name} of each update", partial(_values, key=key), "thin")
+        return (*each, *_of_each(runs, f"{name}, mean of {SMOOTH} updates", partial(_smooth, key=key))), AS_BEFORE
+    return _of_each(runs, name, partial(_smooth, key=key)), f"Each line is the mean of {SMOOTH} updates."
+
+
+def _values(run: Run, key: str) -> Curve:
+    return thinned(column(run.updates, "update"), column(run.updates, key))
 
 
 def _smooth(run: Run, key: str) -> Curve:
     return thinned(column(run.updates, "update"), centred_mean(column(run.updates, key), breaks_of(run)))
+
+
+def _from_zero(series: Sequence[Series]) -> tuple[float, float]:
+    """Limits of an axis on which the height of a curve is the value itself."""
+    return 0.0, 1.05 * max(known(value for curve in series for value in curve.y), default=1.0) or 1.0
 
 
 def _of_each(runs: Sequence[Run], name: str, curve: Callable[[Run], Curve], style: Style = "line") -> tuple[Series, ...]:
@@ -283,9 +326,8 @@ def _marks(runs: Sequence[Run]) -> tuple[Mark, ...]:
     """Restarts and changes of phase of all runs."""
     marks = []
     for number, run in enumerate(runs):
-        colour = (
-            None if len(runs) == 1 else number
-        )  # one run's marks are grey: in the curve's own colour they would compete with it
+        # One run's marks are grey: in the curve's own colour they would compete with it.
+        colour = None if len(runs) == 1 else number
         marks += [Mark("restart", update, colour) for update in run.restart_updates]
         marks += [Mark("phase change", update, colour) for update in run.phase_changes]
     return tuple(marks)

@@ -19,6 +19,11 @@ from relora_ds.version import __version__
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 """Nothing is loaded from anywhere, and no script runs; style sheets and styles are those in the page itself."""
 
+MOST_COLUMNS = 8
+"""Of a table with one row; with more it would not fit a screen."""
+LONGEST, LONG = 12, ' class="long"'
+"""Letters of a heading, of a column or a row, that stay on one line; a longer one has room for lines of about so many."""
+
 
 def page(title: str, sections: Sequence[Section]) -> str:
     """The whole file."""
@@ -76,11 +81,15 @@ def _words(text: str) -> str:
 
 
 def _table(table: Table) -> str:
-    """A wide one scrolls by itself, with the keyboard, too."""
+    """A wide one scrolls by itself, with the keyboard, too. A long row that is alone stands upright."""
     heading, *rows = table.rows
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in heading)
+    is_upright = table.is_upright
+    if len(rows) == 1 and len(heading) > MOST_COLUMNS:
+        is_upright = True
+        heading, *rows = [list(pair) for pair in zip(heading, rows[0], strict=True)]
+    head = "".join(f'<th scope="col"{LONG * (len(cell) > LONGEST)}>{escape(cell)}</th>' for cell in heading)
     body = "".join(_row(row) for row in rows)
-    kind = "facts" if table.is_upright else "figures"
+    kind = "facts" if is_upright else "figures"
     return (
         f'<div class="wide" tabindex="0"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )
@@ -88,7 +97,8 @@ def _table(table: Table) -> str:
 
 def _row(row: Sequence[str]) -> str:
     first, *rest = row
-    return f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>'
+    cells = "".join(f"<td>{escape(cell)}</td>" for cell in rest)
+    return f'<tr><th scope="row"{LONG * (len(first) > LONGEST)}>{escape(first)}</th>{cells}</tr>'
 
 
 def _figure(picture: Picture) -> str:

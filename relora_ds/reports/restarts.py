@@ -160,7 +160,12 @@ def _directions(changes: Mapping[str, float], span: str) -> str:
 
 def _by_chance(rows: Sequence[RestartRow]) -> str:
     noise = mean(row.noise for row in rows)
-    return "" if math.isnan(noise) else f"By chance alone, two such means differ by about {noise:.4f}."
+    if math.isnan(noise):
+        return ""
+    judged = "" if not any(row.near.change > 0 for row in rows) else " No rise is more than twice that."
+    if beyond := [str(row.restart) for row in rows if row.near.change > 2 * row.noise]:
+        judged = f" The rise at restart {_names(beyond)} is more than twice that."
+    return f"By chance alone, two such means differ by about {noise:.4f}.{judged}"
 
 
 def _names(numbers: Sequence[str]) -> str:
@@ -205,16 +210,20 @@ def merge_remark(run: Run) -> str:
 
 
 def evaluations_around(run: Run) -> list[list[str]]:
-    """For each restart the evaluations that are nearest: cells of its number, update, and for either side how far off, and the loss.
+    """For each restart the evaluations that are nearest, as cells: number, update; for either side how far off, loss, perplexity.
 
     A restart comes after its update and before an evaluation that follows the same update.
     """
-    losses = [(int(at), loss) for at, loss in zip(column(run.evals, "update"), column(run.evals, "eval_loss"), strict=True)]
+    fields = (column(run.evals, key) for key in ("update", "eval_loss", "eval_perplexity"))
+    found = [(int(at), loss, perplexity) for at, loss, perplexity in zip(*fields, strict=True)]
     rows = []
     for number, record in enumerate(run.restarts, start=1):
         update = record["update"]
-        before = next((one for one in reversed(losses) if one[0] < update), None)
-        after = next((one for one in losses if one[0] >= update), None)
-        sides = [[f"{abs(update - one[0]):,}", f"{one[1]:.4f}"] if one else ["–", "–"] for one in (before, after)]
+        before = next((one for one in reversed(found) if one[0] < update), None)
+        after = next((one for one in found if one[0] >= update), None)
+        sides = [
+            [f"{abs(update - one[0]):,}", f"{one[1]:.4f}", f"{one[2]:,.2f}"] if one else ["–", "–", "–"]
+            for one in (before, after)
+        ]
         rows.append([str(record.get("restart", number)), f"{update:,}", *sides[0], *sides[1]])
     return rows

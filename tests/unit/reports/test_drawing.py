@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import matplotlib.image
 import pytest
 
-from relora_ds.reports.drawing import COLOURS, VARIABLES, Entry, legend, svg, write_png
+from relora_ds.reports.drawing import COLOURS, VARIABLES, Entry, axis_number, legend, svg, write_png
 from relora_ds.reports.figures import Mark, Picture, Series
 
 LINE = Series("a", [1, 2, 3, 4], [1.0, 2.0, math.nan, 4.0], 0)
@@ -22,14 +22,15 @@ PICTURE = Picture(
 
 def test_a_legend_tells_each_thing_once() -> None:
     assert legend(PICTURE) == [
-        Entry("a", "line", 0), Entry("b", "dots", 1), Entry("restart", "restart", None), Entry("phase change", "phase change", None),
+        Entry("a", "line", 0), Entry("b", "dots", 1), Entry("restart", "restart", None),
+        Entry("end of the warm start", "phase change", None),
     ]  # fmt: skip
 
 
 def test_svg_has_the_colours_and_letters_of_its_page() -> None:
     drawn = svg(PICTURE)
     root = ElementTree.fromstring(drawn)
-    assert root.tag == "svg" and {"width", "height"}.isdisjoint(root.attrib) and root.get("viewBox") == "0 0 518.4 216"
+    assert root.tag == "svg" and {"width", "height"}.isdisjoint(root.attrib) and root.get("viewBox") == "0 0 518.4 244.8"
     assert not re.search(r"#[0-9a-f]{6}\b|font|<style|<metadata|http", drawn)
     assert {"var(--series-0)", "var(--series-1)", "var(--soft)", "var(--mark)", "var(--grid)"} <= set(
         re.findall(r"var\([\w-]+\)", drawn)
@@ -64,3 +65,11 @@ def test_png(tmp_path: Path) -> None:
     write_png(Picture("loss", "Loss", "nats", "", (Series("a $x$", [1, 2], [1.0, 2.0], 0),)), path)
     pixels = matplotlib.image.imread(path)
     assert pixels.shape[0] > 300 and pixels.shape[1] > 800 and pixels.std() > 0
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (0.0008, "0.0008"), (2.5e-5, "2.5e-5"), (0.25, "0.25"), (20000, "20,000"), (1.5e6, "1.5M"), (-0.2, "-0.2")],
+)
+def test_numbers_of_an_axis_are_short(value: float, text: str) -> None:
+    assert axis_number(value) == text

@@ -30,6 +30,12 @@ def test_a_centred_mean_does_not_lie_beside_a_falling_curve() -> None:
     assert centred_mean([], window=3) == []
 
 
+def test_beside_a_break_a_mean_does_not_end_in_the_noise_of_one_value() -> None:
+    values = [3.0 + (-1) ** number for number in range(60)]
+    smooth = centred_mean(values, breaks=[30])
+    assert max(abs(value - 3.0) for value in smooth) < 0.3
+
+
 def test_a_centred_mean_leaves_nan_out() -> None:
     means = centred_mean([math.nan, 2.0, math.nan, 6.0, 1.0], window=3)
     assert math.isnan(means[0])
@@ -82,6 +88,22 @@ def test_curves_around_restarts(run: Run) -> None:
     assert (max(close[100]), min(close[110])) == (10, -9)
     labels = [series.label for series in figures.around_restarts([run]).series if series.label]
     assert labels == ["restart after update 100", "restart after update 150"]
+
+
+def test_what_each_update_was_is_drawn_beside_the_mean(run: Run) -> None:
+    """Of one run; the axis of a speed begins at 0."""
+    picture = figures.speed([run])
+    assert [(series.label, series.style) for series in picture.series] == [
+        ("tokens/s of each update", "thin"), ("tokens/s, mean of 21 updates", "line"),
+    ]  # fmt: skip
+    assert picture.limits == pytest.approx((0, 105))
+    assert figures.learning_rate([run]).limits == pytest.approx((0, 1.05 * 2e-3))
+
+
+def test_a_curve_without_a_point_is_left_out(run: Run, tmp_path: Path) -> None:
+    other = read_run(write_run(tmp_path / "full", falling(80), method="full"))
+    shown = {picture.name: [series.label for series in picture.series] for picture in figures.pictures([run, other])}
+    assert shown["perplexity"] == ["relora"] and "full: validation loss" not in shown["loss"]
 
 
 def test_many_restarts_are_drawn_as_their_mean(tmp_path: Path) -> None:

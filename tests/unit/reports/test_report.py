@@ -42,7 +42,12 @@ def test_report_on_one_run(run_dir: Path) -> None:
     assert cells(text, "100")[:9] == ["100", "1", *near, *wide, "2.7450"]
     # Restart 2 at 150: 141..150, then 151..160; 101..150, then 151..200, the last.
     near, wide = ["2.5450", "2.4450", "-0.1000"], ["2.7450", "2.2450", "-0.5000"]
-    assert cells(text, "150") == ["150", "2", *near, *wide, "2.2450", "0.9900", "0.3500", "1.0e-06", "0.50", "2,048"]
+    assert cells(text, "150") == ["150", "2", *near, *wide, "2.2450"]
+    assert "| 2 | 0.9900 | 0.3500 | 1.0e-06 | 0.50 | 2,048 |" in text
+    assert (
+        "relora: ReLoRA, updates 200, 2,000 tokens, 2 restart(s). Validation perplexity: 380.00 after update 20, then 200.00"
+        in text
+    )
     assert text.count("the loss rose at no restart (0 of 2)") == 2
     for name in ("loss", "learning_rate", "perplexity"):
         assert f"(plots/{name}.png)" in text

@@ -69,7 +69,7 @@ def test_a_spike_right_behind_a_restart_is_told() -> None:
     assert row.near.change == 490 and row.wide.change == pytest.approx(150) and row.later.change == -100
     text = verdict([row])
     assert "Right at the restart, mean of the 10 updates before and after it: the loss **rose** at restart 1 (1 of 1)" in text
-    assert "most at restart 1: +490.0000." in text
+    assert "most at restart 1: +490.0000." in text and "The rise at restart 1 is more than twice that." in text
     assert "Mean of the 50 updates before and after it: the loss **rose** at restart 1 (1 of 1)" in text
 
 
@@ -79,6 +79,13 @@ def test_noise_of_two_means() -> None:
     assert noise_of_means(updates, 200) == pytest.approx(2 / math.sqrt(10), rel=0.02)
     assert noise_of_means(falling(200), 200) == 0, "a steady fall is no noise"
     assert math.isnan(noise_of_means(falling(2), 2))
+
+
+def test_a_rise_by_chance_is_called_so() -> None:
+    """Losses that go up and down by 1, and by 0.1 higher after the restart."""
+    updates = [update(number, 3.0 + (-1) ** number + 0.1 * (number > 200)) for number in range(1, 401)]
+    text = verdict(restart_table(updates, [restart(1, 200)]))
+    assert "rose** at restart 1" in text and text.count("No rise is more than twice that.") == 1
 
 
 def test_restart_table() -> None:
@@ -146,9 +153,9 @@ def test_evaluations_before_and_after_a_restart(tmp_path: Path) -> None:
     records: list[Record] = relora_records()
     run = read_run(write_run(tmp_path / "run", records, [restart(1, 110), restart(2, 160), restart(3, 199)]))
     assert evaluations_around(run) == [
-        ["1", "110", "10", "3.0000", "10", "3.0000"],
-        ["2", "160", "20", "3.0000", "0", "3.0000"],
-        ["3", "199", "19", "3.0000", "1", "3.0000"],
+        ["1", "110", "10", "3.0000", "300.00", "10", "3.0000", "280.00"],
+        ["2", "160", "20", "3.0000", "260.00", "0", "3.0000", "240.00"],
+        ["3", "199", "19", "3.0000", "220.00", "1", "3.0000", "200.00"],
     ]
     run = read_run(write_run(tmp_path / "early", records[:30], [restart(1, 10)]))
-    assert evaluations_around(run) == [["1", "10", "–", "–", "10", "3.0000"]]
+    assert evaluations_around(run) == [["1", "10", "–", "–", "–", "10", "3.0000", "380.00"]]
