@@ -85,8 +85,8 @@ def _table(table: Table) -> str:
     heading, *rows = table.rows
     is_upright = table.is_upright
     if len(rows) == 1 and len(heading) > MOST_COLUMNS:
-        is_upright = True
-        heading, *rows = [list(pair) for pair in zip(heading, rows[0], strict=True)]
+        pairs: list[Sequence[str]] = list(zip(heading, rows[0], strict=True))
+        (heading, *rows), is_upright = pairs, True
     head = "".join(f'<th scope="col"{LONG * (len(cell) > LONGEST)}>{escape(cell)}</th>' for cell in heading)
     body = "".join(_row(row) for row in rows)
     kind = "facts" if is_upright else "figures"
