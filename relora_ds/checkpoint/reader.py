@@ -56,8 +56,6 @@ def describe(engine: Any, config: Config, progress: Progress, phase: str, tokens
     """The manifest of the checkpoint that would be written now, without files and base; ``tokens``: :attr:`TokenIndex.digests`."""
     optimizer = engine.optimizer
     is_relora = isinstance(optimizer, ReLoRAOptimizer)
-    versions = {"python": platform.python_version(), "relora_ds": __version__, "torch": torch.__version__}
-    versions |= {"deepspeed": deepspeed.__version__, "transformers": transformers.__version__}
     return Manifest(
         update=progress.update,
         phase=phase,
@@ -75,8 +73,14 @@ def describe(engine: Any, config: Config, progress: Progress, phase: str, tokens
         rng={"seed": config.run.seed},
         progress=asdict(progress),
         base=None,
-        versions=versions,
+        versions=versions(),
     )
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that a training depends on."""
+    packages = {"torch": torch.__version__, "deepspeed": deepspeed.__version__, "transformers": transformers.__version__}
+    return {"python": platform.python_version(), "relora_ds": __version__} | packages
 
 
 def find_all(run: RunFolder) -> list[Path]:

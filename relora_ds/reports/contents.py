@@ -74,6 +74,7 @@ Only one right before and one right after would show what the restart itself did
 EVALUATION_COLUMNS = ["restart", "update", "updates before", "validation loss", "perplexity"]
 EVALUATION_COLUMNS += ["updates after", "validation loss", "perplexity"]
 PHASE_COLUMNS = ["phase", "updates", "time in updates", "median tokens/s", "sent by rank 0 in an update (median)"]
+SPENT_COLUMNS = ["what", "time", "share"]
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,9 @@ def _time(run: Run) -> Section:
         sent = "–" if math.isnan(phase.sent_bytes) else human_bytes(phase.sent_bytes)
         rows.append([phase.title, f"{phase.first:,} to {phase.last:,}", seconds, _text(phase.tokens_per_s, ",.0f"), sent])
     blocks: list[Block] = [Table([PHASE_COLUMNS, *rows])]
+    if spent := speed.spent(run):
+        starts = "" if len(run.begun) == 1 else f" over {len(run.begun)} starts, with updates that were done again"
+        blocks += [f"Where the time of rank 0 went{starts}:", Table([SPENT_COLUMNS, *spent])]
     blocks += [sentence for sentence in (speed.lost_time(run), traffic.saved_bytes(run)) if sentence]
     return Section(f"Time and bytes of {run.label}", blocks)
 
@@ -209,11 +213,13 @@ def _traffic(run: Run) -> list[Block]:
 
 
 def _recipe(run: Run) -> Section:
-    ranks = run.starts[-1]["world_size"] if run.starts else 1
+    ranks = facts.world_size(run)
     command = f"relora-ds train {shlex.quote(str(run.folder.config))} --nproc {ranks} run.dir=runs/again"
     told = (
         "The recipe as the run was started, with every setting that was replaced on the command line. To train it again, "
         f"from the folder in which relora_ds and its data lie (on several nodes by their launcher): `{command}`"
     )
+    if commands := facts.commands(run):
+        told = f"It was started by {', then '.join(commands)}. {told}"
     text = run.folder.config.read_text(encoding="utf-8", errors="replace")
     return Section(f"Recipe of {run.label}", [told, Recipe(str(run.folder.config), text)])

@@ -1,17 +1,19 @@
-"""What was run, and on what, by a run's config.yaml, model/, base/, checkpoints/ and traffic.json; nothing is guessed."""
+"""What was run, and on what, by what lies in a run's folder; nothing is guessed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from typing import Any
 
 from relora_ds.reports.restarts import stored_dtype
-from relora_ds.reports.run_records import Run, last
+from relora_ds.reports.run_records import Record, Run, last
+from relora_ds.reports.speed import PHASE_NAMES
 from relora_ds.run import manifest as manifests
 from relora_ds.run.manifest import ManifestError
 from relora_ds.text import json_text
+from relora_ds.units import human_bytes
 
 UNKNOWN = "–"
 SHAPE = {"num_hidden_layers": "layers", "hidden_size": "hidden size", "num_attention_heads": "heads", "vocab_size": "vocabulary"}
@@ -39,14 +41,21 @@ def what(run: Run) -> dict[str, str]:
 def on_what(run: Run) -> dict[str, str]:
     """Machines, versions, dates and time, as far as the folder records them."""
     newest = manifests.newest(run.folder.checkpoints)
-    versions = newest[1].versions if newest else {}
     precision = f"{newest[1].precision}, ZeRO stage {newest[1].zero_stage}" if newest else UNKNOWN
-    return {
-        "machines": _machines(run),
-        "precision": precision,
-        "versions": ", ".join(f"{name} {number}" for name, number in versions.items()) or UNKNOWN,
+    versions = [newest[1].versions] if newest else []
+    known = {"machines": _machines(run), "precision": precision}
+    if not run.begun:
+        return known | {
+            "versions": _then(map(_versions, versions)),
+            "updates done": progress(run),
+            "metrics.jsonl last written": _date(run),
+        }
+    return known | {
+        "hardware": _then(map(_hardware, run.begun)),
+        "versions": _then(_versions(start.get("versions")) for start in run.begun),
+        "started": _started(run),
         "updates done": progress(run),
-        "metrics.jsonl last written": _date(run),
+        "peak memory of rank 0": _peak_memory(run),
     }
 
 
@@ -164,6 +173,72 @@ def progress(run: Run) -> str:
     of = f" of {wanted:,}" if isinstance(wanted, int) else ""
     tokens = last([record["tokens"] for record in run.updates if isinstance(record.get("tokens"), int)])
     return f"{run.updates[-1]['update']:,}{of}" + ("" if math.isnan(tokens) else f", {tokens:,} tokens")
+
+
+def world_size(run: Run) -> int:
+    """The ranks of the newest start; 1 where the folder does not tell."""
+    sizes = [start.get("world_size") for start in (*run.starts, *run.begun)]
+    return next((size for size in reversed(sizes) if isinstance(size, int)), 1)
+
+
+def commands(run: Run) -> list[str]:
+    """By which command lines a run was started, and on how many ranks, each once; as Markdown."""
+    found = [f"`{start['command']}` on {start.get('world_size', 1)} rank(s)" for start in run.begun if start.get("command")]
+    return list(dict.fromkeys(found))
+
+
+def _then(texts: Iterable[str]) -> str:
+    """Each text once, in the order in which they came."""
+    return "; then ".join(filter(None, dict.fromkeys(texts))) or UNKNOWN
+
+
+def _versions(versions: object) -> str:
+    return ", ".join(f"{name} {number}" for name, number in versions.items()) if isinstance(versions, dict) else ""
+
+
+def _hardware(start: Record) -> str:
+    """Of rank 0, which other ranks need not share."""
+    found = start.get("hardware")
+    if not isinstance(found, dict):
+        return ""
+    told = (
+        [f"{start.get('world_size', 1)} × {found['gpu']} with {_bytes(found.get('gpu_memory_bytes'))}"] if "gpu" in found else []
+    )
+    told += [
+        str(found.get("cpu", "")),
+        f"{found.get('cores', UNKNOWN)} core(s) usable",
+        f"{_bytes(found.get('memory_bytes'))} of memory",
+    ]
+    return ", ".join(filter(None, told))
+
+
+def _started(run: Run) -> str:
+    times = [str(start.get("time", UNKNOWN)).replace("T", " ") for start in run.begun]
+    return times[0] if len(times) == 1 else f"{times[0]}; {len(times)} times in all, at last {times[-1]}"
+
+
+def peak_memory(run: Run) -> dict[str, float]:
+    """The peak of each phase in bytes, over all starts: of the GPU where there is one, else of the process."""
+    fields = ("gpu_allocated_peak_bytes", "resident_peak_bytes")
+    field = next((field for field in fields if any(start.get(field) for start in run.begun)), "")
+    peaks: dict[str, float] = {}
+    for start in run.begun:
+        by_phase = start.get(field)
+        for phase, value in by_phase.items() if isinstance(by_phase, dict) else ():
+            if isinstance(value, (int, float)):
+                peaks[str(phase)] = max(peaks.get(str(phase), 0.0), value)
+    return peaks
+
+
+def _peak_memory(run: Run) -> str:
+    of_gpu = any(start.get("gpu_allocated_peak_bytes") for start in run.begun)
+    which = "allocated on the GPU" if of_gpu else "resident in main memory, the whole process since its begin"
+    peaks = [f"{PHASE_NAMES.get(phase, phase)} phase {human_bytes(value)}" for phase, value in peak_memory(run).items()]
+    return f"{', '.join(peaks)} ({which})" if peaks else UNKNOWN
+
+
+def _bytes(value: object) -> str:
+    return human_bytes(value) if isinstance(value, (int, float)) else UNKNOWN
 
 
 def _date(run: Run) -> str:

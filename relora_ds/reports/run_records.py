@@ -31,6 +31,7 @@ class Run:
         method: of its recipe.
         updates, evals, restarts, ranks: the records of its logs, without those that a resumed run wrote a second time.
         starts: the entries of its traffic.json.
+        begun: the records of its starts.jsonl, one for each start; none in runs of earlier versions.
         folder: where it all lies.
         settings: the content of its config.yaml.
     """
@@ -44,6 +45,7 @@ class Run:
     starts: list[Record]
     folder: RunFolder
     settings: Record = field(default_factory=dict)
+    begun: list[Record] = field(default_factory=list)
 
     @property
     def phase_changes(self) -> list[int]:
@@ -134,7 +136,8 @@ def read_run(path: Path, label: str | None = None) -> Run:
     content = read_yaml_file(folder.config, "RUN_DIR") if folder.config.is_file() else {}
     settings = content if isinstance(content, dict) else {}
     method = str(settings.get("method", "–"))
-    return Run(label or path.resolve().name, method, updates, evals, restarts, ranks, starts, folder, settings)
+    begun = read_jsonl(folder.starts) if folder.starts.is_file() else []
+    return Run(label or path.resolve().name, method, updates, evals, restarts, ranks, starts, folder, settings, begun)
 
 
 def _is_of_ranks(record: Record) -> bool:

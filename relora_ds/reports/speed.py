@@ -11,6 +11,14 @@ from relora_ds.reports.run_records import Record, Run, column, known, mean, medi
 
 LAGS = 0.1
 """A rank whose own work takes longer than the median rank's by this share is said to lag."""
+SPENT_ON = {
+    "start_up": "start-up: building the model, reading a checkpoint",
+    "updates": "updates, restarts included",
+    "phase_change": "the change from full rank to LoRA",
+    "evaluations": "evaluations",
+    "checkpoints": "waiting for checkpoints",
+}
+"""What starts.jsonl tells apart, as the report calls it."""
 PHASE_NAMES = {"full": "full-rank", "lora": "LoRA"}
 
 
@@ -61,7 +69,8 @@ def lost_time(run: Run) -> str:
         sentences.append(
             f"Of these, the restarts took {sum(restarts):.2f} s ({sum(restarts) / total:.2%}), {mean(restarts):.2f} s each."
         )
-    sentences.append("The run's folder does not record how long starts, evaluations and checkpoints took.")
+    if not run.begun:
+        sentences.append("The run's folder does not record how long starts, evaluations and checkpoints took.")
     behind = behind_checkpoints(run)
     if behind:
         more = sum(behind)
@@ -71,6 +80,21 @@ def lost_time(run: Run) -> str:
             "together than as many median updates of their phase."
         )
     return " ".join(sentences)
+
+
+def spent(run: Run) -> list[list[str]]:
+    """Where the time of all starts went, as cells: what, how long, its share. Nothing where starts.jsonl does not tell."""
+    totals = {of: sum(known(column(map(_seconds, run.begun), of))) for of in SPENT_ON}
+    everything = sum(totals.values())
+    if not everything:
+        return []
+    rows = [[SPENT_ON[of], duration(seconds), f"{seconds / everything:.1%}"] for of, seconds in totals.items() if seconds]
+    return [*rows, ["together", duration(everything), "100.0%"]]
+
+
+def _seconds(start: Record) -> Record:
+    seconds = start.get("seconds")
+    return seconds if isinstance(seconds, dict) else {}
 
 
 def behind_checkpoints(run: Run) -> list[float]:

@@ -29,9 +29,9 @@ APPEND_TRIES, APPEND_PAUSE_S = 5, 0.2
 @dataclass(frozen=True)
 class RunFolder:
     """Paths of one run: config.yaml, deepspeed.json, model/ (Hugging Face configuration and tokenizer), metrics.jsonl,
-    restarts.jsonl, traffic.json, ranks.jsonl, faults.jsonl, stacks/ (where every rank hung), profile/ (traces and tables of where
-    the time goes), checkpoints/, base/ (frozen weights, once per restart), universal/ (conversions), slurm/ (what was submitted, and
-    what became of it), plots/, report.md, report.html, spectrum.md, spectrum.csv."""
+    restarts.jsonl, traffic.json, ranks.jsonl, starts.jsonl, faults.jsonl, stacks/ (where every rank hung), profile/ (traces and
+    tables of where the time goes), checkpoints/, base/ (frozen weights, once per restart), universal/ (conversions), slurm/ (what was
+    submitted, and what became of it), plots/, report.md, report.html, spectrum.md, spectrum.csv."""
 
     path: Path
 
@@ -62,6 +62,10 @@ class RunFolder:
     @property
     def ranks(self) -> Path:
         return self.path / "ranks.jsonl"
+
+    @property
+    def starts(self) -> Path:
+        return self.path / "starts.jsonl"
 
     @property
     def faults(self) -> Path:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from relora_ds.errors import ConfigError
+from relora_ds.reports.facts import peak_memory
 from relora_ds.reports.run_records import column, known, last, read_run
 from relora_ds.run import manifest as manifests
 from relora_ds.run.changes import differences
@@ -115,6 +116,7 @@ class Figures:
         seconds: in updates, restarts included; without the start, evaluations, and what was waited for checkpoints.
         sent_bytes: by rank 0 for all updates.
         sent_bytes_per_update: the mean of these.
+        peak_memory_bytes: of rank 0, in the phase that needs most: allocated on its GPU; without one, resident of its process.
     """
 
     update: int = 0
@@ -124,6 +126,7 @@ class Figures:
     seconds: float = math.nan
     sent_bytes: float = math.nan
     sent_bytes_per_update: float = field(default=math.nan)
+    peak_memory_bytes: float = math.nan
 
     @property
     def seconds_per_update(self) -> float:
@@ -147,4 +150,5 @@ def figures(run: SweepRun) -> Figures:
         seconds=sum(batch / speed for speed in known(column(content.updates, "tokens_per_s")) if speed > 0),
         sent_bytes=sum(sent) if sent else math.nan,
         sent_bytes_per_update=sum(sent) / len(sent) if sent else math.nan,
+        peak_memory_bytes=max(peak_memory(content).values(), default=math.nan),
     )

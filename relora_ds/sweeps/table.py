@@ -26,12 +26,14 @@ MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "seconds": ("seconds in updates", "{:,.1f}".format),
     "sent_bytes_per_update": ("sent per update", human_bytes),
     "sent_bytes": ("sent in all", human_bytes),
+    "peak_memory_bytes": ("peak memory", human_bytes),
 }
 """Fields of :class:`Figures`: what they are called, and how they are written."""
 CURVES = ("perplexity.png", "loss.png")
 """The pictures of the report that the page of a sweep shows."""
 NOTE = """Mean ± sample standard deviation over the seeds that are done. The perplexity is that of the last evaluation. Seconds are
-those of updates, restarts included, without starts and evaluations. Bytes are what rank 0 sent for updates, as rings send them."""
+those of updates, restarts included, without starts and evaluations. Bytes are what rank 0 sent for updates, as rings send them.
+Peak memory is what PyTorch had allocated on rank 0's GPU; without one, the resident memory of its whole process."""
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:

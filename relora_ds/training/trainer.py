@@ -18,6 +18,7 @@ from relora_ds import environment
 from relora_ds.callbacks.callback import Callback, RunState
 from relora_ds.callbacks.metrics_log import MetricsLog
 from relora_ds.callbacks.progress_line import ProgressLine
+from relora_ds.callbacks.starts_log import StartsLog
 from relora_ds.callbacks.traffic import TrafficLog
 from relora_ds.callbacks.wandb_run import WandbRun
 from relora_ds.callbacks.watch import Watch
@@ -96,13 +97,14 @@ class Trainer(RunState):
         self.train_data = Prefetch(train_data, chain.from_iterable(map(self.micro_batches, to_come)), device)
 
     def _own_callbacks(self) -> list[Callback]:
-        """Traffic first, which adds to the records of those behind it."""
+        """Traffic first, which adds to the records of those behind it; the log of starts last, which measures what they take."""
         traffic = TrafficLog(self.folder.traffic, self.place, self.watchdog.hosts, self.device, environment.attempt())
         watch = Watch(self.watchdog)
         if not self.place.is_main:
             return [traffic, watch]
         wandb = WandbRun(environment.process_environment(), self.tell)
-        return [traffic, MetricsLog(self), ProgressLine(self.config.total_updates), wandb, watch]
+        starts = StartsLog(self.folder.starts, self.watchdog.hosts, environment.attempt())
+        return [traffic, MetricsLog(self), ProgressLine(self.config.total_updates), wandb, watch, starts]
 
     def _build(self) -> None:
         """Engine and progress: of the newest checkpoint, or of a new run."""

@@ -65,3 +65,16 @@ def start(**more: object) -> Record:
 
 def write_traffic(folder: Path, *starts: Record) -> None:
     (folder / "traffic.json").write_text(json.dumps({"starts": list(starts)}))
+
+
+def begun(**more: object) -> Record:
+    """A line of starts.jsonl."""
+    seconds = {"start_up": 10.0, "updates": 80.0, "phase_change": 5.0, "evaluations": 3.0, "checkpoints": 2.0}
+    entry = {"update": 200, "first_update": 1, "time": "2026-03-04T05:06:07+00:00", "command": "relora-ds train a.yaml"}
+    entry |= {"launcher": "torchrun", "world_size": 2, "hosts": ["a"], "seconds": seconds, "versions": {"torch": "2.13.0"}}
+    entry |= {"hardware": {"cpu": "A processor", "cores": 4, "memory_bytes": 8e9}}
+    return {**entry, "resident_peak_bytes": {"full": 5e8, "lora": 6e8}} | more
+
+
+def write_starts(folder: Path, *starts: Record) -> None:
+    (folder / "starts.jsonl").write_text(lines(starts))

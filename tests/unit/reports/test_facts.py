@@ -12,7 +12,17 @@ from relora_ds.reports import facts
 from relora_ds.reports.run_records import read_run
 from relora_ds.run import manifest as manifests
 from relora_ds.run.manifest import Manifest
-from tests.unit.reports.run_folders import falling, relora_records, restart, start, update, write_run, write_traffic
+from tests.unit.reports.run_folders import (
+    begun,
+    falling,
+    relora_records,
+    restart,
+    start,
+    update,
+    write_run,
+    write_starts,
+    write_traffic,
+)
 
 SETTINGS = {
     "run": {"seed": 7},
@@ -110,3 +120,45 @@ def test_factors_without_a_base_leave_the_whole_unknown(tmp_path: Path) -> None:
     write_traffic(folder, start(last_update=200, trainable_parameters=250))
     found = facts.what(read_run(folder))
     assert (found["parameters"], found["of these trained"]) == (facts.UNKNOWN, "250")
+
+
+def test_what_each_start_wrote_down(tmp_path: Path) -> None:
+    folder = whole_run(tmp_path / "run")
+    write_starts(folder, begun())
+    run = read_run(folder)
+    assert facts.on_what(run) == {
+        "machines": "2 rank(s) on a, b, gloo",
+        "precision": "bf16, ZeRO stage 2",
+        "hardware": "A processor, 4 core(s) usable, 8 GB of memory",
+        "versions": "torch 2.13.0",
+        "started": "2026-03-04 05:06:07+00:00",
+        "updates done": "200 of 900, 2,000 tokens",
+        "peak memory of rank 0": (
+            "full-rank phase 500 MB, LoRA phase 600 MB (resident in main memory, the whole process since its begin)"
+        ),
+    }
+    assert facts.commands(run) == ["`relora-ds train a.yaml` on 2 rank(s)"]
+
+
+def test_several_starts_on_other_machines(tmp_path: Path) -> None:
+    folder = whole_run(tmp_path / "run")
+    gpu = {"cpu": "B", "cores": 8, "memory_bytes": 1e11, "gpu": "NVIDIA H100", "gpu_memory_bytes": 8e10}
+    peak = {"lora": 2e10}
+    later = begun(
+        time="2026-03-05T01:01:01+00:00", world_size=4, hardware=gpu, gpu_allocated_peak_bytes=peak, versions={"torch": "3"}
+    )
+    write_starts(folder, begun(), later, later)
+    run = read_run(folder)
+    found = facts.on_what(run)
+    assert found["hardware"].endswith("; then 4 × NVIDIA H100 with 80 GB, B, 8 core(s) usable, 100 GB of memory")
+    assert found["versions"] == "torch 2.13.0; then torch 3"
+    assert found["started"] == "2026-03-04 05:06:07+00:00; 3 times in all, at last 2026-03-05 01:01:01+00:00"
+    assert found["peak memory of rank 0"] == "LoRA phase 20 GB (allocated on the GPU)"
+    assert facts.world_size(run) == 4 and len(facts.commands(run)) == 2
+
+
+def test_a_start_that_tells_nothing(tmp_path: Path) -> None:
+    folder = whole_run(tmp_path / "run")
+    write_starts(folder, {"update": 3}, begun(hardware=[], versions=1, resident_peak_bytes=[1], command=None, seconds=[]))
+    found = facts.on_what(read_run(folder))
+    assert [found[name] for name in ("hardware", "versions", "peak memory of rank 0")] == [facts.UNKNOWN] * 3

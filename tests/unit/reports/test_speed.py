@@ -10,8 +10,8 @@ import pytest
 
 from relora_ds.reports.report import report
 from relora_ds.reports.run_records import Record, read_run
-from relora_ds.reports.speed import behind_checkpoints, duration, lost_time, phases, slowest_rank
-from tests.unit.reports.run_folders import falling, relora_records, restart, update, write_run
+from relora_ds.reports.speed import behind_checkpoints, duration, lost_time, phases, slowest_rank, spent
+from tests.unit.reports.run_folders import begun, falling, relora_records, restart, update, write_run, write_starts
 
 
 def times(update: int, seconds: Sequence[float], hosts: Sequence[str] = ("n1", "n1", "n2", "n2")) -> Record:
@@ -81,3 +81,24 @@ def test_durations() -> None:
         "4 min 26 s",
         "2 h 5 min",
     ]
+
+
+def test_where_the_time_of_all_starts_went(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", relora_records(), [restart(1, 100)])
+    assert spent(read_run(folder)) == [] and "does not record how long" in lost_time(read_run(folder))
+    write_starts(folder, begun(), begun(seconds={"start_up": 20, "updates": 80}), begun(seconds=None))
+    run = read_run(folder)
+    assert spent(run) == [
+        ["start-up: building the model, reading a checkpoint", "30.0 s", "15.0%"],
+        ["updates, restarts included", "2 min 40 s", "80.0%"],
+        ["the change from full rank to LoRA", "5.0 s", "2.5%"],
+        ["evaluations", "3.0 s", "1.5%"],
+        ["waiting for checkpoints", "2.0 s", "1.0%"],
+        ["together", "3 min 20 s", "100.0%"],
+    ]
+    assert "does not record" not in lost_time(run)
+    text = report([folder]).read_text(encoding="utf-8")
+    assert (
+        "Where the time of rank 0 went over 3 starts" in text
+        and "It was started by `relora-ds train a.yaml` on 2 rank(s)." in text
+    )
