@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from relora_ds.callbacks.callback import Callback, RunState
@@ -43,7 +44,7 @@ class StartsLog(Callback):
     def __init__(self, path: Path, hosts: Sequence[str], attempt: str) -> None:
         self.path, self.hosts, self.attempt = path, hosts, attempt
         self.record: dict[str, Any] = {}
-        self.seconds: dict[str, float] = {}
+        self.seconds = {"start_up": age()}
         self.resident: dict[str, int] = {}
         self.allocated: dict[str, int] = {}
         self._since, self._last = time.perf_counter(), "start_up"
@@ -109,6 +110,11 @@ class StartsLog(Callback):
             at = lines.index(self._line) if self._line in lines else len(lines)
             write_atomically(self.path, "".join(f"{kept}\n" for kept in [*lines[:at], line, *lines[at + 1 :]]))
             self._line = line
+
+
+def age() -> float:
+    """How long this process has been there, in seconds."""
+    return max(0.0, time.time() - psutil.Process().create_time())
 
 
 def command(argv: Sequence[str]) -> str:

@@ -219,7 +219,8 @@ def _recipe(run: Run) -> Section:
         "The recipe as the run was started, with every setting that was replaced on the command line. To train it again, "
         f"from the folder in which relora_ds and its data lie (on several nodes by their launcher): `{command}`"
     )
+    blocks: list[Block] = [told]
     if commands := facts.commands(run):
-        told = f"It was started by {', then '.join(commands)}. {told}"
+        blocks = [f"The run was started by {', then by '.join(commands)}.", *blocks]
     text = run.folder.config.read_text(encoding="utf-8", errors="replace")
-    return Section(f"Recipe of {run.label}", [told, Recipe(str(run.folder.config), text)])
+    return Section(f"Recipe of {run.label}", [*blocks, Recipe(str(run.folder.config), text)])

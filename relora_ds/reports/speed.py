@@ -12,7 +12,7 @@ from relora_ds.reports.run_records import Record, Run, column, known, mean, medi
 LAGS = 0.1
 """A rank whose own work takes longer than the median rank's by this share is said to lag."""
 SPENT_ON = {
-    "start_up": "start-up: building the model, reading a checkpoint",
+    "start_up": "start-up: imports, ranks, model, checkpoint",
     "updates": "updates, restarts included",
     "phase_change": "the change from full rank to LoRA",
     "evaluations": "evaluations",

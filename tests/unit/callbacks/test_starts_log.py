@@ -30,6 +30,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time, in a list of one."""
     now = [0.0]
     monkeypatch.setattr(starts_log.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(starts_log, "age", lambda: 100.0)
     return now
 
 
@@ -73,7 +74,7 @@ def test_where_the_time_went(make_run: Any, tmp_path: Path, clock: list[float]) 
     clock[0] += 64
     log.end(0)
     (line,) = read(tmp_path / "starts.jsonl")
-    assert line["seconds"] == {"start_up": 11, "updates": 34, "evaluations": 4, "checkpoints": 72, "phase_change": 16}
+    assert line["seconds"] == {"start_up": 111, "updates": 34, "evaluations": 4, "checkpoints": 72, "phase_change": 16}
     assert list(line["resident_peak_bytes"]) == [run.config.phase_of(1), "other"]
 
 
@@ -118,3 +119,7 @@ def test_the_command(argv: list[str], line: str) -> None:
 def test_a_machine_without_a_processors_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(starts_log, "CPU_INFO", tmp_path / "none")
     assert hardware(torch.device("cpu"))["cpu"] != ""
+
+
+def test_a_process_knows_its_age() -> None:
+    assert 0 < starts_log.age() < 7 * 24 * 3600

@@ -89,7 +89,7 @@ def test_where_the_time_of_all_starts_went(tmp_path: Path) -> None:
     write_starts(folder, begun(), begun(seconds={"start_up": 20, "updates": 80}), begun(seconds=None))
     run = read_run(folder)
     assert spent(run) == [
-        ["start-up: building the model, reading a checkpoint", "30.0 s", "15.0%"],
+        ["start-up: imports, ranks, model, checkpoint", "30.0 s", "15.0%"],
         ["updates, restarts included", "2 min 40 s", "80.0%"],
         ["the change from full rank to LoRA", "5.0 s", "2.5%"],
         ["evaluations", "3.0 s", "1.5%"],
@@ -100,5 +100,5 @@ def test_where_the_time_of_all_starts_went(tmp_path: Path) -> None:
     text = report([folder]).read_text(encoding="utf-8")
     assert (
         "Where the time of rank 0 went over 3 starts" in text
-        and "It was started by `relora-ds train a.yaml` on 2 rank(s)." in text
+        and "The run was started by `relora-ds train a.yaml` on 2 rank(s)." in text
     )
