@@ -108,6 +108,9 @@ def test_an_error_of_a_rank_is_recorded(content: dict[str, Any], tmp_path: Path)
     (times,) = read_log(tmp_path / "run" / "ranks.jsonl")
     assert (times["update"], times["hosts"]) == (18, [socket.gethostname()] * 2)
     assert len(times["forward_s"]) == 2 and min(times["forward_s"]) > 0
+    first, second = read_log(tmp_path / "run" / "starts.jsonl")  # also of the start that failed
+    assert (first["first_update"], first["update"], second["update"]) == (1, 18, 18) and 1 < second["first_update"] <= 18
+    assert first["world_size"] == 2 and first["resident_peak_bytes"].keys() >= {"lora"}
     assert len(faults.read(tmp_path / "run")) == 2
 
 

@@ -345,11 +345,12 @@ def test_a_run_that_another_job_has(place: Path, monkeypatch: pytest.MonkeyPatch
     [
         (write("run/checkpoints/latest", "nowhere"), "eval run", "perplexity"),
         (write("run/traffic.json", '{"starts": [5, {}]}'), "report run", "wrote"),
+        (write("run/starts.jsonl", '{"update": 1, "seconds": 5, "hosts": {}, "hardware": "x"}\n'), "report run", "wrote"),
         (write("text/._a.jsonl", "x"), "prepare text out --vocab-size 300", "passed over: 1 hidden"),
         (write("text/dataset_info.json", "{}"), "prepare text out --vocab-size 300", "passed over: 1"),
         (write("text/b.jsonl", '{"text": null}\n{"other": 1}\n'), "prepare text out --vocab-size 300", "2 without text"),
     ],
-    ids=["latest names nothing", "traffic of nothing", "hidden file", "metadata", "rows without text"],
+    ids=["latest names nothing", "traffic of nothing", "starts of nothing", "hidden file", "metadata", "rows without text"],
 )
 def test_what_is_passed_over(
     spoil: Callable[[Path], object], command: str, told: str, place: Path, monkeypatch: pytest.MonkeyPatch,
