@@ -46,7 +46,7 @@ train.keep_first_base=true keeps it. Full-rank runs need --from.""",
     )  # fmt: skip
     command.add_argument(
         "--out", metavar="FOLDER", type=path_argument,
-        help="The folder to write spectrum.md, spectrum.csv and plots/ into. "
+        help="The folder to write spectrum.html, spectrum.md, spectrum.csv and plots/ into. "
         "Default: the run's folder; for several runs, spectrum.",
     )  # fmt: skip
     add_trust(command)

@@ -93,7 +93,16 @@ class Recipe:
     text: str
 
 
-Block: TypeAlias = "str | Table | Picture | Recipe"
+@dataclass(frozen=True)
+class Panels:
+    """Pictures that belong together: Markdown shows them as one file of this name, without its ending."""
+
+    name: str
+    title: str
+    pictures: Sequence[Picture]
+
+
+Block: TypeAlias = "str | Table | Picture | Panels | Recipe"
 
 
 @dataclass(frozen=True)

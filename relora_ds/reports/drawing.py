@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,16 @@ LINES: dict[Style, dict[str, Any]] = {
 MARKS: dict[str, dict[str, Any]] = {
     "restart": {"linestyle": "--", "linewidth": 0.8},
     "phase change": {"linestyle": ":", "linewidth": 1.6},
+    "bound": {"linestyle": "--", "linewidth": 1.0},
+    "limit": {"linestyle": ":", "linewidth": 1.2},
 }
 MARK_LABELS = {"restart": "restart", "phase change": "end of the warm start"}
 SIZE = (7.2, 3.4)
 """Of an SVG in inches: 518 x 245 of its units, to which a page's letters are measured."""
 PLOT = (0.125, 0.105, 0.865, 0.875)
 """Left, bottom, width and height of the axes in it; beside them is room for numbers in the larger letters of small screens."""
+FEW = 100
+"""A log axis that reaches less far has numbers between the powers of ten."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ VARIABLES = {name: f"var(--series-{number})" for number, name in enumerate(BY_ST
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of a legend: what a line of this style (of a series, or ``restart``, ``phase change``) and colour is."""
+    """A line of a legend: what a line of this style (of a series, or the kind of a mark) and colour is."""
 
     label: str
     style: str
@@ -74,24 +79,30 @@ class Entry:
 def legend(picture: Picture) -> list[Entry]:
     """What is to be told of the curves and marks of a picture; marks of several runs are told once, in grey."""
     entries = [Entry(series.label, series.style, series.colour) for series in picture.series if series.label]
-    return entries + [Entry(MARK_LABELS[kind], kind, None) for kind in dict.fromkeys(mark.kind for mark in picture.marks)]
+    marks = dict.fromkeys((mark.label or MARK_LABELS.get(mark.kind, mark.kind), mark.kind) for mark in picture.marks)
+    return entries + [Entry(label, kind, None) for label, kind in marks]
 
 
 def write_png(picture: Picture, path: Path) -> None:
     """Draws a picture with its title, units and legend, on white."""
-    figure = Figure(figsize=(9, 4.6), dpi=130, layout="constrained")
+    write_panels([picture], path, (9, 4.6))
+
+
+def write_panels(pictures: Sequence[Picture], path: Path, size: tuple[float, float]) -> None:
+    """Draws pictures beside each other, with their titles and units and one legend, on white; ``size`` in inches."""
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    _draw(axis, picture, ON_WHITE)
-    axis.set_title(picture.title, loc="left", fontweight="bold")
-    axis.set(xlabel=picture.x_unit, ylabel=picture.unit)
+    for axis, picture in zip(figure.subplots(1, len(pictures), squeeze=False)[0], pictures, strict=True):
+        _draw(axis, picture, ON_WHITE)
+        axis.set_title(picture.title, loc="left", fontweight="bold")
+        axis.set(xlabel=picture.x_unit, ylabel=picture.unit)
     # A dollar sign in a folder name would start a formula.
     handles = [
         Line2D([], [], color=ON_WHITE.of(entry.colour), label=entry.label.replace("$", r"\$"), **_line(entry.style))
-        for entry in legend(picture)
+        for entry in dict.fromkeys(entry for picture in pictures for entry in legend(picture))
     ]
     if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+        figure.legend(handles=handles, loc="outside lower center", ncols=3 + (len(pictures) > 1), frameon=False)
     figure.savefig(path)
 
 
@@ -125,12 +136,16 @@ def _draw(axis: Axes, picture: Picture, palette: Palette) -> None:
         axis.axvline(mark.x, color=palette.of(mark.colour), zorder=1.8, gid=f"mark-{number}", **_line(mark.kind))
     if picture.is_log:
         axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9) if picture.is_log else MaxNLocator(5))
-    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axis.yaxis.set_major_locator(MaxNLocator(5))
+    is_counted = all(float(x).is_integer() for series in picture.series for x in series.x)
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=is_counted))
     for ruler in (axis.xaxis, axis.yaxis):
         ruler.set_major_formatter(FuncFormatter(lambda value, _: axis_number(value)))
         ruler.set_minor_locator(NullLocator())
     axis.set_ylim(picture.limits)
+    if picture.is_log:
+        low, high = axis.get_ylim()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1,) if high > FEW * low else (1, 2, 5), numticks=9))
     axis.grid(color=palette.grid, linewidth=0.8)
     axis.set_axisbelow(True)
     axis.patch.set_visible(palette is ON_WHITE)

@@ -43,11 +43,17 @@ class Series:
 
 @dataclass(frozen=True)
 class Mark:
-    """A vertical line at ``x``; in the colour of a run, or grey where there is only one run."""
+    """A vertical line at ``x``; in the colour of a run, or grey where there is only one run.
 
-    kind: Literal["restart", "phase change"]
+    Attributes:
+        kind: ``bound`` is one that values cannot pass, ``limit`` one by which they are judged.
+        label: what the legend calls it; "" for the usual name of its kind.
+    """
+
+    kind: Literal["restart", "phase change", "bound", "limit"]
     x: float
     colour: int | None = None
+    label: str = ""
 
 
 @dataclass(frozen=True)

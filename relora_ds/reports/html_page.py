@@ -11,7 +11,7 @@ from functools import cache
 from html import escape
 from importlib.resources import files
 
-from relora_ds.reports.contents import Block, Recipe, Section, Table
+from relora_ds.reports.contents import Block, Panels, Recipe, Section, Table
 from relora_ds.reports.drawing import COLOURS, Entry, legend, svg
 from relora_ds.reports.figures import Picture
 from relora_ds.version import __version__
@@ -25,8 +25,8 @@ LONGEST, LONG = 12, ' class="long"'
 """Letters of a heading, of a column or a row, that stay on one line; a longer one has room for lines of about so many."""
 
 
-def page(title: str, sections: Sequence[Section]) -> str:
-    """The whole file."""
+def page(title: str, sections: Sequence[Section], writer: str = "relora-ds report") -> str:
+    """The whole file; ``writer``: the command that writes it."""
     parts = [_section(number, section) for number, section in enumerate(sections, start=1)]
     places = "".join(
         f'<li><a href="#part-{number}">{_words(section.title)}</a></li>' for number, section in enumerate(sections, start=1)
@@ -47,7 +47,7 @@ def page(title: str, sections: Sequence[Section]) -> str:
 <nav aria-label="Contents"><details><summary>Contents</summary><ol>{places}</ol></details></nav>
 <main>
 {"".join(parts)}</main>
-<footer><p>Written by <code>relora-ds report</code>, version {escape(__version__)}.</p></footer>
+<footer><p>Written by <code>{escape(writer)}</code>, version {escape(__version__)}.</p></footer>
 </body>
 </html>
 """
@@ -68,6 +68,8 @@ def _block(block: Block) -> str:
         return _table(block)
     if isinstance(block, Picture):
         return _figure(block)
+    if isinstance(block, Panels):
+        return "\n".join(f"<h3>{_words(picture.title)}</h3>\n{_figure(picture)}" for picture in block.pictures)
     if isinstance(block, Recipe):
         return f"<details><summary>{escape(block.name)}</summary><pre>{escape(block.text)}</pre></details>"
     return f"<p>{_words(block)}</p>"

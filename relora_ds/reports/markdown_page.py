@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from relora_ds.reports.contents import Block, Recipe, Section, Table
+from relora_ds.reports.contents import Block, Panels, Recipe, Section, Table
 from relora_ds.reports.figures import Picture
 from relora_ds.reports.tables import markdown
 
@@ -22,7 +22,7 @@ def page(title: str, sections: Sequence[Section], folder: str = "plots") -> str:
 def _lines(block: Block, folder: str) -> list[str]:
     if isinstance(block, Table):
         return markdown(block.rows)
-    if isinstance(block, Picture):
+    if isinstance(block, (Picture, Panels)):
         return [f"![{block.title}]({folder}/{block.name}.png)"]
     if isinstance(block, Recipe):
         return [f"It is in `{block.name}`."]

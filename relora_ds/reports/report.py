@@ -11,10 +11,11 @@ from pathlib import Path
 from relora_ds.errors import ConfigError
 from relora_ds.paths import make_folder
 from relora_ds.reports import contents, drawing, figures, html_page, markdown_page
+from relora_ds.reports.contents import Section
 from relora_ds.reports.run_records import read_run, unique_labels
 
 
-def report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
+def report(run_dirs: Sequence[Path], out: Path | None = None, *, title: str = "", first: Sequence[Section] = ()) -> Path:
     """Writes ``report.md``, ``plots/*.png`` for it, and ``report.html``, which needs no other file.
 
     Several runs are drawn over each other.
@@ -22,6 +23,8 @@ def report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
     Args:
         run_dirs: folders of runs.
         out: the folder to write into; None for the run's own, and for ``report`` where there are several.
+        title: of the pages; "" for one that names the runs.
+        first: sections that stand before those on the runs.
 
     Returns:
         The path of ``report.md``.
@@ -38,7 +41,7 @@ def report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
     pictures = figures.pictures(runs)
     for picture in pictures:
         drawing.write_png(picture, target / "plots" / f"{picture.name}.png")
-    title, sections = contents.title(runs), contents.sections(runs, pictures)
+    title, sections = title or contents.title(runs), [*first, *contents.sections(runs, pictures)]
     (target / "report.html").write_text(html_page.page(title, sections), encoding="utf-8")
     (target / "report.md").write_text(markdown_page.page(title, sections), encoding="utf-8")
     return target / "report.md"

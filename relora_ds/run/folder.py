@@ -31,7 +31,7 @@ class RunFolder:
     """Paths of one run: config.yaml, deepspeed.json, model/ (Hugging Face configuration and tokenizer), metrics.jsonl,
     restarts.jsonl, traffic.json, ranks.jsonl, starts.jsonl, faults.jsonl, stacks/ (where every rank hung), profile/ (traces and
     tables of where the time goes), checkpoints/, base/ (frozen weights, once per restart), universal/ (conversions), slurm/ (what was
-    submitted, and what became of it), plots/, report.md, report.html, spectrum.md, spectrum.csv."""
+    submitted, and what became of it), plots/, report.md, report.html, spectrum.html, spectrum.md, spectrum.csv."""
 
     path: Path
 

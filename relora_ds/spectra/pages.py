@@ -1,4 +1,5 @@
-"""``relora-ds spectrum``: spectrum.md with its tables, spectrum.csv with every value, and a picture for each kind of layer."""
+"""``relora-ds spectrum``: spectrum.md and spectrum.html, of the same contents, spectrum.csv with every value, a picture for each kind
+of layer."""
 
 from __future__ import annotations
 
@@ -8,8 +9,9 @@ from pathlib import Path
 
 from relora_ds.errors import ConfigError
 from relora_ds.paths import make_folder, refuse_unwritable
+from relora_ds.reports import html_page, markdown_page
+from relora_ds.reports.contents import Block, Panels, Section, Table
 from relora_ds.reports.run_records import unique_labels
-from relora_ds.reports.tables import markdown
 from relora_ds.spectra import drawing
 from relora_ds.spectra.changes import Change, Figures, LayerChange, RunChanges, changes_of
 from relora_ds.spectra.spectrum import EXACT_SIDE, NOISE_SHARE, SMALL
@@ -17,15 +19,23 @@ from relora_ds.spectra.weights import RunWeights
 
 HEADINGS = ["rank allowed", "above noise", "effective rank", "stable rank", f"below {SMALL:g}", "largest", "error"]
 CSV_HEADINGS = ["run", "from", "to", "layer", "index", "value"]
-NOTE = f"""The singular values are those of W(to) − W(from), with W the stored weight + s·B·A. A figure is the mean over the layers.
-
-- **rank allowed**: by the factors, their rank × (restarts + 1) where the change begins with them; – for full-rank training.
-- **above noise**: how many are above {NOISE_SHARE:g} of the largest, and above what rounding in the stored weights makes.
-- **effective rank**: exp of the entropy of the values as shares of their sum (Roy and Vetterli 2007).
-- **stable rank**: the sum of all squares over the square of the largest.
-- **error**: 0 where all values were computed (`torch.linalg.svdvals` in fp32). Else the largest were, by a randomised sketch: a value
-  is between the computed one and √(computed² + error²), and the others are at most the error. They count as 0. So the number above
-  noise and the effective rank are too low, and the share below {SMALL:g} may be too high."""
+INTRODUCTION = """The weight of a layer is a matrix, and so is what training added to it. The **singular values** of that change say
+in how many directions it changes the layer, and how strongly in each. The two thin matrices of LoRA, the *factors*, can change it
+in as many directions as their rank, and no more. ReLoRA merges them at every restart and begins with fresh ones, so that its change
+may have a higher rank; ordinary training has no such bound."""
+HOW_TO_READ = """Every kind of layer has its pictures. The histogram shows how often singular values of each size come: where nearly
+all are at 0, the layers changed in few directions only. The sorted values go from the largest to the smallest: where the curve
+breaks off, the rank of the change ends."""
+NOTES = [
+    "The singular values are those of W(to) − W(from), with W the stored weight + s·B·A. A figure is the mean over the layers.",
+    "**rank allowed**: by the factors, their rank × (restarts + 1) where the change begins with them; – for full-rank training.",
+    f"**above noise**: how many are above {NOISE_SHARE:g} of the largest, and above what rounding in the stored weights makes.",
+    "**effective rank**: exp of the entropy of the values as shares of their sum (Roy and Vetterli 2007).",
+    "**stable rank**: the sum of all squares over the square of the largest.",
+    "**error**: 0 where all values were computed (`torch.linalg.svdvals` in fp32). Else the largest were, by a randomised sketch: a "
+    "value is between the computed one and √(computed² + error²), and the others are at most the error. They count as 0. So the "
+    f"number above noise and the effective rank are too low, and the share below {SMALL:g} may be too high.",
+]
 
 
 def spectrum(
@@ -38,7 +48,7 @@ def spectrum(
     exact_side: int = EXACT_SIDE,
     trust: bool = False,
 ) -> Path:
-    """Writes spectrum.md, spectrum.csv and plots/spectrum_KIND.png; several runs are overlaid.
+    """Writes spectrum.md, spectrum.html, spectrum.csv and plots/spectrum_KIND.png; several runs are overlaid.
 
     Args:
         run_dirs: folders of runs.
@@ -62,10 +72,16 @@ def spectrum(
     ]
     make_folder("--out", target / "plots")
     kinds = list(dict.fromkeys(kind for run in runs for kind in run.newest.kinds()))
-    for kind in kinds:
-        drawing.draw(target / "plots" / drawing.picture_of(kind), kind, [run for run in runs if kind in run.newest.kinds()])
+    shown = [
+        drawing.panels(number, kind, [run for run in runs if kind in run.newest.kinds()])
+        for number, kind in enumerate(kinds, start=1)
+    ]
+    for block in shown:
+        drawing.draw(target / "plots" / f"{block.name}.png", block)
     _write_values(target / "spectrum.csv", runs)
-    (target / "spectrum.md").write_text(_page(runs, kinds), encoding="utf-8")
+    title, sections = "Spectra of what changed in " + ", ".join(run.label for run in runs), _sections(runs, shown)
+    (target / "spectrum.html").write_text(html_page.page(title, sections, "relora-ds spectrum"), encoding="utf-8")
+    (target / "spectrum.md").write_text(markdown_page.page(title, sections), encoding="utf-8")
     return target / "spectrum.md"
 
 
@@ -84,21 +100,25 @@ def _write_values(path: Path, runs: Sequence[RunChanges]) -> None:
         raise ConfigError("--out", str(path), f"cannot be written: {error.strerror}", "name another folder") from None
 
 
-def _page(runs: Sequence[RunChanges], kinds: Sequence[str]) -> str:
-    lines = ["# Spectra of what changed in " + ", ".join(run.label for run in runs), "", *_runs(runs), ""]
-    lines += [*_table(["kind", "run", "layers"], _by_kind(runs, kinds)), "", NOTE]
-    for kind in kinds:
-        lines += ["", f"## {kind}", "", f"![{kind}](plots/{drawing.picture_of(kind)})"]
+def _sections(runs: Sequence[RunChanges], shown: Sequence[Panels]) -> list[Section]:
+    kinds = [block.title for block in shown]
+    sections = [
+        Section("What is this?", [INTRODUCTION, HOW_TO_READ]),
+        Section("What was measured", [_runs(runs), _table(["kind", "run", "layers"], _by_kind(runs, kinds)), *NOTES]),
+    ]
+    for block in shown:
+        blocks: list[Block] = [block]
         if any(run.earlier for run in runs):
-            lines += ["", *_table(["run", "update", "restarts"], _by_update(runs, kind))]
-    for run in runs:
-        lines += ["", f"## Layers of {run.label}", "", *_table(["layer", "shape"], map(_layer_row, run.newest.layers))]
-    return "\n".join(lines) + "\n"
+            blocks.append(_table(["run", "update", "restarts"], _by_update(runs, block.title)))
+        sections.append(Section(block.title, blocks))
+    return sections + [
+        Section(f"Layers of {run.label}", [_table(["layer", "shape"], map(_layer_row, run.newest.layers))]) for run in runs
+    ]
 
 
-def _runs(runs: Sequence[RunChanges]) -> list[str]:
+def _runs(runs: Sequence[RunChanges]) -> Table:
     rows = [[run.label, run.method, f"{run.newest.before:,}", f"{run.newest.now:,}", str(run.newest.restarts)] for run in runs]
-    return markdown([["run", "method", "from update", "to update", "restarts"], *rows])
+    return Table([["run", "method", "from update", "to update", "restarts"], *rows])
 
 
 def _by_kind(runs: Sequence[RunChanges], kinds: Sequence[str]) -> Iterable[list[str]]:
@@ -119,8 +139,8 @@ def _layer_row(layer: LayerChange) -> list[str]:
     return [layer.name, f"{layer.shape[0]:,} × {layer.shape[1]:,}", *_cells([layer])]
 
 
-def _table(first: Sequence[str], rows: Iterable[list[str]]) -> list[str]:
-    return markdown([[*first, *HEADINGS], *rows])
+def _table(first: Sequence[str], rows: Iterable[list[str]]) -> Table:
+    return Table([[*first, *HEADINGS], *rows])
 
 
 def _cells(layers: Sequence[LayerChange]) -> list[str]:

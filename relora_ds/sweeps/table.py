@@ -11,6 +11,7 @@ from pathlib import Path
 
 from relora_ds.errors import ConfigError
 from relora_ds.paths import make_folder
+from relora_ds.reports.contents import Section, Table
 from relora_ds.reports.report import report
 from relora_ds.reports.tables import markdown
 from relora_ds.run.folder import write_atomically
@@ -130,7 +131,7 @@ def write(sweep: Sweep) -> tuple[Path, list[list[str]]]:
     page = sweep.folder / "sweep.md"
     try:
         if drawn:
-            report(drawn, sweep.folder)
+            report(drawn, sweep.folder, title=f"Sweep {sweep.folder.name}", first=_sections(sweep, table, standings))
         write_atomically(sweep.folder / "sweep.csv", as_csv(rows))
         write_atomically(sweep.folder / "runs.csv", as_csv(each(standings, found)))
         write_atomically(page, "\n".join(_page(sweep, table, standings, bool(drawn))))
@@ -148,6 +149,13 @@ def _page(sweep: Sweep, table: list[list[str]], standings: Mapping[SweepRun, Sta
         pictures = (line for name in drawn for line in (f"![](plots/{name})", ""))
         lines += ["## Curves", "", *pictures, "Every run: [report.html](report.html), [report.md](report.md).", ""]
     return lines
+
+
+def _sections(sweep: Sweep, table: list[list[str]], standings: Mapping[SweepRun, Standing]) -> list[Section]:
+    """What the pages of all runs say first: what this command has beyond a report."""
+    rest = not_done(standings)
+    arms = Section("The arms of this sweep", [f"Recipe: `{sweep.recipe}`.", Table(table), NOTE])
+    return [arms, Section("Runs that are not done", [Table(rest)])] if rest else [arms]
 
 
 def not_done(standings: Mapping[SweepRun, Standing]) -> list[list[str]]:

@@ -8,6 +8,7 @@ import matplotlib.image
 import pytest
 import torch
 
+from relora_ds.reports.drawing import svg
 from relora_ds.spectra import drawing
 from relora_ds.spectra.changes import Change, Figures, LayerChange, RunChanges
 from relora_ds.spectra.spectrum import Spectrum
@@ -50,8 +51,11 @@ def test_a_picture_of_runs_of_other_sizes_and_of_no_change(change: Change, tmp_p
     none = Change(5, 10, 0, [layer("0.self_attn.q_proj", [0.0, 0.0], bound=2)])
     full = Change(5, 20, 0, [layer("0.self_attn.q_proj", [2.0, 1.0, 0.5])])
     runs = [RunChanges("a", "relora", change, [none] * with_earlier), RunChanges("$b", "full", full)]
-    drawing.draw(tmp_path / "picture.png", "q_proj", runs)
+    block = drawing.panels(1, "q_proj", runs)
+    drawing.draw(tmp_path / "picture.png", block)
     pixels = matplotlib.image.imread(tmp_path / "picture.png")
     assert pixels.std() > 0 and pixels.shape[1] == (1950 if with_earlier else 1300)
-    drawing.draw(tmp_path / "none.png", "q_proj", [RunChanges("none", "lora", none)])
+    assert len({picture.name for picture in block.pictures}) == len(block.pictures) == 2 + with_earlier
+    assert all("<svg" in svg(picture) for picture in block.pictures)
+    drawing.draw(tmp_path / "none.png", drawing.panels(1, "q_proj", [RunChanges("none", "lora", none)]))
     assert matplotlib.image.imread(tmp_path / "none.png").std() > 0

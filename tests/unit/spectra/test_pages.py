@@ -29,6 +29,8 @@ def test_tables_values_and_pictures_are_in_the_runs_folder(place: Path, capsys: 
     assert "| run | relora | 0 | 2 | 0 |" in page and "| q_proj | run | 2 | 4 | 4.0 |" in page
     assert "| model.layers.1.mlp.down_proj | 32 × 48 | 4 | 4.0 |" in page
     assert [path.name for path in sorted((place / "run" / "plots").iterdir())] == sorted(f"spectrum_{kind}.png" for kind in KINDS)
+    html = (place / "run" / "spectrum.html").read_text()
+    assert html.count("<svg") == html.count("<figure") == 2 * len(KINDS) and "<td>32 × 48</td>" in html
     values = rows(place / "run" / "spectrum.csv")
     assert len(values) == 14 * 32 and list(values[0]) == ["run", "from", "to", "layer", "index", "value"]
     assert (values[0]["from"], values[0]["to"], values[0]["index"]) == ("0", "2", "1")

@@ -11,6 +11,7 @@ import pytest
 from relora_ds.sweeps.events import Events
 from relora_ds.sweeps.sweep_file import Sweep
 from relora_ds.sweeps.table import mean_and_spread, write
+from tests.unit.reports.run_folders import begun, write_starts
 from tests.unit.sweeps.conftest import make_done, make_run
 
 
@@ -52,7 +53,18 @@ def test_the_tables_of_a_sweep(sweep: Sweep) -> None:
     text = page.read_text()
     assert r"| relora/seed-2 | diverged | 5 | relora-ds: error: not \| finite |" in text
     assert "![](plots/perplexity.png)" in text and (sweep.folder / "plots" / "perplexity.png").is_file()
-    assert "lora/seed-1" in (sweep.folder / "report.md").read_text()
+    report = (sweep.folder / "report.md").read_text()
+    assert report.startswith(f"# Sweep {sweep.folder.name}\n") and "lora/seed-1" in report
+    html = (sweep.folder / "report.html").read_text()
+    assert "<td>20.50 ± 0.71</td>" in html and "relora-ds: error: not | finite" in html and "<svg" in html
+
+
+def test_peak_memory_is_that_of_the_phase_that_needs_most(sweep: Sweep) -> None:
+    for run, peaks in zip(sweep.runs, [{"full": 1e9, "lora": 8e8}, {"full": 1e9}, {"lora": 2e9}, {}], strict=True):
+        make_done(run, 20.0)
+        write_starts(run.folder.path, begun(resident_peak_bytes=peaks))
+    _, table = write(sweep)
+    assert [row[-1] for row in table] == ["peak memory", "1.5 GB ± 707 MB", "1 GB"]
 
 
 def test_what_nobody_recorded_has_no_column(sweep: Sweep) -> None:
