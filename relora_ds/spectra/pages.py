@@ -79,9 +79,9 @@ def spectrum(
     for block in shown:
         drawing.draw(target / "plots" / f"{block.name}.png", block)
     _write_values(target / "spectrum.csv", runs)
-    title, sections = "Spectra of what changed in " + ", ".join(run.label for run in runs), _sections(runs, shown)
-    (target / "spectrum.html").write_text(html_page.page(title, sections, "relora-ds spectrum"), encoding="utf-8")
-    (target / "spectrum.md").write_text(markdown_page.page(title, sections), encoding="utf-8")
+    title, parts = "Spectra of what changed in " + ", ".join(run.label for run in runs), sections(runs, shown)
+    (target / "spectrum.html").write_text(html_page.page(title, parts, "relora-ds spectrum"), encoding="utf-8")
+    (target / "spectrum.md").write_text(markdown_page.page(title, parts), encoding="utf-8")
     return target / "spectrum.md"
 
 
@@ -100,9 +100,10 @@ def _write_values(path: Path, runs: Sequence[RunChanges]) -> None:
         raise ConfigError("--out", str(path), f"cannot be written: {error.strerror}", "name another folder") from None
 
 
-def _sections(runs: Sequence[RunChanges], shown: Sequence[Panels]) -> list[Section]:
+def sections(runs: Sequence[RunChanges], shown: Sequence[Panels]) -> list[Section]:
+    """All of the page but its title; ``shown``: the pictures, by kind of layer."""
     kinds = [block.title for block in shown]
-    sections = [
+    parts = [
         Section("What is this?", [INTRODUCTION, HOW_TO_READ]),
         Section("What was measured", [_runs(runs), _table(["kind", "run", "layers"], _by_kind(runs, kinds)), *NOTES]),
     ]
@@ -110,8 +111,8 @@ def _sections(runs: Sequence[RunChanges], shown: Sequence[Panels]) -> list[Secti
         blocks: list[Block] = [block]
         if any(run.earlier for run in runs):
             blocks.append(_table(["run", "update", "restarts"], _by_update(runs, block.title)))
-        sections.append(Section(block.title, blocks))
-    return sections + [
+        parts.append(Section(block.title, blocks))
+    return parts + [
         Section(f"Layers of {run.label}", [_table(["layer", "shape"], map(_layer_row, run.newest.layers))]) for run in runs
     ]
 

@@ -6,10 +6,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from relora_ds.reports import html_page
 from relora_ds.reports.report import report
+from relora_ds.spectra.changes import Change, LayerChange, RunChanges
+from relora_ds.spectra.drawing import panels
+from relora_ds.spectra.pages import sections
+from relora_ds.spectra.spectrum import Spectrum
 from tests import browser
-from tests.unit.reports.run_folders import WARM_START, falling, relora_records, restart, start, write_run, write_traffic
+from tests.unit.reports.run_folders import (
+    WARM_START,
+    begun,
+    falling,
+    relora_records,
+    restart,
+    start,
+    write_run,
+    write_starts,
+    write_traffic,
+)  # fmt: skip
 
 pytestmark = pytest.mark.skipif(browser.PROGRAM is None, reason="no chromium: apt-get install chromium")
 
@@ -62,6 +78,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = "method: relora\nrelora: {rank: 4, alpha: 8, warm_start: 60}\ndata: {path: /" + "very/" * 40 + "deep}\n"
     write_run(folder, records, [restart(1, WARM_START + 40), restart(2, 150)], settings=settings)
     write_traffic(folder, start(last_update=200, trainable_parameters=250))
+    write_starts(folder, begun(command="relora-ds train " + "a" * 200), begun())
     (folder / "ranks.jsonl").write_text('{"update": 20, "hosts": ["a", "b"], "forward_s": [1, 2]}\n')
     report([folder])
     return folder / "report.html"
@@ -120,6 +137,37 @@ def test_contrast(shown: browser.Tab, scheme: str, medium: str) -> None:
     ):
         ratio = contrast(shown, selector, what)
         assert ratio is not None and ratio >= least, (selector, ratio)
+
+
+def test_on_paper(shown: browser.Tab) -> None:
+    """A4 within its margins: nothing is cut off, and what is folded up on a screen is there."""
+    shown.prefer(medium="print")
+    shown.resize(718)
+    content, sheet = shown.run(WIDEST)
+    assert content <= sheet
+    assert shown.run("getComputedStyle(document.querySelector('nav')).display") == "none"
+    assert shown.run("document.querySelector('details pre').getBoundingClientRect().height") > 20
+    beyond = "[...document.querySelectorAll('table')].filter(e => e.getBoundingClientRect().right > innerWidth + 1).length"
+    assert shown.run(beyond) == 0
+
+
+def test_a_page_of_spectra_fits_a_phone(tmp_path: Path) -> None:
+    values = torch.tensor([0.5, 0.2, 0.01] + [0.0] * 29)
+    layers = [LayerChange("model.layers.0.q_proj", (32, 32), 4, Spectrum(values, 32, 0.54, 0.0, noise=1e-3))]
+    early, late = (Change(before=5, now=now, restarts=1, layers=layers) for now in (10, 20))
+    runs = [RunChanges(label, "relora", late, [early]) for label in ("a", "a_run_with_a_very_long_name_" * 3)]
+    parts = sections(runs, [panels(1, "q_proj", runs)])
+    (tmp_path / "spectrum.html").write_text(html_page.page("Spectra", parts, "relora-ds spectrum"), encoding="utf-8")
+    with browser.tab(tmp_path / "profile") as tab:
+        for width in WIDTHS:
+            tab.resize(width)
+            tab.open(tmp_path / "spectrum.html")
+            content, screen = tab.run(WIDEST)
+            assert content <= screen == width and tab.run(SPILT) == []
+            drawn = tab.run(CURVES)
+            assert len(drawn) == 3 and all(inside == curves > 0 for _, curves, inside in drawn), drawn
+            assert [pairs for _, pairs in tab.run(NUMBERS)] == [[]] * 3
+        assert tab.complaints == []
 
 
 def test_several_runs_side_by_side_fit_a_phone(page: Path, tmp_path: Path) -> None:
