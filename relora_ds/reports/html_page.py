@@ -22,7 +22,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-a
 MOST_COLUMNS = 8
 """Of a table with one row; with more it would not fit a screen."""
 LONGEST, LONG = 12, ' class="long"'
-"""Letters of a heading, of a column or a row, that stay on one line; a longer one has room for lines of about so many."""
+"""Letters of a column's heading that stay on one line, and half of those of a row's; a longer one is broken into lines."""
 
 
 def page(title: str, sections: Sequence[Section], writer: str = "relora-ds report") -> str:
@@ -100,7 +100,7 @@ def _table(table: Table) -> str:
 def _row(row: Sequence[str]) -> str:
     first, *rest = row
     cells = "".join(f"<td>{escape(cell)}</td>" for cell in rest)
-    return f'<tr><th scope="row"{LONG * (len(first) > LONGEST)}>{escape(first)}</th>{cells}</tr>'
+    return f'<tr><th scope="row"{LONG * (len(first) > 2 * LONGEST)}>{escape(first)}</th>{cells}</tr>'
 
 
 def _figure(picture: Picture) -> str:
