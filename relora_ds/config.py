@@ -134,7 +134,7 @@ class ReLoRA(Section):
     restart_warmup: Count | None = None
     """Updates over which the learning rate climbs back from 0 after a reset, under ``schedule: jagged``; null: see ``rewarmup``."""
     rewarm: Literal["all", "factors"] = "all"
-    """Whose learning rate climbs: of all that is trained (the paper's), or of A and B alone; embeddings, norms and head keep theirs."""
+    """Whose learning rate climbs then: of all that is trained (the paper's), or of A and B alone."""
     reset: Reset = Reset()
     frozen: Frozen = Frozen()
 

@@ -115,11 +115,13 @@ def read_sweep(path: Path) -> Sweep:
     for number, seed in enumerate(found.seeds):
         if seed in found.seeds[:number]:
             raise ConfigError("seeds", found.seeds, f"names {seed} twice", "name each once")
-    recipes = _recipes([found.recipe] if isinstance(found.recipe, str) else found.recipe, path)
-    if isinstance(found.recipe, str):
-        recipes = {"": recipe for recipe in recipes.values()}  # one alone has no folder of its own
+    several = isinstance(found.recipe, list)
+    recipes = _recipes(found.recipe if isinstance(found.recipe, list) else [found.recipe], path)
     runs = [
-        _run(found, name, recipe, arm, seed) for seed in found.seeds for name, recipe in recipes.items() for arm in found.arms
+        _run(found, f"{name}/" if several else "", recipe, arm, seed)
+        for seed in found.seeds
+        for name, recipe in recipes.items()
+        for arm in found.arms
     ]
     return Sweep(Path(found.dir), found.nproc, tuple(runs))
 
@@ -162,8 +164,8 @@ def _find(recipe: str, sweep: Path) -> Path:
     return found
 
 
-def _run(found: SweepFile, recipe_name: str, recipe: Path, arm: str, seed: int) -> SweepRun:
-    name = f"{recipe_name}/{arm}" if recipe_name else arm
+def _run(found: SweepFile, prefix: str, recipe: Path, arm: str, seed: int) -> SweepRun:
+    name = f"{prefix}{arm}"
     words = [
         f"wandb.name={as_text(f'{Path(found.dir).name}/{name}/seed-{seed}')}"
     ]  # not all alike, by the last part of their folders
