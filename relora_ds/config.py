@@ -133,6 +133,8 @@ class ReLoRA(Section):
     """Each interval between restarts is so many times the one before."""
     restart_warmup: Count | None = None
     """Updates over which the learning rate climbs back from 0 after a reset, under ``schedule: jagged``; null: see ``rewarmup``."""
+    rewarm: Literal["all", "factors"] = "all"
+    """Whose learning rate climbs then: of all that is trained (the paper's), or of A and B alone."""
     reset: Reset = Reset()
     frozen: Frozen = Frozen()
 

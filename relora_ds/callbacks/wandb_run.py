@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import uuid
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -73,7 +74,7 @@ class WandbRun(Callback):
         import wandb
 
         if mode == "auto":
-            mode = "online" if wandb.api.api_key else "offline"  # from WANDB_API_KEY or a netrc file
+            mode = "online" if _has_key(wandb) else "offline"
         if not folder.wandb_id.exists():
             write_atomically(folder.wandb_id, uuid.uuid4().hex[:8])
         project, settings = config.wandb.project, config.wandb
@@ -92,6 +93,13 @@ class WandbRun(Callback):
             self.tell(f"wandb goes on offline ({_reason(error)}); later: wandb sync {folder.path}/wandb/offline-run-*")
             wandb.teardown()  # its service holds the id for the run that failed (wandb/wandb#9865)
             return begin(mode="offline")
+
+
+def _has_key(wandb: Any) -> bool:
+    """Whether WANDB_API_KEY or a netrc file holds a key; nobody is asked for one, and no server whether it is good."""
+    if "prompt" in inspect.signature(wandb.login).parameters:
+        return bool(wandb.login(prompt=False, verify=False))
+    return bool(wandb.api.api_key)  # before 0.31; later versions warn of it
 
 
 def _reason(error: Exception) -> str:

@@ -29,7 +29,7 @@ from relora_ds.config import ReLoRA
 from relora_ds.method import exact
 from relora_ds.method.frozen_weights import MergeStats, ShardedMaster, stored_tensors
 from relora_ds.method.linear import Kept
-from relora_ds.method.lora import ReLoRALayer, ReLoRALinear, relora_layers
+from relora_ds.method.lora import LORA_GROUP, ReLoRALayer, ReLoRALinear, relora_layers
 from relora_ds.method.reinit import initial_A, principal_inputs
 from relora_ds.optimizer import moments
 from relora_ds.optimizer.replicas import Replicas
@@ -189,7 +189,8 @@ class ReLoRAOptimizer(ZeroProxy):
         groups = self.zero.param_groups
         lrs = [group["lr"] for group in groups]
         for group, lr in zip(groups, lrs, strict=True):
-            group["lr"] = lr * factor
+            if self.settings.rewarm == "all" or group.get("name") == LORA_GROUP:
+                group["lr"] = lr * factor
         self._used_lrs = [float(group["lr"]) for group in groups]
         try:
             yield

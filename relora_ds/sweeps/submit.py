@@ -28,8 +28,9 @@ def submit_all(sweep: Sweep, options: Sequence[str], *, insisted: Sequence[str],
         if at.is_settled:
             say(f"{run.name} is {at.state}")
             continue
-        name = f"--job-name={sweep.folder.name}.{run.arm}.{run.seed}"  # first: options given by the user stand over it
-        words = ["slurm", "submit", str(sweep.recipe), *run.words, name, *options, *insisted]
+        name = f"{sweep.folder.name}.{run.arm.replace('/', '.')}.{run.seed}"
+        # the name first: options given by the user stand over it
+        words = ["slurm", "submit", str(run.recipe), *run.words, f"--job-name={name}", *options, *insisted]
         # A process of its own, as if it was typed: what libraries add to this one's environment must not reach the job.
         done = subprocess.run([sys.executable, "-m", "relora_ds", *words], env=process_environment(), check=False)
         if done.returncode != EXIT_DONE:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,10 +27,10 @@ OURS = ("run", "run.dir", "run.seed")
 class SweepFile(Section):
     """What the file holds."""
 
-    recipe: LocalPath
-    """The recipe of all arms; looked for here, beside the sweep's file and one folder up."""
+    recipe: LocalPath | Annotated[list[LocalPath], Field(min_length=1)]
+    """The recipe of all arms, or several that each have all arms; looked for here, beside the sweep's file and one folder up."""
     dir: LocalPath
-    """The folder of the sweep; the runs are in DIR/ARM/seed-S."""
+    """The folder of the sweep; the runs are in DIR/ARM/seed-S, with several recipes in DIR/RECIPE/ARM/seed-S."""
     seeds: Annotated[list[Seed], Field(min_length=1)]
     overrides: Annotated[dict[str, Any], Field(default_factory=dict)]
     """Settings that all arms replace in the recipe, dotted or as sections."""
@@ -45,13 +45,15 @@ class SweepRun:
     """One arm with one seed.
 
     Attributes:
-        arm, seed: which.
+        arm, seed: which; an arm of several recipes is called RECIPE/ARM.
+        recipe: its recipe, where it was found.
         config: the recipe as it is trained.
         words: the ``key.sub=value`` words that make it of the recipe, as a user would type them.
     """
 
     arm: str
     seed: int
+    recipe: Path = field(repr=False, compare=False)
     config: Config = field(repr=False, compare=False)
     words: tuple[str, ...] = field(repr=False, compare=False)
 
@@ -74,16 +76,18 @@ class Sweep:
     """A sweep whose runs have all been judged.
 
     Attributes:
-        recipe: of all runs, where it was found.
         folder: of the sweep.
         nproc: processes of a run; None: as ``relora-ds train`` decides.
         runs: all arms with the first seed, then all with the second, and so on: they can be compared early.
     """
 
-    recipe: Path
     folder: Path
     nproc: int | None
     runs: tuple[SweepRun, ...]
+
+    @property
+    def recipes(self) -> list[Path]:
+        return list(dict.fromkeys(run.recipe for run in self.runs))
 
     @property
     def arms(self) -> list[str]:
@@ -111,10 +115,27 @@ def read_sweep(path: Path) -> Sweep:
     for number, seed in enumerate(found.seeds):
         if seed in found.seeds[:number]:
             raise ConfigError("seeds", found.seeds, f"names {seed} twice", "name each once")
-    recipe = _find(found.recipe, path)
-    read_yaml_file(recipe, "recipe")  # what is wrong with the file itself is no fault of an arm
-    runs = [_run(found, recipe, arm, seed) for seed in found.seeds for arm in found.arms]
-    return Sweep(recipe, Path(found.dir), found.nproc, tuple(runs))
+    several = isinstance(found.recipe, list)
+    recipes = _recipes(found.recipe if isinstance(found.recipe, list) else [found.recipe], path)
+    runs = [
+        _run(found, f"{name}/" if several else "", recipe, arm, seed)
+        for seed in found.seeds
+        for name, recipe in recipes.items()
+        for arm in found.arms
+    ]
+    return Sweep(Path(found.dir), found.nproc, tuple(runs))
+
+
+def _recipes(named: Sequence[str], sweep: Path) -> dict[str, Path]:
+    """Where recipes are, by the names of their files without the ending, which become folders."""
+    found: dict[str, Path] = {}
+    for recipe in named:
+        path = _find(recipe, sweep)
+        read_yaml_file(path, "recipe")  # what is wrong with the file itself is no fault of an arm
+        if path.stem in found or path.stem in TAKEN:
+            raise ConfigError("recipe", recipe, "is named as another thing in the sweep's folder", "rename the file")
+        found[path.stem] = path
+    return found
 
 
 def _with_names(content: dict[str, Any]) -> dict[str, Any]:
@@ -143,9 +164,10 @@ def _find(recipe: str, sweep: Path) -> Path:
     return found
 
 
-def _run(found: SweepFile, recipe: Path, arm: str, seed: int) -> SweepRun:
+def _run(found: SweepFile, prefix: str, recipe: Path, arm: str, seed: int) -> SweepRun:
+    name = f"{prefix}{arm}"
     words = [
-        f"wandb.name={as_text(f'{Path(found.dir).name}/{arm}/seed-{seed}')}"
+        f"wandb.name={as_text(f'{Path(found.dir).name}/{name}/seed-{seed}')}"
     ]  # not all alike, by the last part of their folders
     for where, settings in (("overrides", found.overrides), (f"arms.{arm}", found.arms[arm])):
         replaced = dict(flat(settings))
@@ -153,11 +175,11 @@ def _run(found: SweepFile, recipe: Path, arm: str, seed: int) -> SweepRun:
             if key in OURS:
                 raise ConfigError(where, key, "is decided by the sweep", "leave it out")
         words += [f"{key}={as_text(value)}" for key, value in replaced.items()]
-    words += [f"run.dir={as_text(str(Path(found.dir, arm, f'seed-{seed}')))}", f"run.seed={seed}"]
+    words += [f"run.dir={as_text(str(Path(found.dir, name, f'seed-{seed}')))}", f"run.seed={seed}"]
     try:
-        return SweepRun(arm, seed, load(recipe, words), tuple(words))
+        return SweepRun(name, seed, recipe, load(recipe, words), tuple(words))
     except ConfigError as error:
-        raise error.within(f"arms.{arm}") from None
+        raise error.within(f"arms.{name}") from None
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -141,7 +141,8 @@ def write(sweep: Sweep) -> tuple[Path, list[list[str]]]:
 
 
 def _page(sweep: Sweep, table: list[list[str]], standings: Mapping[SweepRun, Standing], is_drawn: bool) -> list[str]:
-    lines = [f"# Sweep {sweep.folder.name}", "", f"Recipe: `{sweep.recipe}`.", "", *markdown(table), "", NOTE, ""]
+    recipes = ", ".join(f"`{recipe}`" for recipe in sweep.recipes)
+    lines = [f"# Sweep {sweep.folder.name}", "", f"Recipe: {recipes}.", "", *markdown(table), "", NOTE, ""]
     if rest := not_done(standings):
         lines += ["## Runs that are not done", "", *markdown(rest), ""]
     if is_drawn:

@@ -87,7 +87,7 @@ def check(sweep: Sweep, waiting: Sequence[SweepRun]) -> None:
     launcher.check_devices(nproc)
     for run in reversed(fresh.values()):
         try:
-            preflight.check(run.config, sweep.recipe, nproc)
+            preflight.check(run.config, run.recipe, nproc)
         except ConfigError as error:
             raise error.within(f"arms.{run.arm}") from None
 
@@ -185,7 +185,7 @@ class _Training:
         place = next(number for number in range(len(self.places)) if number not in {its.place for its in self.running.values()})
         run.output.parent.mkdir(parents=True, exist_ok=True)
         nproc = [] if self.sweep.nproc is None else ["--nproc", str(self.sweep.nproc)]
-        words = ["train", str(self.sweep.recipe), *run.words, *nproc, *self.insisted]
+        words = ["train", str(run.recipe), *run.words, *nproc, *self.insisted]
         self.events.add(run.name, "running")
         with open(run.output, "ab") as output:
             offset = output.tell()

@@ -45,6 +45,25 @@ def test_restarts_grow_and_resets_keep_their_own_interval() -> None:
     assert pruned == 0.0, "the merges leave the moments alone"
 
 
+def rates(rewarm: str) -> list[dict[str, float]]:
+    """The learning rates that three updates use, of which the third follows a restart."""
+    engine = common.build(common.tiny_llama(), {"restart_every": 2, "restart_warmup": 1, "rewarm": rewarm}, lr=1e-2)
+    used = []
+    for index in range(3):
+        common.train_update(engine, index)
+        used.append(engine.optimizer.last_lrs)
+    common.end(engine)
+    return used
+
+
+@pytest.mark.parametrize(("rewarm", "others"), [("all", 0.0), ("factors", 1e-2)])
+def test_whose_learning_rate_rewarms(rewarm: str, others: float) -> None:
+    for *before, after in run(2, rates, rewarm):
+        assert all(set(used.values()) == {1e-2} for used in before)
+        assert after.pop("lora") == 0.0
+        assert after and set(after.values()) == {others}
+
+
 def test_resets_without_restarts() -> None:
     relora = {"restart_warmup": 1, "reset": {"every": 2, "ratio": 0.9}}
     *seen, _ = run(2, events, relora, 4)[0]

@@ -42,6 +42,6 @@ def test_the_deepspeed_files_of_this_project_are_valid(path: Path, recipe: Path)
 def test_the_sweeps_of_this_project_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(path.parent)  # the recipe is found from anywhere
     sweep = read_sweep(path)
-    assert sweep.recipe.samefile(ROOT / "recipes" / "demo.yaml") and len(sweep.arms) > 1
+    assert {recipe.resolve().parent for recipe in sweep.recipes} == {ROOT / "recipes"} and len(sweep.arms) > 1
     for run in sweep.runs:
         assert run.config.short_last_interval() is None

@@ -18,10 +18,14 @@ class Wandb:
     """Its service holds the id of a run that failed until it is ended."""
 
     def __init__(self, key: str | None = "k", fails: tuple[str, ...] = ()) -> None:
-        self.api, self.fails = SimpleNamespace(api_key=key), fails
+        self.key, self.fails = key, fails
         self.calls: list[str] = []
         self.options: dict[str, Any] = {}
         self.logged: list[tuple[dict[str, Any], int]] = []
+
+    def login(self, key: str | None = None, *, verify: bool = True, prompt: bool = True) -> bool:
+        assert not verify and not prompt, "neither the network nor the user is asked"
+        return self.key is not None
 
     def Settings(self, **_: object) -> None:
         return None
@@ -47,6 +51,17 @@ class Wandb:
         self.calls.append(f"finish {exit_code}")
         if "finish" in self.fails:
             raise OSError("no space left on device")
+
+
+class OlderWandb(Wandb):
+    """Before 0.31."""
+
+    @property
+    def api(self) -> SimpleNamespace:
+        return SimpleNamespace(api_key=self.key)
+
+    def login(self, key: str | None = None) -> bool:  # type: ignore[override]
+        raise AssertionError("it would ask the user")
 
 
 @pytest.fixture
@@ -78,9 +93,9 @@ def start(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_the_recipe_decides_then_the_variable_then_the_key(
     start: Any, key: str | None, mode: str, variable: str, calls: list[str]
 ) -> None:
-    stand_in = Wandb(key)
-    start(stand_in, {"mode": mode}, WANDB_MODE=variable)
-    assert stand_in.calls == calls
+    for stand_in in (Wandb(key), OlderWandb(key)):
+        start(stand_in, {"mode": mode}, WANDB_MODE=variable)
+        assert stand_in.calls == calls
 
 
 def test_project_and_name(start: Any, tmp_path: Path) -> None:

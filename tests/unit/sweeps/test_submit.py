@@ -34,6 +34,6 @@ def test_what_is_done_or_queued_is_not_submitted(sweep: Sweep, monkeypatch: pyte
     assert told == ["lora/seed-1 is done", "relora/seed-1 is running", "lora/seed-2 is not submitted"]
     assert subprocess.run is run
     for run_, words in zip((first, second), calls, strict=True):
-        assert words[1:6] == ["-m", "relora_ds", "slurm", "submit", str(sweep.recipe)]
+        assert words[1:6] == ["-m", "relora_ds", "slurm", "submit", str(sweep.recipes[0])]
         assert set(run_.words) < set(words)
         assert words[-6:] == [f"--job-name=sweep.{run_.arm}.2", "--nodes", "2", "--tasks-per-node", "1", "--trust"]

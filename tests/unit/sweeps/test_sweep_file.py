@@ -66,7 +66,23 @@ def test_the_recipe_is_looked_for_beside_the_file_and_one_folder_up(recipe: Path
     for folder in (recipe.parent, recipe.parent / "sweeps"):
         folder.mkdir(exist_ok=True)
         (folder / "s.yaml").write_text(yaml.safe_dump({**content, "recipe": recipe.name}))
-        assert read_sweep(folder / "s.yaml").recipe.samefile(recipe)
+        assert read_sweep(folder / "s.yaml").recipes[0].samefile(recipe)
+
+
+def test_several_recipes_have_all_arms(read: Read, recipe: Path, tmp_path: Path) -> None:
+    larger = recipe.with_name("larger.yaml")
+    larger.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | {"method": "full"}))
+    found = read(recipe=[str(recipe), str(larger)], seeds=[1], arms={"a": {}, "b": {"train.updates": 17}})
+    assert found.recipes == [recipe, larger]
+    assert found.arms == [f"{recipe.stem}/a", f"{recipe.stem}/b", "larger/a", "larger/b"]
+    assert [run.config.method for run in found.of("larger/b")] == ["full"]
+    assert found.of("larger/b")[0].config.total_updates == 17
+    assert found.of("larger/a")[0].folder.path == found.folder / "larger" / "a" / "seed-1"
+    assert found.of("larger/a")[0].config.wandb.name == f"{found.folder.name}/larger/a/seed-1"
+    with pytest.raises(ConfigError, match=r"^recipe=.* is named as another thing in the sweep's folder"):
+        read(recipe=[str(recipe), str(recipe)])
+    with pytest.raises(ConfigError, match=r"^arms\.larger/a: relora\.rank='x'"):
+        read(recipe=[str(larger)], arms={"a": {"relora.rank": "x"}})
 
 
 @pytest.mark.parametrize(
