@@ -121,7 +121,8 @@ def _factors(run: Run) -> dict[str, str]:
         growth = run.setting("relora.restart_growth")
         grows = f", each interval {growth:g} times the one before" if isinstance(growth, (int, float)) and growth != 1 else ""
         facts["restart"] = _updates(run, "relora.restart_every", "every {} updates" + grows)
-        facts["learning rate climbs again over"] = _updates(run, "relora.restart_warmup", "{} updates")
+        whose = ", of the factors alone" if run.setting("relora.rewarm") == "factors" else ""
+        facts["learning rate climbs again over"] = _updates(run, "relora.restart_warmup", "{} updates" + whose)
         facts["optimizer at a restart"] = _reset(run)
     facts["frozen weights stored in"] = stored_dtype(run) or UNKNOWN
     return facts

@@ -141,8 +141,7 @@ def write(sweep: Sweep) -> tuple[Path, list[list[str]]]:
 
 
 def _page(sweep: Sweep, table: list[list[str]], standings: Mapping[SweepRun, Standing], is_drawn: bool) -> list[str]:
-    recipes = ", ".join(f"`{recipe}`" for recipe in sweep.recipes)
-    lines = [f"# Sweep {sweep.folder.name}", "", f"Recipe: {recipes}.", "", *markdown(table), "", NOTE, ""]
+    lines = [f"# Sweep {sweep.folder.name}", "", _recipes(sweep), "", *markdown(table), "", NOTE, ""]
     if rest := not_done(standings):
         lines += ["## Runs that are not done", "", *markdown(rest), ""]
     if is_drawn:
@@ -155,8 +154,12 @@ def _page(sweep: Sweep, table: list[list[str]], standings: Mapping[SweepRun, Sta
 def _sections(sweep: Sweep, table: list[list[str]], standings: Mapping[SweepRun, Standing]) -> list[Section]:
     """What the pages of all runs say first: what this command has beyond a report."""
     rest = not_done(standings)
-    arms = Section("The arms of this sweep", [f"Recipe: `{sweep.recipe}`.", Table(table), NOTE])
+    arms = Section("The arms of this sweep", [_recipes(sweep), Table(table), NOTE])
     return [arms, Section("Runs that are not done", [Table(rest)])] if rest else [arms]
+
+
+def _recipes(sweep: Sweep) -> str:
+    return f"Recipe: {', '.join(f'`{recipe}`' for recipe in sweep.recipes)}."
 
 
 def not_done(standings: Mapping[SweepRun, Standing]) -> list[list[str]]:

@@ -140,6 +140,12 @@ def test_what_each_start_wrote_down(tmp_path: Path) -> None:
     assert facts.commands(run) == ["`relora-ds train a.yaml` on 2 rank(s)"]
 
 
+def test_whose_learning_rate_climbs_again(tmp_path: Path) -> None:
+    settings = yaml.safe_dump(SETTINGS | {"relora": {**SETTINGS["relora"], "rewarm": "factors"}})
+    folder = write_run(tmp_path / "run", relora_records(), [restart(1, 100)], settings=settings)
+    assert facts.what(read_run(folder))["learning rate climbs again over"] == "30 updates, of the factors alone"
+
+
 def test_several_starts_on_other_machines(tmp_path: Path) -> None:
     folder = whole_run(tmp_path / "run")
     gpu = {"cpu": "B", "cores": 8, "memory_bytes": 1e11, "gpu": "NVIDIA H100", "gpu_memory_bytes": 8e10}
