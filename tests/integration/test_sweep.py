@@ -13,7 +13,7 @@ import yaml
 
 from tests.command_line import relora, start, wait_for_update
 
-TIMED = ("seconds", "folder")
+MEASURED = ("seconds", "peak_memory", "folder")
 
 
 def write_sweep(folder: Path, recipe: Path, name: str) -> Path:
@@ -32,7 +32,7 @@ def write_sweep(folder: Path, recipe: Path, name: str) -> Path:
 
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
-        return [{key: value for key, value in row.items() if not key.startswith(TIMED)} for row in csv.DictReader(file)]
+        return [{key: value for key, value in row.items() if not key.startswith(MEASURED)} for row in csv.DictReader(file)]
 
 
 @pytest.mark.long
@@ -57,4 +57,6 @@ def test_a_sweep_that_is_killed_ends_with_the_same_table(recipe: Callable[..., P
     lora, relora_ = rows(tmp_path / "whole" / "runs.csv")
     assert (lora["state"], relora_["state"], lora["update"], relora_["update"]) == ("done", "done", "30", "30")
     assert float(lora["perplexity"]) != float(relora_["perplexity"])
+    with (tmp_path / "whole" / "runs.csv").open(newline="") as file:
+        assert all(float(row["peak_memory_bytes"]) > 50e6 for row in csv.DictReader(file))
     assert int(lora["trainable_parameters"]) > int(relora_["trainable_parameters"]), "of rank 4 and of rank 2"
