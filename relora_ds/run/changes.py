@@ -21,13 +21,31 @@ HARMLESS = (
     "relora.frozen.master_device",
 )
 """… but for these."""
+RESTARTS = ("relora.restart_every", "relora.restart_growth", "relora.restart_warmup", "relora.rewarm", "relora.reset")
+FACTORS = ("relora", "optimizer.lora_lr")
+UNUSED = {
+    "full": FACTORS,
+    "control": FACTORS,
+    "lora": RESTARTS,
+    "low_rank": (*RESTARTS, "relora.warm_start", "relora.init", "relora.frozen"),
+    "relora": (),
+}
+"""What a method has no use for."""
+WIDTH = ("relora.rank", "relora.targets")
+"""What the width of ``control`` is computed from."""
 
 
 def differences(before: Config, now: Config) -> list[tuple[str, Any, Any]]:
     """The settings that matter and are not the same: (key, before, now)."""
     old, new = (dict(_flat(settings.model_dump(mode="json"))) for settings in (before, now))
-    keys = [key for key in {**old, **new} if is_under(key, MATTERS) and not is_under(key, HARMLESS)]
+    keys = [key for key in {**old, **new} if _matters(key, before) or _matters(key, now)]
     return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
+
+
+def _matters(key: str, config: Config) -> bool:
+    if config.method == "control" and is_under(key, WIDTH):
+        return True
+    return is_under(key, MATTERS) and not is_under(key, HARMLESS) and not is_under(key, UNUSED[config.method])
 
 
 def _flat(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
