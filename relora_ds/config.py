@@ -394,6 +394,9 @@ def _check_contradictions(config: Config) -> None:
         raise ConfigError("relora.warm_start", relora.warm_start, f"not shorter than the run of {total} updates")
     if config.method == "relora" and relora.restart_every is None and relora.reset.every is None:
         raise ConfigError("relora.restart_every", None, "ReLoRA needs restarts", "give a number of updates, or method: lora")
+    if config.method == "relora" and relora.rewarm != "all" and config.optimizer.schedule != "jagged":
+        problem = f"nothing re-warms with optimizer.schedule={config.optimizer.schedule}"
+        raise ConfigError("relora.rewarm", relora.rewarm, problem, "take jagged, or leave this out")
     check_relora(config.lora_settings)
     if train.keep_first_base and config.checkpoint.self_contained:
         problem = "there is no base where frozen weights are in every checkpoint"

@@ -218,6 +218,11 @@ CONTRADICTIONS = [
         "train.keep_first_base=True",
         "set relora.restart_every to 2 or more",
     ),
+    (
+        ["relora.rewarm=factors", "optimizer.schedule=cosine"],
+        "relora.rewarm='factors'",
+        "nothing re-warms with optimizer.schedule",
+    ),
     (["relora.restart_warmup=8"], "relora.restart_warmup=8", "not shorter than relora.restart_every=8"),
     (["relora.reset.every=3"], "relora.restart_warmup=3", "not shorter than relora.reset.every=3"),
     (
