@@ -27,7 +27,7 @@ from tests.unit.reports.run_folders import (
     write_traffic,
 )  # fmt: skip
 
-pytestmark = pytest.mark.skipif(browser.PROGRAM is None, reason="no chromium: apt-get install chromium")
+pytestmark = [pytest.mark.long, pytest.mark.skipif(browser.PROGRAM is None, reason="no chromium: apt-get install chromium")]
 
 WIDTHS = [360, 768, 1280]
 WIDEST = "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
