@@ -12,6 +12,7 @@ from relora_ds.errors import ConfigError
 from relora_ds.paths import make_folder
 from relora_ds.reports import contents, drawing, figures, html_page, markdown_page
 from relora_ds.reports.contents import Section
+from relora_ds.reports.figures import Picture
 from relora_ds.reports.run_records import read_run, unique_labels
 
 
@@ -38,10 +39,9 @@ def report(run_dirs: Sequence[Path], out: Path | None = None, *, title: str = ""
     runs = [read_run(folder, label) for folder, label in zip(folders, unique_labels(folders), strict=True)]
     target = out or (folders[0] if len(folders) == 1 else Path("report"))
     make_folder("--out", target / "plots")
-    pictures = figures.pictures(runs)
-    for picture in pictures:
+    title, sections = title or contents.title(runs), [*first, *contents.sections(runs, figures.pictures(runs))]
+    for picture in (block for section in sections for block in section.blocks if isinstance(block, Picture)):
         drawing.write_png(picture, target / "plots" / f"{picture.name}.png")
-    title, sections = title or contents.title(runs), [*first, *contents.sections(runs, pictures)]
     (target / "report.html").write_text(html_page.page(title, sections), encoding="utf-8")
     (target / "report.md").write_text(markdown_page.page(title, sections), encoding="utf-8")
     return target / "report.md"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -110,6 +111,7 @@ class Figures:
 
     Attributes:
         update: the newest that is written down.
+        evaluations: perplexity by update.
         perplexity: of the newest evaluation.
         trainable_parameters: in the phase of the newest checkpoint.
         tokens: trained on.
@@ -127,6 +129,7 @@ class Figures:
     sent_bytes: float = math.nan
     sent_bytes_per_update: float = field(default=math.nan)
     peak_memory_bytes: float = math.nan
+    evaluations: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def seconds_per_update(self) -> float:
@@ -151,4 +154,9 @@ def figures(run: SweepRun) -> Figures:
         sent_bytes=sum(sent) if sent else math.nan,
         sent_bytes_per_update=sum(sent) / len(sent) if sent else math.nan,
         peak_memory_bytes=max(peak_memory(content).values(), default=math.nan),
+        evaluations={
+            record["update"]: value
+            for record, value in zip(content.evals, column(content.evals, "eval_perplexity"), strict=True)
+            if not math.isnan(value)
+        },
     )
