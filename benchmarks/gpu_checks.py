@@ -1,6 +1,8 @@
 """What tests on CPUs cannot tell of CUDA, asked of one GPU: the child of benchmarks/gpu.py, which prints a line of JSON for each.
 
-python -m benchmarks.gpu_checks [WORK_FOLDER]
+python -m benchmarks.gpu_checks [NAME ...]
+
+Without names it does all of them.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 
 SIZES = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 3, "num_attention_heads": 4}
+PLACE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29578"}
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = {
     "method": "relora",
@@ -251,27 +254,40 @@ def text_tokens(work: Path) -> Path:
     return work / "tokens"
 
 
+def trained_on_text() -> dict[str, Any]:
+    """:func:`trained`, on tokens of its own, as the command line would start it."""
+    for variable in PLACE:
+        os.environ.pop(variable, None)
+    with tempfile.TemporaryDirectory() as work:
+        return trained(Path(work), text_tokens(Path(work)))
+
+
+CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
+    "products of a merge": exact_products,
+    "int8 stores": int8_stores,
+    "memory between engines": memory,
+    "no waiting in a micro batch": waiting,
+    "restart, fp32": lambda: restart("fp32", "auto", "none"),
+    "restart, bf16": lambda: restart("bf16", "auto", "none"),
+    "restart, bf16, sharded master": lambda: restart("bf16", "auto", "sharded"),
+    "restart, bf16 over int8": lambda: restart("bf16", "int8", "sharded"),
+    "restart, fp16": lambda: restart("fp16", "auto", "sharded"),
+    "train, resume, eval": trained_on_text,
+}
+"""By name, in the order in which they are done: the last one leaves the environment that the others need."""
+
+
+def names() -> list[str]:
+    """Of the checks that this machine can do: fp16 needs CUDA."""
+    return [name for name in CHECKS if name != "restart, fp16" or torch.cuda.is_available()]
+
+
 def main() -> None:
-    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29_578}.items():
-        os.environ[name] = str(value)
-    work = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
-    fp16 = torch.cuda.is_available()
-    checks: dict[str, Callable[[], dict[str, Any]]] = {
-        "products of a merge": exact_products,
-        "int8 stores": int8_stores,
-        "memory between engines": memory,
-        "no waiting in a micro batch": waiting,
-        "restart, fp32": lambda: restart("fp32", "auto", "none"),
-        "restart, bf16": lambda: restart("bf16", "auto", "none"),
-        "restart, bf16, sharded master": lambda: restart("bf16", "auto", "sharded"),
-        "restart, bf16 over int8": lambda: restart("bf16", "int8", "sharded"),
-        **({"restart, fp16": lambda: restart("fp16", "auto", "sharded")} if fp16 else {}),
-    }
-    for name, check in checks.items():
-        tell(name, check)
-    for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        del os.environ[variable]
-    tell("train, resume, eval", lambda: trained(work, text_tokens(work)))
+    os.environ |= PLACE
+    asked = sys.argv[1:] or names()
+    for name, check in CHECKS.items():
+        if name in asked:
+            tell(name, check)
 
 
 def tell(name: str, check: Callable[[], dict[str, Any]]) -> None:

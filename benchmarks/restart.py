@@ -1,9 +1,10 @@
-"""What a restart takes in updates, by its parts, for each way to store frozen weights and each kind of reset; in turns on a CPU.
+"""What a restart takes in updates, by its parts, for each way to store frozen weights and each kind of reset; in turns.
 
     python -m benchmarks.restart [--hidden 512] [--layers 4] [--rank 64] [--tokens 2048] [--rounds 5] [--world-size 1]
+                                 [--dtype fp32] [--json FILE] [--markdown FILE]
 
 Each round restarts every engine once, after an update of every engine, so that whatever else the machine does meets all of them. With
-more than one rank the ranks are processes of this machine.
+more than one rank the ranks are processes of this machine. Blocks are not compiled.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from benchmarks import rounds
+from benchmarks.gpu_steps import DTYPES, wait
 from benchmarks.peers import LENGTH, VOCABULARY, model
-from relora_ds.launch import launcher
+from relora_ds.launch import launcher, process_group
 
 MODES: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -32,6 +36,13 @@ MODES: dict[str, dict[str, Any]] = {
     "fp32, masks over all tensors": {"reset": {"scope": "global"}},
     "fp32, full reset": {"reset": {"kind": "full"}},
 }
+"""Of engines in fp32."""
+
+
+def modes(dtype: str) -> dict[str, dict[str, Any]]:
+    """:data:`MODES` of engines in ``dtype``, whose frozen weights are stored in it unless a mode says otherwise."""
+    own = {"frozen": {"dtype": dtype}}
+    return {name.replace("fp32", dtype): settings for name, settings in MODES.items() if settings != own}
 
 
 def engine(options: argparse.Namespace, settings: dict[str, Any]) -> Any:
@@ -40,45 +51,59 @@ def engine(options: argparse.Namespace, settings: dict[str, Any]) -> Any:
     from relora_ds.engine.initialize import adamw
 
     config = {"train_batch_size": options.tokens // LENGTH, "gradient_clipping": 1.0, "zero_optimization": {"stage": 2}}
+    config["bf16"] = {"enabled": options.dtype == "bf16"}
     relora = {"rank": options.rank, "alpha": 32, "restart_every": 10**6, **settings}
     return relora_ds.initialize(model=model(options), optimizer=adamw(Optimizer(lr=1e-4)), config=config, relora=relora)[0]
 
 
 def measure(options: argparse.Namespace) -> None:
-    """As one rank; rank 0 prints the table."""
-    engines = {name: engine(options, settings) for name, settings in MODES.items()}
+    """As one rank; rank 0 tells."""
+    engines = {name: engine(options, settings) for name, settings in modes(options.dtype).items()}
     batch = options.tokens // LENGTH // dist.get_world_size()
-    updates: dict[str, list[float]] = {name: [] for name in MODES}
-    restarts: dict[str, list[dict[str, float]]] = {name: [] for name in MODES}
+    found: dict[str, dict[str, list[Any]]] = {name: {"update_s": [], "restart_s": [], "parts": []} for name in engines}
     for number in range(options.rounds + 1):
         for name, one in engines.items():
-            ids = torch.randint(VOCABULARY, (batch, LENGTH), generator=torch.Generator().manual_seed(number))
+            ids = torch.randint(VOCABULARY, (batch, LENGTH), generator=torch.Generator().manual_seed(number)).to(one.device)
+            wait(one.device)
             started = time.perf_counter()
             one.backward(one(input_ids=ids, labels=ids).loss)
             one.step()
+            wait(one.device)
             seconds = time.perf_counter() - started
             record = one.optimizer.restart()
             if number:
-                updates[name].append(seconds)
-                restarts[name].append({"all": record.seconds, **record.parts})
-    if dist.get_rank():
-        return
-    print(f"\ntorch {torch.__version__}, {torch.get_num_threads()} threads a rank, {vars(options)}\n")
-    print("| way | s an update | s a restart (least, median, most) | in updates | merge | reset | verify |\n|" + "---|" * 7)
-    for name, found in restarts.items():
-        update, times = statistics.median(updates[name]), [one["all"] for one in found]
-        parts = " | ".join(f"{statistics.median(one[part] for one in found):.3f}" for part in ("merge", "reset", "verify"))
-        spread = f"{min(times):.3f}, {statistics.median(times):.3f}, {max(times):.3f}"
-        print(f"| {name} | {update:.3f} | {spread} | {statistics.median(times) / update:.2f} | {parts} |")
+                found[name]["update_s"].append(seconds)
+                found[name]["restart_s"].append(record.seconds)
+                found[name]["parts"].append(record.parts)
+    if not dist.get_rank():
+        rounds.write(options, {"ways": found}, [rows(found)])
+
+
+def rows(found: Mapping[str, Mapping[str, Sequence[Any]]]) -> list[list[str]]:
+    """A table: for each way its updates and restarts in seconds, and the parts of each restart."""
+    table = [["way", "s an update", "s a restart (least, median, most)", "in updates", "merge", "reset", "verify"]]
+    for name, own in found.items():
+        update, restart = statistics.median(own["update_s"]), rounds.Spread.of(own["restart_s"])
+        parts = [f"{statistics.median(one[part] for one in own['parts']):.3f}" for part in table[0][-3:]]
+        spread = f"{restart.least:.3f}, {restart.median:.3f}, {restart.most:.3f}"
+        table.append([name, f"{update:.3f}", spread, f"{restart.median / update:.2f}", *parts])
+    return table
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("hidden", 512), ("layers", 4), ("rank", 64), ("tokens", 2048), ("rounds", 5), ("world-size", 1)):
+        parser.add_argument(f"--{name}", type=rounds.positive, default=default, metavar="N", help=f"default: {default}")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of engines (default: fp32)")
+    rounds.add_files(parser)
+    return parser.parse_args(words)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("hidden", 512), ("layers", 4), ("rank", 64), ("tokens", 2048), ("rounds", 5), ("world-size", 1)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    options = parser.parse_args()
+    options = parse()
     if "RANK" in os.environ:
         measure(options)
+        process_group.leave()
         return
     sys.exit(launcher.spawn(sys.argv[1:], options.world_size, module="benchmarks.restart"))
 

@@ -164,7 +164,8 @@ class Record:
         }
         return {"command": self.command, "machine": self.machine, "ways": ways, "tables": self.further, "notes": self.notes}
 
-    def markdown(self) -> str:
+    def table(self) -> list[list[str]]:
+        """A row for each way."""
         headings = list(dict.fromkeys(heading for facts in self.facts.values() for heading in facts))
         rows = [["way", "s: least", "quartiles", "most", *(f"times as fast as {other}" for other in self.beside), *headings]]
         for name, seconds in self.times.seconds.items():
@@ -177,18 +178,37 @@ class Record:
                     *(own.get(heading, "") for heading in headings),
                 ]
             )  # fmt: skip
-        lines = [f"    {self.command}", "", told(self.machine)]
-        for table in (rows, *self.further):
-            lines += ["", *tables.markdown(table)]
-        return "\n".join([*lines, "", *(f"- {note}" for note in self.notes)]).rstrip() + "\n"
+        return rows
+
+    def markdown(self) -> str:
+        return markdown(self.command, self.machine, [self.table(), *self.further], self.notes)
 
     def write(self, options: argparse.Namespace) -> None:
-        """Prints the Markdown, and writes the files that were asked for."""
-        print(f"\n{self.markdown()}", flush=True)
-        if options.json:
-            options.json.write_text(json.dumps(self.content(), indent=1) + "\n", encoding="utf-8")
-        if options.markdown:
-            options.markdown.write_text(self.markdown(), encoding="utf-8")
+        """See :func:`publish`."""
+        publish(options, self.content(), self.markdown())
+
+
+def markdown(command: str, about: Mapping[str, Any], found: Sequence[Sequence[Sequence[str]]], notes: Sequence[str] = ()) -> str:
+    """A command, the machine that it ran on, tables and notes."""
+    lines = [f"    {command}", "", told(about)]
+    for table in found:
+        lines += ["", *tables.markdown(table)]
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes)]).rstrip() + "\n"
+
+
+def write(options: argparse.Namespace, content: Mapping[str, Any], found: Sequence[Sequence[Sequence[str]]]) -> None:
+    """What is no :class:`Record`: ``content`` for JSON and tables for Markdown, each with the command and the machine."""
+    command, about = _command(), machine()
+    publish(options, {"command": command, "machine": about, **content}, markdown(command, about, found))
+
+
+def publish(options: argparse.Namespace, content: Mapping[str, Any], text: str) -> None:
+    """Prints the Markdown, and writes the files that were asked for."""
+    print(f"\n{text}", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if options.markdown:
+        options.markdown.write_text(text, encoding="utf-8")
 
 
 def add_options(parser: argparse.ArgumentParser, **sizes: int) -> None:
@@ -197,6 +217,11 @@ def add_options(parser: argparse.ArgumentParser, **sizes: int) -> None:
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=positive, default=default, metavar="N", help=f"default: {default}"
         )
+    add_files(parser)
+
+
+def add_files(parser: argparse.ArgumentParser) -> None:
+    """``--json`` and ``--markdown``, as :func:`publish` takes them."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="every figure")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="what is printed as well")
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -88,12 +89,18 @@ def by_part(costs: Mapping[str, Costs]) -> list[list[str]]:
     return rows
 
 
+def for_its_sizes() -> AbstractContextManager[Any]:
+    """Every way is compiled for its own sizes, as where it trains alone; else those that differ would become variables for all."""
+    return torch._dynamo.config.patch(automatic_dynamic_shapes=False)
+
+
 def measure(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
     process_group.require()
     chosen = cases(options)
     ways = {name: way(case, device) for name, case in chosen.items()}
-    times = rounds.in_turns(ways, options.rounds, warm_up=options.warm_up, settle=partial(wait, device))
+    with for_its_sizes() if any(case.compile for case in chosen.values()) else nullcontext():
+        times = rounds.in_turns(ways, options.rounds, warm_up=options.warm_up, settle=partial(wait, device))
     after = options.warm_up + options.rounds
     costs = {name: costs_of(partial(train, after), device) for name, train in ways.items()}
     facts = {}

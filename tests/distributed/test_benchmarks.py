@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_steps, peers, step
+from benchmarks import gpu_steps, peers, restart, step
 from relora_ds.method import lora
 from tests.distributed import common
 from tests.distributed.pool import run
@@ -27,6 +27,10 @@ def train_peers(words: list[str], tolerance: float) -> int:
 
 def train_step(words: list[str]) -> None:
     step.measure(step.parse(words))
+
+
+def train_restart(words: list[str]) -> None:
+    restart.measure(restart.parse(words))
 
 
 def test_peers_train_alike_on_two_ranks(tmp_path: Path) -> None:
@@ -83,3 +87,16 @@ def test_step(tmp_path: Path) -> None:
     assert all(abs(one - other) < 1e-5 for own in losses for one, other in zip(own, losses[0], strict=True))
     (parts,) = content["tables"]
     assert {"forward", "backward", "optimizer step"} < {row[0] for row in parts}
+
+
+def test_restart_in_bf16(tmp_path: Path) -> None:
+    """What the command for a GPU asks of it."""
+    found, text = tmp_path / "found.json", tmp_path / "found.md"
+    sizes = ["--hidden", "32", "--layers", "1", "--rank", "4", "--rounds", "1", "--tokens", "256", "--dtype", "bf16"]
+    run(1, train_restart, [*sizes, "--json", str(found), "--markdown", str(text)])
+    content = json.loads(found.read_text())
+    assert list(content["ways"]) == list(restart.modes("bf16"))
+    for way in content["ways"].values():
+        assert len(way["update_s"]) == len(way["restart_s"]) == len(way["parts"]) == 1
+        assert sum(way["parts"][0].values()) <= way["restart_s"][0] * 1.001
+    assert "| int8 store, factors from the residual |" in text.read_text() and "torch" in content["machine"]
