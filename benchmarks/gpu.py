@@ -1,7 +1,8 @@
 """One command on one GPU: what needs CUDA is checked, parts of training are timed side by side, and the record is written.
 
-    python -m benchmarks.gpu --out OUT [--minutes 8] [--part checks attention switches restart] [--tiny]
-    python -m benchmarks.gpu --out OUT --set first                    # ways of training, which are --part steps
+    python -m benchmarks.gpu --out OUT [--minutes 8] [--tiny]
+    python -m benchmarks.gpu --out OUT --part attention switches restart
+    python -m benchmarks.gpu --out OUT --set forms                    # other ways of training: --part steps
 
 It needs this folder, Python, CUDA and the packages that relora_ds imports. The parts:
 
@@ -11,8 +12,8 @@ It needs this folder, Python, CUDA and the packages that relora_ds imports. The 
 - restart: a restart in updates, for each way to store frozen weights and each kind of reset (benchmarks/restart.py);
 - steps: ways of training, each measured alone (benchmarks/gpu_steps.py), by sets.
 
-Without --part and --set it does the first four. The steps are not among them because every set fills eight minutes by itself: a way
-takes more than half a minute, most of it to start. The checks come first, since figures of what is broken are worth nothing.
+Without --part and --set it does checks and steps: whether all is right here, and what ReLoRA gains here. The other parts say why, and
+fill eight minutes of their own. The checks come first, since figures of what is broken are worth nothing.
 
 All checks share a process; each other measurement has one of its own, so that a failure costs only itself. A part gets its share of
 the minutes that are left, and leaves what it does not use to those behind it; what time did not suffice for is listed as not run.
@@ -89,7 +90,7 @@ SETS: dict[str, list[dict[str, Any]]] = {
 }
 PARTS = {"checks": 4.25, "attention": 1.0, "switches": 2.5, "restart": 1.25, "steps": 8.0}
 """What the parts get of the time, one beside the other."""
-DEFAULT = ["checks", "attention", "switches", "restart"]
+DEFAULT = ["checks", "steps"]
 LEAST_S = 20
 """Nothing is begun with less time than that."""
 UPDATE = ["benchmarks.step", "--compile", "on", "off", "--accumulation", "2", "1", "--vocabulary", "32128", "--length", "512"]

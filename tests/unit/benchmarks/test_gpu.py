@@ -28,7 +28,7 @@ def session(out: Path, tiny: bool = False) -> gpu.Session:
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        ([], ["checks", "attention", "switches", "restart"]),
+        ([], ["checks", "steps"]),
         (["--tiny"], ["checks", "attention", "switches", "restart", "steps"]),
         (["--set", "forms"], ["steps"]),
         (["--set", "forms", "--part", "checks", "steps"], ["checks", "steps"]),
@@ -45,11 +45,12 @@ def test_a_set_without_the_steps_is_refused(capsys: pytest.CaptureFixture[str]) 
     assert "--set: says which ways of training the steps are" in capsys.readouterr().err
 
 
-def test_a_part_alone_gets_all_the_time_and_parts_together_no_more() -> None:
+@pytest.mark.parametrize("parts", [gpu.DEFAULT, ["attention", "switches", "restart"]])
+def test_a_part_alone_gets_all_the_time_and_parts_together_no_more(parts: list[str]) -> None:
     assert [gpu.share(part, [], 480.0) for part in gpu.PARTS] == [480.0] * len(gpu.PARTS)
     left, taken = 480.0, []
-    for number, part in enumerate(gpu.DEFAULT):
-        taken.append(gpu.share(part, gpu.DEFAULT[number + 1 :], left))
+    for number, part in enumerate(parts):
+        taken.append(gpu.share(part, parts[number + 1 :], left))
         left -= taken[-1]
     assert left == pytest.approx(0.0) and min(taken) > 2 * gpu.LEAST_S
     assert gpu.share("restart", [], 300.0) == 300.0, "what the others did not use"
