@@ -18,7 +18,7 @@ from relora_ds.run.folder import RunFolder
 from relora_ds.text.yaml_text import read_yaml, read_yaml_file
 
 NAME = re.compile(r"[A-Za-z0-9][\w.+-]*", re.ASCII)
-TAKEN = ("plots", "sweep.md", "sweep.csv", "runs.csv", "report.md", "events.jsonl", "lock.json")
+TAKEN = ("plots", "sweep.md", "sweep.csv", "runs.csv", "report.md", "report.html", "events.jsonl", "lock.json")
 """What a sweep's folder holds beside the folders of its arms."""
 OURS = ("run", "run.dir", "run.seed")
 """Settings that the sweep itself decides."""
@@ -132,8 +132,8 @@ def _recipes(named: Sequence[str], sweep: Path) -> dict[str, Path]:
     for recipe in named:
         path = _find(recipe, sweep)
         read_yaml_file(path, "recipe")  # what is wrong with the file itself is no fault of an arm
-        if path.stem in found or path.stem in TAKEN:
-            raise ConfigError("recipe", recipe, "is named as another thing in the sweep's folder", "rename the file")
+        if path.stem in found or path.stem in TAKEN or path.stem.startswith("."):
+            raise ConfigError("recipe", recipe, "is named as another thing in the sweep's folder, or hidden", "rename the file")
         found[path.stem] = path
     return found
 
