@@ -150,6 +150,8 @@ def _with_names(content: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError("arms", given, "is no name for a folder", "use letters, digits, and . _ + - after the first")
         if name in TAKEN:
             raise ConfigError("arms", name, "is the name of another thing in the sweep's folder", "name the arm otherwise")
+        if name in arms:
+            raise ConfigError("arms", given, "is the name of two arms", "give each its own")
         if not isinstance(settings, dict | None):
             raise ConfigError(f"arms.{name}", settings, "must be a section with the settings that the arm replaces")
         arms[name] = settings or {}

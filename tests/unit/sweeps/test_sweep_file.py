@@ -101,6 +101,7 @@ def test_several_recipes_have_all_arms(read: Read, recipe: Path, tmp_path: Path)
         ({"arms": {"lora": 5}}, "arms.lora=5: must be a section"),
         ({"arms": {"../x": {}}}, "arms='../x': is no name for a folder"),
         ({"arms": {"plots": {}}}, "arms='plots': is the name of another thing"),
+        ({"arms": {8: {"relora.rank": 8}, "8": {"relora.rank": 4}}}, "arms='8': is the name of two arms; give each its own"),
         ({"arms": {"report.html": {}}}, "arms='report.html': is the name of another thing"),
         ({"arms": {}}, "arms={}: dictionary should have at least 1 item"),
         ({"arms": None}, "arms=None: must be a section with keys of its own"),
