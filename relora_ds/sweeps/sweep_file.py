@@ -172,10 +172,13 @@ def _run(found: SweepFile, prefix: str, recipe: Path, arm: str, seed: int) -> Sw
         f"wandb.name={as_text(f'{Path(found.dir).name}/{name}/seed-{seed}')}"
     ]  # not all alike, by the last part of their folders
     for where, settings in (("overrides", found.overrides), (f"arms.{arm}", found.arms[arm])):
-        replaced = dict(flat(settings))
-        for key in replaced:
+        replaced: dict[str, Any] = {}
+        for key, value in flat(settings):
             if key in OURS:
                 raise ConfigError(where, key, "is decided by the sweep", "leave it out")
+            if key in replaced:
+                raise ConfigError(where, key, "is given twice, dotted and in its section", "make one of the two")
+            replaced[key] = value
         words += [f"{key}={as_text(value)}" for key, value in replaced.items()]
     words += [f"run.dir={as_text(str(Path(found.dir, name, f'seed-{seed}')))}", f"run.seed={seed}"]
     try:

@@ -97,6 +97,7 @@ def test_several_recipes_have_all_arms(read: Read, recipe: Path, tmp_path: Path)
         ({"arms": {"a": {}, "lora": {"method": "lroa"}}}, "arms.lora: method='lroa': not one of the valid names; did you mean"),
         ({"arms": {"lora": {"relora.warm_start": 20}}}, "arms.lora: relora.warm_start=20: not shorter than the run of 20"),
         ({"arms": {"lora": {"run.seed": 3}}}, "arms.lora='run.seed': is decided by the sweep; leave it out"),
+        ({"arms": {"a": {"relora.rank": 4, "relora": {"rank": 8}}}}, "arms.a='relora.rank': is given twice, dotted and in its"),
         ({"overrides": {"run": {"dir": "x"}}}, "overrides='run.dir': is decided by the sweep"),
         ({"arms": {"lora": 5}}, "arms.lora=5: must be a section"),
         ({"arms": {"../x": {}}}, "arms='../x': is no name for a folder"),
