@@ -27,10 +27,11 @@ class Standing:
     """Where a run stands.
 
     Attributes:
-        state: *done*: its last checkpoint is that of its last update. *running*: here, elsewhere or as a job; *queued* as a job.
-            *stopped*: it can go on. *failed* and *diverged*: it ended so. *changed*: its folder is that of other settings.
+        state: *done*: its newest checkpoint is that of its last update. *running*: here, elsewhere or as a job; *queued* as a job.
+            *stopped*: it can go on. *failed* and *diverged*: it ended so. *changed*: its folder is that of other settings, or of more
+            updates.
         update: of its newest checkpoint.
-        error: the line that it ended with, where it failed or diverged.
+        error: the line that it ended with, where it failed or diverged; what is wrong with it.
     """
 
     state: State
@@ -50,13 +51,15 @@ def standing(run: SweepRun, events: Events) -> Standing:
     newest = manifests.newest(folder.checkpoints)
     update = newest[1].update if newest else 0
     is_changed = _is_changed(run)
-    if update >= run.config.total_updates and not is_changed:
+    if update == run.config.total_updates and not is_changed:
         return Standing("done", update)
     if folder.path.is_dir() and RunLock(folder.path).holder() is not None:
         return Standing("running", update)
     job = _of_job(run)
     if job is not None and job[0] in ("running", "queued"):
         return Standing(job[0], update)
+    if update > run.config.total_updates:  # the sweep's file asks for less by now
+        return Standing("changed", update, _longer(run, update))
     event = events.newest.get(run.name, {})
     state, error = job or (event.get("state"), str(event.get("error", "")))
     if is_changed and state != "failed":
@@ -65,6 +68,18 @@ def standing(run: SweepRun, events: Events) -> Standing:
         # what began and left no word was killed; what diverged and was removed is to begin anew
         state, error = ("stopped" if newest or folder.metrics.is_file() else "not begun"), ""
     return Standing(state, update, error)
+
+
+def refuse_longer(run: SweepRun) -> None:
+    """Raises ConfigError where a run was trained for more updates than the sweep's file asks for: nothing can take them back."""
+    newest = manifests.newest(run.folder.checkpoints)
+    if newest is not None and newest[1].update > run.config.total_updates:
+        way_out = f"remove {run.folder.path}, or name another arm"
+        raise ConfigError(f"arms.{run.arm}: updates", run.config.total_updates, _longer(run, newest[1].update), way_out)
+
+
+def _longer(run: SweepRun, update: int) -> str:
+    return f"{run.name} was trained for {update:,} updates before the file was changed"
 
 
 def _is_changed(run: SweepRun) -> bool:

@@ -22,7 +22,7 @@ from relora_ds.run import manifest as manifests
 from relora_ds.run.lock import RunLock
 from relora_ds.sweeps.events import Events
 from relora_ds.sweeps.outlook import Pace, as_time, seconds_left
-from relora_ds.sweeps.runs import Standing, has_diverged, standing
+from relora_ds.sweeps.runs import Standing, has_diverged, refuse_longer, standing
 from relora_ds.sweeps.share import shares
 from relora_ds.sweeps.sweep_file import Sweep, SweepRun
 
@@ -75,6 +75,8 @@ def check(sweep: Sweep, waiting: Sequence[SweepRun]) -> None:
     Raises:
         ConfigError: with the arm and the key.
     """
+    for run in waiting:
+        refuse_longer(run)
     fresh = {run.arm: run for run in reversed(waiting) if manifests.newest(run.folder.checkpoints) is None}
     if not fresh:
         return
