@@ -132,6 +132,7 @@ class Figures:
         sent_bytes: by rank 0 for all updates.
         sent_bytes_per_update: the mean of these.
         peak_memory_bytes: of rank 0, in the phase that needs most: allocated on its GPU; without one, resident of its process.
+        problem: why they cannot be read.
     """
 
     update: int = 0
@@ -142,6 +143,7 @@ class Figures:
     sent_bytes: float = math.nan
     sent_bytes_per_update: float = field(default=math.nan)
     peak_memory_bytes: float = math.nan
+    problem: str = ""
 
     @property
     def seconds_per_update(self) -> float:
@@ -152,8 +154,8 @@ def figures(run: SweepRun) -> Figures:
     """The figures of a run, as far as it has come."""
     try:
         content = read_run(run.folder.path)
-    except ConfigError:
-        return Figures()
+    except ConfigError as error:
+        return Figures(problem=str(error))
     batch = run.config.train.global_batch * run.config.data.sequence_length
     sent = known(column(content.updates, "sent_bytes"))
     trainable = column(read_traffic(run.folder.traffic), "trainable_parameters")

@@ -7,6 +7,7 @@ import io
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from relora_ds.errors import ConfigError
@@ -30,11 +31,13 @@ MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "peak_memory_bytes": ("peak memory", human_bytes),
 }
 """Fields of :class:`Figures`: what they are called, and how they are written."""
+NOT_DONE = "Runs that are not done, or cannot be read"
 CURVES = ("perplexity.png", "loss.png")
 """The pictures of the report that the page of a sweep shows."""
-NOTE = """Mean ± sample standard deviation over the seeds that are done. The perplexity is that of the last evaluation. Seconds are
-those of updates, restarts included, without starts and evaluations. Bytes are what rank 0 sent for updates, as rings send them.
-Peak memory is what PyTorch had allocated on rank 0's GPU; without one, the resident memory of its whole process."""
+NOTE = """Mean ± sample standard deviation over the seeds that are done. The perplexity is that of the last evaluation; with (1 of 2)
+behind it, only so many of these seeds have one that is a number. Seconds are those of updates, restarts included, without starts
+and evaluations. Bytes are what rank 0 sent for updates, as rings send them. Peak memory is what PyTorch had allocated on rank 0's
+GPU; without one, the resident memory of its whole process."""
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
@@ -45,7 +48,8 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def summary(sweep: Sweep, standings: Mapping[SweepRun, Standing], found: Mapping[SweepRun, Figures]) -> list[dict[str, object]]:
-    """A row for each arm, as sweep.csv has it: how many runs, how many of them are done, mean and spread of what these measured."""
+    """A row for each arm, as sweep.csv has it: how many runs, how many of them are done, mean and spread of what these measured; how
+    many of them have a perplexity."""
     rows = []
     for arm in sweep.arms:
         runs = sweep.of(arm)
@@ -54,6 +58,7 @@ def summary(sweep: Sweep, standings: Mapping[SweepRun, Standing], found: Mapping
         for measure in MEASURES:
             mean, spread = mean_and_spread([getattr(found[run], measure) for run in done])
             row |= {f"{measure}_mean": mean, f"{measure}_sd": spread}
+        row["judged"] = sum(not math.isnan(found[run].perplexity) for run in done)
         rows.append(row)
     return rows
 
@@ -105,7 +110,9 @@ def _mean_cell(row: Mapping[str, object], measure: str) -> str:
     mean, spread = _number(row[f"{measure}_mean"]), _number(row[f"{measure}_sd"])
     if math.isnan(mean):
         return "–"
-    return write(mean) if math.isnan(spread) or spread == 0 else f"{write(mean)} ± {write(spread)}"
+    cell = write(mean) if math.isnan(spread) or spread == 0 else f"{write(mean)} ± {write(spread)}"
+    # a run whose perplexity is no number must not pass for one that is as good as the others
+    return f"{cell} ({row['judged']} of {row['n']})" if measure == "perplexity" and row["judged"] != row["n"] else cell
 
 
 def _number(value: object) -> float:
@@ -125,6 +132,9 @@ def write(sweep: Sweep) -> tuple[Path, list[list[str]]]:
     events = Events(sweep.folder)
     standings = {run: standing(run, events) for run in sweep.runs}
     found = {run: figures(run) for run in sweep.runs}
+    for run, at in standings.items():
+        if at.state == "done" and found[run].problem:
+            standings[run] = replace(at, error=found[run].problem)
     rows = summary(sweep, standings, found)
     table = arm_table(rows)
     drawn = [run.folder.path for run in sweep.runs if found[run].update]
@@ -143,7 +153,7 @@ def write(sweep: Sweep) -> tuple[Path, list[list[str]]]:
 def _page(sweep: Sweep, table: list[list[str]], standings: Mapping[SweepRun, Standing], is_drawn: bool) -> list[str]:
     lines = [f"# Sweep {sweep.folder.name}", "", _recipes(sweep), "", *markdown(table), "", NOTE, ""]
     if rest := not_done(standings):
-        lines += ["## Runs that are not done", "", *markdown(rest), ""]
+        lines += [f"## {NOT_DONE}", "", *markdown(rest), ""]
     if is_drawn:
         drawn = [name for name in CURVES if (sweep.folder / "plots" / name).is_file()]  # without evaluations one is missing
         pictures = (line for name in drawn for line in (f"![](plots/{name})", ""))
@@ -155,7 +165,7 @@ def _sections(sweep: Sweep, table: list[list[str]], standings: Mapping[SweepRun,
     """What the pages of all runs say first: what this command has beyond a report."""
     rest = not_done(standings)
     arms = Section("The arms of this sweep", [_recipes(sweep), Table(table), NOTE])
-    return [arms, Section("Runs that are not done", [Table(rest)])] if rest else [arms]
+    return [arms, Section(NOT_DONE, [Table(rest)])] if rest else [arms]
 
 
 def _recipes(sweep: Sweep) -> str:
@@ -163,6 +173,8 @@ def _recipes(sweep: Sweep) -> str:
 
 
 def not_done(standings: Mapping[SweepRun, Standing]) -> list[list[str]]:
-    """The cells of the table of runs that are not done, its heading first; nothing where all are."""
-    rest = [[run.name, at.state, f"{at.update:,}", at.error or "–"] for run, at in standings.items() if at.state != "done"]
+    """The cells of the table of runs that are not done, or cannot be read, its heading first; nothing where there are none."""
+    rest = [
+        [run.name, at.state, f"{at.update:,}", at.error or "–"] for run, at in standings.items() if at.state != "done" or at.error
+    ]
     return [["run", "state", "checkpoint at update", "error"], *rest] if rest else []
