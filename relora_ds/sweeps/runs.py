@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from datetime import datetime
+from typing import Any, Literal
 
 from relora_ds.errors import ConfigError
 from relora_ds.reports.facts import peak_memory
@@ -61,6 +63,8 @@ def standing(run: SweepRun, events: Events) -> Standing:
     if update > run.config.total_updates:  # the sweep's file asks for less by now
         return Standing("changed", update, _longer(run, update))
     event = events.newest.get(run.name, {})
+    if job is not None and _time(event) >= max(map(_time, JobEvents(folder).all)):
+        job = None  # it was trained here since
     state, error = job or (event.get("state"), str(event.get("error", "")))
     if is_changed and state != "failed":
         return Standing("changed", update)
@@ -108,6 +112,14 @@ def _of_job(run: SweepRun) -> tuple[State, str] | None:
         return "stopped", ""
     error = f"job {number} ended with code {ended[-1]['code']}: relora-ds slurm logs {run.folder.path}"
     return ("diverged" if has_diverged(run) else "failed"), error
+
+
+def _time(event: Mapping[str, Any]) -> float:
+    """When something happened, in seconds since 1970; 0 where the event does not tell."""
+    try:
+        return datetime.fromisoformat(str(event.get("time"))).timestamp()
+    except ValueError:
+        return 0.0
 
 
 def has_diverged(run: SweepRun) -> bool:

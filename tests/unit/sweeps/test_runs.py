@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -109,6 +110,23 @@ def test_jobs_of_slurm(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     assert at.state == "failed" and at.error.startswith("job 17 ended with code 1")
     jobs.add("ended", job=17, attempt="17.1", code=75, decision="slurm")
     assert standing(run, events).state == "stopped"
+
+
+def test_what_a_run_did_here_since_its_job_counts(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose job was cancelled was trained here, and failed: it is not stopped, and its error is told."""
+    run, events = sweep.runs[0], Events(sweep.folder)
+    monkeypatch.setattr(client, "job", lambda number, cluster: None)
+    make_run(run, update=5, losses=[3.0] * 6)
+    jobs = JobEvents(run.folder)
+    jobs.add("submitted", job=17)
+    jobs.add("cancelled", job=17)
+    assert standing(run, events).state == "stopped"
+    events.add(run.name, "failed", code=1, error="no disk")
+    at = standing(run, events)
+    assert (at.state, at.error) == ("failed", "no disk")
+    later = jobs.path.read_text() + json.dumps({"event": "submitted", "time": "2999-01-01T00:00:00+00:00", "job": 18}) + "\n"
+    jobs.path.write_text(later)
+    assert standing(run, events).state == "stopped", "by a job that came later"
 
 
 def test_figures_of_a_folder(sweep: Sweep) -> None:
