@@ -152,4 +152,4 @@ def unique_labels(folders: Sequence[Path]) -> list[str]:
     parts, depth = [folder.resolve().parts for folder in folders], 1
     while len({part[-depth:] for part in parts}) < len(parts):
         depth += 1
-    return ["/".join(part[-depth:]) for part in parts]
+    return ["/".join(part[-depth:]).encode("utf-8", "replace").decode("utf-8") for part in parts]  # a name may be no UTF-8

@@ -141,7 +141,8 @@ def write(sweep: Sweep) -> tuple[Path, list[list[str]]]:
     page = sweep.folder / "sweep.md"
     try:
         if drawn:
-            report(drawn, sweep.folder, title=f"Sweep {sweep.folder.name}", first=_sections(sweep, table, standings))
+            first = _sections(sweep, table, standings)
+            report(drawn, sweep.folder, title=f"Sweep {sweep.folder.name}", first=first, key="dir")
         write_atomically(sweep.folder / "sweep.csv", as_csv(rows))
         write_atomically(sweep.folder / "runs.csv", as_csv(each(standings, found)))
         write_atomically(page, "\n".join(_page(sweep, table, standings, bool(drawn))))
