@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +26,13 @@ LINES: dict[Style, dict[str, Any]] = {
     "thin": {"linewidth": 0.6, "alpha": 0.35},
     "dashed": {"linewidth": 1.2, "linestyle": "--"},
     "dots": {"linewidth": 0.8, "marker": "o", "markersize": 4},
+    "points": {"linestyle": "none", "marker": "o", "markersize": 4.5},
+    "means": {"linestyle": "none", "marker": "|", "markersize": 13, "markeredgewidth": 1.6},
 }
+SHAPES = ("o", "s", "^", "D")
+"""Of a curve's dots each time that the colours begin anew; a line without dots gets some then."""
+SPACED = 0.09
+"""How far apart those lie, as a share of the picture's diagonal."""
 MARKS: dict[str, dict[str, Any]] = {
     "restart": {"linestyle": "--", "linewidth": 0.8},
     "phase change": {"linestyle": ":", "linewidth": 1.6},
@@ -37,6 +44,8 @@ SIZE = (7.2, 3.4)
 """Of an SVG in inches: 518 x 245 of its units, to which a page's letters are measured."""
 PLOT = (0.125, 0.105, 0.865, 0.875)
 """Left, bottom, width and height of the axes in it; beside them is room for numbers in the larger letters of small screens."""
+ROW, AROUND = 0.38, 0.5
+"""Height of a row, in inches, and of what is above and below the rows of a picture that has them."""
 FEW = 100
 """A log axis that reaches less far has numbers between the powers of ten."""
 
@@ -53,6 +62,11 @@ class Palette:
     def of(self, number: int | None) -> str:
         """The colour of a series; that of marks where it has none of its own."""
         return self.mark if number is None else self.series[number % len(self.series)]
+
+
+def turn(number: int | None) -> int:
+    """How often the colours began anew before that of a series: curves of one colour have dots of other shapes."""
+    return 0 if number is None else number // len(COLOURS) % len(SHAPES)
 
 
 ON_WHITE = Palette(COLOURS, ink="#262626", mark="#737373", grid="#ededed")
@@ -85,7 +99,8 @@ def legend(picture: Picture) -> list[Entry]:
 
 def write_png(picture: Picture, path: Path) -> None:
     """Draws a picture with its title, units and legend, on white."""
-    write_panels([picture], path, (9, 4.6))
+    lines = math.ceil(len(legend(picture)) / 3)
+    write_panels([picture], path, (9, 1.1 + 0.3 * len(picture.rows) if picture.rows else 3.6 + 0.21 * max(5, lines)))
 
 
 def write_panels(pictures: Sequence[Picture], path: Path, size: tuple[float, float]) -> None:
@@ -95,10 +110,9 @@ def write_panels(pictures: Sequence[Picture], path: Path, size: tuple[float, flo
     for axis, picture in zip(figure.subplots(1, len(pictures), squeeze=False)[0], pictures, strict=True):
         _draw(axis, picture, ON_WHITE)
         axis.set_title(picture.title, loc="left", fontweight="bold")
-        axis.set(xlabel=picture.x_unit, ylabel=picture.unit)
-    # A dollar sign in a folder name would start a formula.
+        axis.set(xlabel=picture.unit if picture.rows else picture.x_unit, ylabel="" if picture.rows else picture.unit)
     handles = [
-        Line2D([], [], color=ON_WHITE.of(entry.colour), label=entry.label.replace("$", r"\$"), **_line(entry.style))
+        Line2D([], [], color=ON_WHITE.of(entry.colour), label=_plain(entry.label), **_line(entry.style, entry.colour))
         for entry in dict.fromkeys(entry for picture in pictures for entry in legend(picture))
     ]
     if handles:
@@ -113,27 +127,55 @@ def svg(picture: Picture) -> str:
     ``--mark`` and ``--grid`` of the page's style sheet. Every id in it begins with the picture's name, and those of its curves go on
     with ``-series-``.
     """
-    figure = Figure(figsize=SIZE)
+    size, place = SIZE, PLOT
+    if picture.rows:
+        height = AROUND + ROW * len(picture.rows)
+        size, place = (SIZE[0], height), (0.02, 0.7 * AROUND / height, 0.96, ROW * len(picture.rows) / height)
+    figure = Figure(figsize=size)
     figure.patch.set_visible(False)
-    _draw(figure.add_axes(PLOT), picture, BY_STYLE)
+    _draw(figure.add_axes(place), picture, BY_STYLE)
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": picture.name}):
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
     return _for_page(file.getvalue(), picture)
 
 
-def _line(style: str) -> dict[str, Any]:
-    return MARKS[style] if style in MARKS else LINES[style]  # type: ignore[index]
+def _plain(text: str) -> str:
+    """A dollar sign, as in a folder's name, would start a formula."""
+    return text.replace("$", r"\$")
+
+
+def _line(style: str, colour: int | None) -> dict[str, Any]:
+    if style in MARKS:
+        return MARKS[style]
+    line = LINES[style]  # type: ignore[index]
+    if not turn(colour) or style in ("thin", "means"):
+        return line
+    return {"markersize": 4, "markevery": None if "marker" in line else SPACED} | line | {"marker": SHAPES[turn(colour)]}
 
 
 def _draw(axis: Axes, picture: Picture, palette: Palette) -> None:
     """Curves, marks, axes and their numbers."""
     for number, series in enumerate(picture.series):
-        line = axis.plot(series.x, series.y, color=palette.of(series.colour), **_line(series.style))
+        line = axis.plot(series.x, series.y, color=palette.of(series.colour), **_line(series.style, series.colour))
         line[0].set_gid(f"series-{number}")
     # The marks lie above the grid and below the curves.
     for number, mark in enumerate(picture.marks):
-        axis.axvline(mark.x, color=palette.of(mark.colour), zorder=1.8, gid=f"mark-{number}", **_line(mark.kind))
+        axis.axvline(mark.x, color=palette.of(mark.colour), zorder=1.8, gid=f"mark-{number}", **_line(mark.kind, None))
+    if picture.rows:
+        _lay_out_rows(axis, picture, palette)
+    else:
+        _lay_out(axis, picture)
+    axis.grid(color=palette.grid, linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.patch.set_visible(palette is ON_WHITE)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.spines["bottom"].set_color(palette.mark)
+    axis.tick_params(length=0, pad=5, labelcolor=palette.ink)
+
+
+def _lay_out(axis: Axes, picture: Picture) -> None:
+    """Scales, limits and numbers of both axes."""
     if picture.is_log:
         axis.set_yscale("log")
     axis.yaxis.set_major_locator(MaxNLocator(5))
@@ -145,13 +187,27 @@ def _draw(axis: Axes, picture: Picture, palette: Palette) -> None:
     axis.set_ylim(picture.limits)
     if picture.is_log:
         low, high = axis.get_ylim()
-        axis.yaxis.set_major_locator(LogLocator(subs=(1,) if high > FEW * low else (1, 2, 5), numticks=9))
-    axis.grid(color=palette.grid, linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.patch.set_visible(palette is ON_WHITE)
-    axis.spines[["top", "right", "left"]].set_visible(False)
-    axis.spines["bottom"].set_color(palette.mark)
-    axis.tick_params(length=0, pad=5, labelcolor=palette.ink)
+        axis.yaxis.set_major_locator(_powers(low, high))
+
+
+def _powers(low: float, high: float) -> LogLocator:
+    return LogLocator(subs=(1,) if high > FEW * low else (1, 2, 5), numticks=9)
+
+
+def _lay_out_rows(axis: Axes, picture: Picture, palette: Palette) -> None:
+    """A row's name stands above its values, so that a phone has room for both."""
+    axis.set_ylim(len(picture.rows) - 0.65, -0.65)
+    axis.set_yticks(range(len(picture.rows)), [""] * len(picture.rows))
+    for number, name in enumerate(picture.rows):
+        across = axis.get_yaxis_transform()
+        axis.text(0, number - 0.22, _plain(name), transform=across, color=palette.ink, fontsize=9, zorder=3)
+    if picture.is_log:
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(_powers(*axis.get_xlim()))
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator(6))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: axis_number(value)))
+    axis.xaxis.set_minor_locator(NullLocator())
 
 
 def axis_number(value: float) -> str:

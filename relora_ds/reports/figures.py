@@ -11,7 +11,8 @@ from typing import Literal
 from relora_ds.reports.restarts import NEAR, WINDOW, right_at_restarts
 from relora_ds.reports.run_records import Run, column, known, mean
 
-Style = Literal["line", "thin", "dashed", "dots"]
+Style = Literal["line", "thin", "dashed", "dots", "points", "means"]
+"""dots: joined by lines. points: not joined. means: short strokes among points."""
 Curve = tuple[Sequence[float], Sequence[float]]
 
 SMOOTH = 2 * NEAR + 1
@@ -22,6 +23,8 @@ MOST_POINTS = 1200
 """Points of a curve; of more, the smallest and the largest of each stretch are drawn, so that no spike is lost."""
 MOST_RESTARTS = 6
 """Restarts that are told apart by colour."""
+MOST_MARKED = 7
+"""Runs whose restarts are told apart by colour; of more, only what is at the same update in all of them is marked."""
 AS_BEFORE = f"Thin: each update. Thick: the mean of {SMOOTH} updates, as in the picture of the loss."
 SMOOTHED = (
     f"Thin: each update, as it was measured. Thick: the mean of {SMOOTH} updates, {NEAR} before and {NEAR} after each. "
@@ -66,7 +69,9 @@ class Picture:
         caption: how to read it, for somebody who sees such a picture for the first time.
         series, marks: what is in it.
         limits: of the y axis; None for those of the data.
-        is_log: whether the y axis is logarithmic.
+        is_log: whether the axis of the values is logarithmic.
+        rows: where values lie along x, a row for each thing that has some: what these are called, for y = 0, 1, … from the top;
+            ``unit`` is then that of x.
     """
 
     name: str
@@ -78,6 +83,7 @@ class Picture:
     x_unit: str = "update"
     limits: tuple[float, float] | None = None
     is_log: bool = False
+    rows: tuple[str, ...] = ()
 
 
 def centred_mean(values: Sequence[float], breaks: Sequence[int] = (), window: int = SMOOTH) -> list[float]:
@@ -329,7 +335,12 @@ def _of_each(runs: Sequence[Run], name: str, curve: Callable[[Run], Curve], styl
 
 
 def _marks(runs: Sequence[Run]) -> tuple[Mark, ...]:
-    """Restarts and changes of phase of all runs."""
+    """Restarts and changes of phase: of each run in its colour, or of very many those that all have."""
+    if len(runs) > MOST_MARKED:
+        restarts, changes = (
+            set.intersection(*map(set, at)) for at in zip(*((r.restart_updates, r.phase_changes) for r in runs), strict=True)
+        )
+        return (*(Mark("restart", at) for at in sorted(restarts)), *(Mark("phase change", at) for at in sorted(changes)))
     marks = []
     for number, run in enumerate(runs):
         # One run's marks are grey: in the curve's own colour they would compete with it.

@@ -12,7 +12,7 @@ from html import escape
 from importlib.resources import files
 
 from relora_ds.reports.contents import Block, Panels, Recipe, Section, Table
-from relora_ds.reports.drawing import COLOURS, Entry, legend, svg
+from relora_ds.reports.drawing import COLOURS, Entry, legend, svg, turn
 from relora_ds.reports.figures import Picture
 from relora_ds.version import __version__
 
@@ -105,11 +105,14 @@ def _row(row: Sequence[str]) -> str:
 
 def _figure(picture: Picture) -> str:
     entries = "".join(_entry(entry) for entry in legend(picture))
-    above, below = f'<p class="unit">{escape(picture.unit)}</p>', f'<p class="unit below">{escape(picture.x_unit)}</p>'
+    units = ("", picture.unit) if picture.rows else (picture.unit, picture.x_unit)
+    above, below = (
+        f'<p class="unit{place}">{escape(unit)}</p>' if unit else "" for place, unit in zip(("", " below"), units, strict=True)
+    )
     return f'<figure id="picture-{picture.name}"><ul class="legend">{entries}</ul>{above}\n{svg(picture)}\n{below}</figure>'
 
 
 def _entry(entry: Entry) -> str:
     colour = "mark" if entry.colour is None else f"series-{entry.colour % len(COLOURS)}"
-    style = entry.style.replace(" ", "-")
+    style = entry.style.replace(" ", "-") if not turn(entry.colour) else f"shape-{turn(entry.colour)}"
     return f'<li><span class="key {style}" style="--colour: var(--{colour})"></span>{escape(entry.label)}</li>'

@@ -13,6 +13,7 @@ from relora_ds.errors import ConfigError
 from relora_ds.paths import make_folder
 from relora_ds.reports import contents, drawing, figures, html_page, markdown_page
 from relora_ds.reports.contents import Section
+from relora_ds.reports.figures import Picture
 from relora_ds.reports.run_records import read_run, unique_labels
 from relora_ds.run.folder import write_atomically
 
@@ -43,10 +44,9 @@ def report(
     runs = [read_run(folder, label) for folder, label in zip(folders, unique_labels(folders), strict=True)]
     target = out or (folders[0] if len(folders) == 1 else Path("report"))
     make_folder(key, target / "plots")
-    pictures = figures.pictures(runs)
-    title, sections = title or contents.title(runs), [*first, *contents.sections(runs, pictures)]
+    title, sections = title or contents.title(runs), [*first, *contents.sections(runs, figures.pictures(runs))]
     with refused_by_disk(key, target):
-        for picture in pictures:
+        for picture in (block for section in sections for block in section.blocks if isinstance(block, Picture)):
             drawing.write_png(picture, target / "plots" / f"{picture.name}.png")
         write_page(target / "report.html", html_page.page(title, sections))
         write_page(target / "report.md", markdown_page.page(title, sections))

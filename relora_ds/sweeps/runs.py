@@ -137,6 +137,7 @@ class Figures:
 
     Attributes:
         update: the newest that is written down.
+        evaluations: perplexity by update.
         perplexity: of the newest evaluation.
         trainable_parameters: in the phase of the newest checkpoint.
         tokens: trained on.
@@ -155,6 +156,7 @@ class Figures:
     sent_bytes: float = math.nan
     sent_bytes_per_update: float = field(default=math.nan)
     peak_memory_bytes: float = math.nan
+    evaluations: Mapping[int, float] = field(default_factory=dict)
     problem: str = ""
 
     @property
@@ -180,4 +182,9 @@ def figures(run: SweepRun) -> Figures:
         sent_bytes=sum(sent) if sent else math.nan,
         sent_bytes_per_update=sum(sent) / len(sent) if sent else math.nan,
         peak_memory_bytes=max(peak_memory(content).values(), default=math.nan),
+        evaluations={
+            record["update"]: value
+            for record, value in zip(content.evals, column(content.evals, "eval_perplexity"), strict=True)
+            if not math.isnan(value)
+        },
     )

@@ -13,10 +13,13 @@ from pathlib import Path
 from relora_ds.errors import ConfigError
 from relora_ds.paths import make_folder
 from relora_ds.reports.contents import Section, Table
+from relora_ds.reports.figures import Picture
 from relora_ds.reports.report import report
 from relora_ds.reports.tables import markdown
 from relora_ds.run.folder import write_atomically
+from relora_ds.sweeps import pictures
 from relora_ds.sweeps.events import Events
+from relora_ds.sweeps.pictures import Evaluations
 from relora_ds.sweeps.runs import Figures, Standing, figures, standing
 from relora_ds.sweeps.sweep_file import Sweep, SweepRun
 from relora_ds.units import human_bytes
@@ -32,8 +35,6 @@ MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 """Fields of :class:`Figures`: what they are called, and how they are written."""
 NOT_DONE = "Runs that are not done, or cannot be read"
-CURVES = ("perplexity.png", "loss.png")
-"""The pictures of the report that the page of a sweep shows."""
 NOTE = """Mean ± sample standard deviation over the seeds that are done. The perplexity is that of the last evaluation; with (1 of 2)
 behind it, only so many of these seeds have one that is a number. Seconds are those of updates, restarts included, without starts
 and evaluations. Bytes are what rank 0 sent for updates, as rings send them. Peak memory is what PyTorch had allocated on rank 0's
@@ -137,36 +138,59 @@ def write(sweep: Sweep) -> tuple[Path, list[list[str]]]:
             standings[run] = replace(at, error=found[run].problem)
     rows = summary(sweep, standings, found)
     table = arm_table(rows)
-    drawn = [run.folder.path for run in sweep.runs if found[run].update]
+    begun, drawn = [run.folder.path for run in sweep.runs if found[run].update], _pictures(sweep, standings, found)
     page = sweep.folder / "sweep.md"
     try:
-        if drawn:
-            first = _sections(sweep, table, standings)
-            report(drawn, sweep.folder, title=f"Sweep {sweep.folder.name}", first=first, key="dir")
+        if begun:
+            first = _sections(sweep, table, standings, drawn)
+            report(begun, sweep.folder, title=f"Sweep {sweep.folder.name}", first=first, key="dir")
         write_atomically(sweep.folder / "sweep.csv", as_csv(rows))
         write_atomically(sweep.folder / "runs.csv", as_csv(each(standings, found)))
-        write_atomically(page, "\n".join(_page(sweep, table, standings, bool(drawn))))
+        write_atomically(page, "\n".join(_page(sweep, table, standings, drawn if begun else None)))
     except OSError as error:
         raise ConfigError("dir", str(sweep.folder), f"cannot be written: {error.strerror}", "name another folder") from None
     return page, table
 
 
-def _page(sweep: Sweep, table: list[list[str]], standings: Mapping[SweepRun, Standing], is_drawn: bool) -> list[str]:
+def _page(
+    sweep: Sweep, table: list[list[str]], standings: Mapping[SweepRun, Standing], drawn: Sequence[Picture] | None
+) -> list[str]:
+    """The lines of sweep.md; ``drawn``: None where there is no report to point at."""
     lines = [f"# Sweep {sweep.folder.name}", "", _recipes(sweep), "", *markdown(table), "", NOTE, ""]
     if rest := not_done(standings):
         lines += [f"## {NOT_DONE}", "", *markdown(rest), ""]
-    if is_drawn:
-        drawn = [name for name in CURVES if (sweep.folder / "plots" / name).is_file()]  # without evaluations one is missing
-        pictures = (line for name in drawn for line in (f"![](plots/{name})", ""))
-        lines += ["## Curves", "", *pictures, "Every run: [report.html](report.html), [report.md](report.md).", ""]
+    if drawn is not None:
+        for picture in drawn:
+            lines += [f"## {picture.title}", "", f"![](plots/{picture.name}.png)", "", picture.caption, ""]
+        lines += ["Every run: [report.html](report.html), [report.md](report.md).", ""]
     return lines
 
 
-def _sections(sweep: Sweep, table: list[list[str]], standings: Mapping[SweepRun, Standing]) -> list[Section]:
+def _sections(
+    sweep: Sweep, table: list[list[str]], standings: Mapping[SweepRun, Standing], drawn: Sequence[Picture]
+) -> list[Section]:
     """What the pages of all runs say first: what this command has beyond a report."""
-    rest = not_done(standings)
-    arms = Section("The arms of this sweep", [_recipes(sweep), Table(table), NOTE])
-    return [arms, Section(NOT_DONE, [Table(rest)])] if rest else [arms]
+    sections = [Section("The arms of this sweep", [_recipes(sweep), Table(table), NOTE])]
+    if rest := not_done(standings):
+        sections.append(Section(NOT_DONE, [Table(rest)]))
+    return sections + [Section(picture.title, [picture, picture.caption]) for picture in drawn]
+
+
+def _pictures(sweep: Sweep, standings: Mapping[SweepRun, Standing], found: Mapping[SweepRun, Figures]) -> list[Picture]:
+    """Where the arms ended, as soon as a run is done, and how they came there, as soon as one was evaluated.
+
+    An arm's curve is that of its runs that are done, or while none is, of those that are under way.
+    """
+    ended: dict[str, list[float]] = {}
+    evaluated: dict[str, list[Evaluations]] = {}
+    for arm in sweep.arms:
+        begun = [run for run in sweep.of(arm) if found[run].evaluations]
+        done = [run for run in begun if standings[run].state == "done"]
+        ended[arm] = [found[run].perplexity for run in done]
+        if begun:
+            evaluated[arm] = [found[run].evaluations for run in done or begun]
+    drawn = [pictures.at_the_end(ended)] if any(ended.values()) else []
+    return drawn + ([pictures.on_the_way(evaluated)] if evaluated else [])
 
 
 def _recipes(sweep: Sweep) -> str:

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from relora_ds.reports import html_page
+from relora_ds.reports.contents import Section
 from relora_ds.reports.report import report
 from relora_ds.spectra.changes import Change, LayerChange, RunChanges
 from relora_ds.spectra.drawing import panels
 from relora_ds.spectra.pages import sections
 from relora_ds.spectra.spectrum import Spectrum
+from relora_ds.sweeps.pictures import at_the_end, on_the_way
 from tests import browser
 from tests.unit.reports.run_folders import (
     WARM_START,
@@ -27,7 +29,7 @@ from tests.unit.reports.run_folders import (
     write_traffic,
 )  # fmt: skip
 
-pytestmark = pytest.mark.skipif(browser.PROGRAM is None, reason="no chromium: apt-get install chromium")
+pytestmark = [pytest.mark.long, pytest.mark.skipif(browser.PROGRAM is None, reason="no chromium: apt-get install chromium")]
 
 WIDTHS = [360, 768, 1280]
 WIDEST = "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
@@ -180,6 +182,25 @@ def test_several_runs_side_by_side_fit_a_phone(page: Path, tmp_path: Path) -> No
         assert content <= screen == 360
         assert tab.complaints == []
         assert all(curves == inside > 0 for _, curves, inside in tab.run(CURVES))
+
+
+def test_the_arms_of_a_sweep_fit_a_phone(page: Path, tmp_path: Path) -> None:
+    """Thirty arms by row, and their curves, which take the colours four times over."""
+    arms = [f"relora_with_a_long_name_r{number}_1.2e-2" for number in range(30)]
+    drawn = [
+        at_the_end({arm: [20.0 + number, 21.0 + number] for number, arm in enumerate(arms)}),
+        on_the_way({arm: [{5: 50.0 + number, 10: 20.0 + number}] for number, arm in enumerate(arms)}),
+    ]
+    report([page.parent], tmp_path / "sweep", first=[Section(picture.title, [picture]) for picture in drawn])
+    with browser.tab(tmp_path / "profile") as tab:
+        for width in WIDTHS:
+            tab.resize(width)
+            tab.open(tmp_path / "sweep" / "report.html")
+            content, screen = tab.run(WIDEST)
+            assert content <= screen == width and tab.run(SPILT) == []
+            assert all(curves == inside > 0 for _, curves, inside in tab.run(CURVES))
+            assert all(pairs == [] for _, pairs in tab.run(NUMBERS))
+        assert tab.complaints == []
 
 
 def test_the_policy_holds(page: Path, tmp_path: Path) -> None:

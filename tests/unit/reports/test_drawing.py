@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import matplotlib.image
 import pytest
 
-from relora_ds.reports.drawing import COLOURS, VARIABLES, Entry, axis_number, legend, svg, write_png
+from relora_ds.reports.drawing import COLOURS, VARIABLES, Entry, axis_number, legend, svg, turn, write_png
 from relora_ds.reports.figures import Mark, Picture, Series
 
 LINE = Series("a", [1, 2, 3, 4], [1.0, 2.0, math.nan, 4.0], 0)
@@ -51,6 +51,27 @@ def test_ids_of_two_pictures_in_a_page_differ() -> None:
 
 def test_the_same_picture_is_drawn_the_same() -> None:
     assert svg(PICTURE) == svg(PICTURE)
+
+
+def test_a_ninth_curve_is_not_taken_for_the_second() -> None:
+    """The colours begin anew, with dots of another shape."""
+    curves = tuple(Series(str(number), [1, 2], [1.0, 2.0], number, "dots") for number in (1, 1 + len(COLOURS)))
+    drawn = [svg(Picture("p", "", "", "", (curve,))) for curve in curves]
+    assert all("var(--series-1)" in text for text in drawn) and turn(1) == 0 and turn(1 + len(COLOURS)) == 1
+    shapes = [re.search(r'<defs>\s*<path[^>]* d="([^"]+)"', text[text.index("p-series-0") :]) for text in drawn]
+    assert shapes[0] and shapes[1] and shapes[0][1] != shapes[1][1]
+
+
+def test_rows_have_their_names_and_room_for_them(tmp_path: Path) -> None:
+    rows = tuple(f"arm_{number}: $3" for number in range(12))
+    dots = (Series("a run", [20.0, 200.0], [0, 11], 0, "points"), Series("mean", [30.0], [0], 1, "means"))
+    picture = Picture("arms", "Arms", "perplexity", "", dots, rows=rows, is_log=True)
+    root = ElementTree.fromstring(svg(picture))
+    texts = ["".join(element.itertext()).strip() for element in root.iter("text")]
+    assert set(rows) <= set(texts) and {"20", "100"} <= set(texts)
+    assert float((root.get("viewBox") or "").split()[-1]) > 300
+    write_png(picture, tmp_path / "arms.png")
+    assert matplotlib.image.imread(tmp_path / "arms.png").shape[0] > 500
 
 
 @pytest.mark.parametrize("is_log", [True, False])

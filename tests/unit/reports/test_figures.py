@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from relora_ds.reports import figures
-from relora_ds.reports.figures import Picture, Series, centred_mean, thinned
+from relora_ds.reports.figures import MOST_MARKED, Picture, Series, centred_mean, loss, thinned
 from relora_ds.reports.run_records import Run, read_run
 from tests.unit.reports.run_folders import falling, relora_records, restart, update, write_run
 
@@ -151,3 +151,14 @@ def test_runs_have_a_colour_each(run: Run, tmp_path: Path) -> None:
     }  # fmt: skip
     assert {mark.colour for mark in picture.marks} == {0}
     assert [series.label for series in figures.speed([run, other]).series] == ["relora", "full"]
+
+
+def test_of_very_many_runs_only_shared_marks_are_drawn(run: Run) -> None:
+    assert loss([run] * MOST_MARKED).marks[0].colour == 0
+    marks = loss([run] * (MOST_MARKED + 1)).marks
+    assert [(mark.kind, mark.x, mark.colour) for mark in marks] == [
+        *(("restart", at, None) for at in run.restart_updates), *(("phase change", at, None) for at in run.phase_changes),
+    ]  # fmt: skip
+    assert (
+        run.restart_updates and loss([run] * MOST_MARKED + [replace(run, restarts=[])]).marks == marks[-len(run.phase_changes) :]
+    )

@@ -52,11 +52,12 @@ def test_the_tables_of_a_sweep(sweep: Sweep) -> None:
     assert runs[3]["error"] == "relora-ds: error: not | finite" and runs[3]["updates"] == "20"
     text = page.read_text()
     assert r"| relora/seed-2 | diverged | 5 | relora-ds: error: not \| finite |" in text
-    assert "![](plots/perplexity.png)" in text and (sweep.folder / "plots" / "perplexity.png").is_file()
+    assert [name for name in ("arms", "arms_by_update") if f"![](plots/{name}.png)" in text] == ["arms", "arms_by_update"]
+    assert (sweep.folder / "plots" / "arms.png").is_file() and (sweep.folder / "plots" / "arms_by_update.png").is_file()
     report = (sweep.folder / "report.md").read_text()
     assert report.startswith(f"# Sweep {sweep.folder.name}\n") and "lora/seed-1" in report
     html = (sweep.folder / "report.html").read_text()
-    assert "<td>20.50 ± 0.71</td>" in html and "relora-ds: error: not | finite" in html and "<svg" in html
+    assert "<td>20.50 ± 0.71</td>" in html and "relora-ds: error: not | finite" in html and ">lora: 20.50</text>" in html
 
 
 def test_a_done_run_without_a_perplexity_is_told(sweep: Sweep) -> None:

@@ -1,0 +1,59 @@
+"""What is read from a sweep's runs.csv, and the shares and tables that are made of it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from benchmarks import arms
+
+RUNS = """\
+arm,seed,state,update,updates,perplexity
+full,1,done,10,10,20.0
+full,2,done,10,10,22.0
+lora,1,done,10,10,30.0
+lora,2,done,10,10,30.0
+relora,1,done,10,10,25.0
+relora,2,done,10,10,24.0
+relora,3,running,5,10,99.0
+wild,1,diverged,10,10,
+"""
+
+
+@pytest.fixture
+def found(tmp_path: Path) -> arms.Perplexities:
+    (tmp_path / "runs.csv").write_text(RUNS)
+    return arms.perplexities(tmp_path)
+
+
+def test_runs_that_did_not_end_are_left_out(found: arms.Perplexities) -> None:
+    assert found["relora"] == {1: 25.0, 2: 24.0}
+    assert math.isnan(found["wild"][1])
+
+
+def test_the_share_of_a_gap_is_taken_seed_by_seed(found: arms.Perplexities) -> None:
+    assert arms.closed(found, "relora", "lora", "full") == [0.5, 0.75]
+    assert arms.gap(found, "lora", "full", ["relora", "full"])[1:] == [
+        ["relora", "24.50 ± 0.71", "62% ± 18%", "2"],
+        ["full", "21.00 ± 1.41", "100% ± 0%", "2"],
+    ]
+
+
+def test_the_least_of_a_methods_rates_is_bold() -> None:
+    found = {"relora_r2_1e-3": {1: 9.0}, "relora_r2_4e-3": {1: 8.0}, "full_2e-3": {1: 7.0}, "full_4e-3": {1: math.nan}}
+    assert arms.rates(found) == [
+        ["method", "1e-3", "2e-3", "4e-3"],
+        ["relora_r2", "9.00", "–", "**8.00**"],
+        ["full", "–", "**7.00**", "diverged"],
+    ]
+
+
+def test_a_grid_of_ranks_lengths_and_restarts() -> None:
+    found = {"r16_750_0": {1: 3.0}, "r2_750_0": {1: 5.0}, "r2_750_11": {1: 4.0}, "r2_750_3": {1: 6.0, 2: 6.0}}
+    assert arms.grid(found) == [
+        ["rank", "updates", "0 restarts", "3 restarts", "11 restarts"],
+        ["2", "750", "5.00", "6.00 ± 0.00", "4.00"],
+        ["16", "750", "3.00", "–", "–"],
+    ]
