@@ -15,6 +15,7 @@ from relora_ds.paths import make_folder
 from relora_ds.reports.contents import Section, Table
 from relora_ds.reports.figures import Picture
 from relora_ds.reports.report import report
+from relora_ds.reports.run_records import known
 from relora_ds.reports.tables import markdown
 from relora_ds.run.folder import write_atomically
 from relora_ds.sweeps import pictures
@@ -43,9 +44,9 @@ GPU; without one, the resident memory of its whole process."""
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation of the values that are known; NaN where there are none, or only one."""
-    known = [value for value in values if not math.isnan(value)]
-    mean = statistics.fmean(known) if known else math.nan
-    return mean, statistics.stdev(known) if len(known) > 1 else math.nan
+    numbers = known(values)
+    mean = statistics.fmean(numbers) if numbers else math.nan
+    return mean, statistics.stdev(numbers) if len(numbers) > 1 else math.nan
 
 
 def summary(sweep: Sweep, standings: Mapping[SweepRun, Standing], found: Mapping[SweepRun, Figures]) -> list[dict[str, object]]:
@@ -189,7 +190,7 @@ def _pictures(sweep: Sweep, standings: Mapping[SweepRun, Standing], found: Mappi
         ended[arm] = [found[run].perplexity for run in done]
         if begun:
             evaluated[arm] = [found[run].evaluations for run in done or begun]
-    drawn = [pictures.at_the_end(ended)] if any(ended.values()) else []
+    drawn = [pictures.at_the_end(ended)] if any(map(known, ended.values())) else []
     return drawn + ([pictures.on_the_way(evaluated)] if evaluated else [])
 
 
