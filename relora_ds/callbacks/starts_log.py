@@ -23,6 +23,7 @@ from relora_ds.checkpoint import reader as checkpoints
 from relora_ds.launch import cores
 from relora_ds.run.folder import finite, write_atomically
 from relora_ds.text import json_text
+from relora_ds.text.masking import masked_words
 
 CPU_INFO = Path("/proc/cpuinfo")
 PROGRAMS = ("relora-ds", "relora_ds")
@@ -128,10 +129,10 @@ def age() -> float:
 
 
 def command(argv: Sequence[str]) -> str:
-    """This process's command line, as a shell takes it: of this package by its name, else as it is."""
+    """This process's command line, as a shell takes it, without secrets: of this package by its name, else as it is."""
     program = Path(argv[0])
     is_own = program.name in PROGRAMS or program.parent.name in PROGRAMS
-    return shlex.join(["relora-ds" if is_own else argv[0], *argv[1:]])
+    return shlex.join(["relora-ds" if is_own else argv[0], *masked_words(argv[1:])])
 
 
 def hardware(device: torch.device) -> dict[str, Any]:

@@ -122,6 +122,10 @@ def test_a_run_that_never_began_leaves_no_line(tmp_path: Path) -> None:
         (["/x/relora_ds/__main__.py", "train", "a b.yaml", "run.dir=r"], "relora-ds train 'a b.yaml' run.dir=r"),
         (["/bin/relora-ds", "train", "a.yaml"], "relora-ds train a.yaml"),
         (["mine.py", "--fast"], "mine.py --fast"),
+        (
+            ["/bin/relora-ds", "train", "a.yaml", "deepspeed.comet.api_key=x y"],
+            "relora-ds train a.yaml 'deepspeed.comet.api_key=***'",
+        ),
     ],
 )
 def test_the_command(argv: list[str], line: str) -> None:

@@ -113,6 +113,17 @@ def test_names_and_commands_that_utf_8_cannot_hold(run_dir: Path) -> None:
         assert "Report on relora?" in text and "relora-ds train ?.yaml" in text
 
 
+def test_a_report_tells_no_secret(run_dir: Path) -> None:
+    """It may be sent to others."""
+    (run_dir / "config.yaml").write_text("method: relora\nrun: {}\ndeepspeed:\n  comet: {enabled: true, api_key: sesame}\n")
+    write_starts(run_dir, begun(command="relora-ds train a.yaml deepspeed.comet.api_key=sesame"))
+    path = report([run_dir])
+    for name in ("report.md", "report.html"):
+        text = (path.parent / name).read_text(encoding="utf-8")
+        assert "sesame" not in text and "api_key=***" in text
+    assert "sesame" in (run_dir / "config.yaml").read_text()
+
+
 def test_what_cannot_be_written_is_one_line_and_leaves_the_old_report(run_dir: Path, tmp_path: Path) -> None:
     report([run_dir])
     (run_dir / "report.md").write_text("old")
