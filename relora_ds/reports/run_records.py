@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from relora_ds.errors import ConfigError
 from relora_ds.run.folder import RunFolder, read_jsonl, read_traffic
@@ -88,7 +88,7 @@ def column(records: Iterable[Record], key: str) -> list[float]:
     return [float(value) if _is_number(value) else math.nan for value in values]
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and abs(value) < LARGEST  # not so NaN
 
 
