@@ -244,7 +244,7 @@ def truncate_log(path: Path, last_update: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json_text.parse(line)["update"] <= last_update:
                 kept.append(line + "\n")
