@@ -22,6 +22,8 @@ from relora_ds.callbacks.callback import Callback, RunState
 from relora_ds.checkpoint import reader as checkpoints
 from relora_ds.launch import cores
 from relora_ds.run.folder import finite, write_atomically
+from relora_ds.text import json_text
+from relora_ds.text.masking import masked_words
 
 CPU_INFO = Path("/proc/cpuinfo")
 PROGRAMS = ("relora-ds", "relora_ds")
@@ -106,10 +108,19 @@ class StartsLog(Callback):
             more["gpu_allocated_peak_bytes"] = self.allocated
         line = json.dumps(finite(self.record | more), allow_nan=False)
         with suppress(OSError):
-            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.is_file() else []
+            there = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.is_file() else []
+            lines = [line for line in there if _is_whole(line)]
             at = lines.index(self._line) if self._line in lines else len(lines)
             write_atomically(self.path, "".join(f"{kept}\n" for kept in [*lines[:at], line, *lines[at + 1 :]]))
             self._line = line
+
+
+def _is_whole(line: str) -> bool:
+    """Whether a line is that of a start, and not what a power cut left of one."""
+    try:
+        return isinstance(json_text.parse(line)["update"], int)
+    except (ValueError, TypeError, KeyError):
+        return False
 
 
 def age() -> float:
@@ -118,10 +129,10 @@ def age() -> float:
 
 
 def command(argv: Sequence[str]) -> str:
-    """This process's command line, as a shell takes it: of this package by its name, else as it is."""
+    """This process's command line, as a shell takes it, without secrets: of this package by its name, else as it is."""
     program = Path(argv[0])
     is_own = program.name in PROGRAMS or program.parent.name in PROGRAMS
-    return shlex.join(["relora-ds" if is_own else argv[0], *argv[1:]])
+    return shlex.join(["relora-ds" if is_own else argv[0], *masked_words(argv[1:])])
 
 
 def hardware(device: torch.device) -> dict[str, Any]:

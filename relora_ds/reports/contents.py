@@ -15,6 +15,7 @@ from relora_ds.reports import facts, speed, traffic
 from relora_ds.reports.figures import Picture
 from relora_ds.reports.restarts import NEAR, REACH, WINDOW, RestartRow, evaluations_around, merge_remark, restart_table, verdict
 from relora_ds.reports.run_records import Run, column, known, last, mean, median
+from relora_ds.text.masking import masked
 from relora_ds.units import human_bytes
 
 INTRODUCTION = """ReLoRA trains a language model with less memory and less network traffic than training all of its weights
@@ -231,5 +232,5 @@ def _recipe(run: Run) -> Section:
     blocks: list[Block] = [told]
     if commands := facts.commands(run):
         blocks = [f"The run was started by {', then by '.join(commands)}.", *blocks]
-    text = run.folder.config.read_text(encoding="utf-8", errors="replace")
+    text = masked(run.folder.config.read_text(encoding="utf-8", errors="replace"))  # the page may be sent to others
     return Section(f"Recipe of {run.label}", [*blocks, Recipe(str(run.folder.config), text)])

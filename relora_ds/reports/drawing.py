@@ -46,6 +46,10 @@ PLOT = (0.125, 0.105, 0.865, 0.875)
 """Left, bottom, width and height of the axes in it; beside them is room for numbers in the larger letters of small screens."""
 ROW, AROUND = 0.38, 0.5
 """Height of a row, in inches, and of what is above and below the rows of a picture that has them."""
+LEGEND_LINES, LEGEND_LINE = 5, 0.21
+"""Of a PNG's legend: for how many a picture has room, and the height of one in inches."""
+LEGEND_KEY, LEGEND_LETTER = 0.6, 0.08
+"""Widths in inches: of what stands before and behind a label, and about of a letter."""
 FEW = 100
 """A log axis that reaches less far has numbers between the powers of ten."""
 
@@ -99,13 +103,21 @@ def legend(picture: Picture) -> list[Entry]:
 
 def write_png(picture: Picture, path: Path) -> None:
     """Draws a picture with its title, units and legend, on white."""
-    lines = math.ceil(len(legend(picture)) / 3)
-    write_panels([picture], path, (9, 1.1 + 0.3 * len(picture.rows) if picture.rows else 3.6 + 0.21 * max(5, lines)))
+    write_panels([picture], path, (9, 1.1 + 0.3 * len(picture.rows) if picture.rows else 4.65))
 
 
 def write_panels(pictures: Sequence[Picture], path: Path, size: tuple[float, float]) -> None:
-    """Draws pictures beside each other, with their titles and units and one legend, on white; ``size`` in inches."""
-    figure = Figure(figsize=size, dpi=130, layout="constrained")
+    """Draws pictures beside each other, with their titles and units and one legend, on white.
+
+    Args:
+        pictures: to be drawn.
+        path: of the PNG.
+        size: width and height in inches; a legend of many lines makes it higher.
+    """
+    entries = list(dict.fromkeys(entry for picture in pictures for entry in legend(picture)))
+    columns = _legend_columns(entries, size[0], 3 + (len(pictures) > 1))
+    more = LEGEND_LINE * max(0, math.ceil(len(entries) / columns) - LEGEND_LINES)
+    figure = Figure(figsize=(size[0], size[1] + more), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     for axis, picture in zip(figure.subplots(1, len(pictures), squeeze=False)[0], pictures, strict=True):
         _draw(axis, picture, ON_WHITE)
@@ -113,11 +125,17 @@ def write_panels(pictures: Sequence[Picture], path: Path, size: tuple[float, flo
         axis.set(xlabel=picture.unit if picture.rows else picture.x_unit, ylabel="" if picture.rows else picture.unit)
     handles = [
         Line2D([], [], color=ON_WHITE.of(entry.colour), label=_plain(entry.label), **_line(entry.style, entry.colour))
-        for entry in dict.fromkeys(entry for picture in pictures for entry in legend(picture))
+        for entry in entries
     ]
     if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=3 + (len(pictures) > 1), frameon=False)
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
     figure.savefig(path)
+
+
+def _legend_columns(entries: Sequence[Entry], width: float, most: int) -> int:
+    """How many columns of a legend fit into a width in inches, at most so many."""
+    longest = max((len(entry.label) for entry in entries), default=0)
+    return max(1, min(most, int(width / (LEGEND_KEY + LEGEND_LETTER * longest))))
 
 
 def svg(picture: Picture) -> str:

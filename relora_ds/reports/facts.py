@@ -13,6 +13,7 @@ from relora_ds.reports.speed import PHASE_NAMES
 from relora_ds.run import manifest as manifests
 from relora_ds.run.manifest import ManifestError
 from relora_ds.text import json_text
+from relora_ds.text.masking import masked
 from relora_ds.units import human_bytes
 
 UNKNOWN = "–"
@@ -184,7 +185,11 @@ def world_size(run: Run) -> int:
 
 def commands(run: Run) -> list[str]:
     """By which command lines a run was started, and on how many ranks, each once; as Markdown."""
-    found = [f"`{start['command']}` on {start.get('world_size', 1)} rank(s)" for start in run.begun if start.get("command")]
+    found = [
+        f"`{masked(str(start['command']))}` on {start.get('world_size', 1)} rank(s)"
+        for start in run.begun
+        if start.get("command")
+    ]
     return list(dict.fromkeys(found))
 
 

@@ -124,7 +124,13 @@ def restart_table(updates: Sequence[Record], restarts: Sequence[Record]) -> list
     measured = zip(*(column(restarts, key) for key in fields), strict=True)
     losses = zip(near, wide, loss_around_restarts(updates, at), noise, strict=True)
     rows = enumerate(zip(restarts, losses, measured, strict=True), start=1)
-    return [RestartRow(record["update"], record.get("restart", number), *means, *more) for number, (record, means, more) in rows]
+    return [RestartRow(record["update"], number_of(record, at), *means, *more) for at, (record, means, more) in rows]
+
+
+def number_of(restart: Record, otherwise: int) -> int:
+    """Which restart a record of restarts.jsonl is about; ``otherwise`` where it does not tell."""
+    number = restart.get("restart")
+    return number if isinstance(number, int) else otherwise
 
 
 def verdict(rows: Sequence[RestartRow]) -> str:
@@ -225,5 +231,5 @@ def evaluations_around(run: Run) -> list[list[str]]:
             [f"{abs(update - one[0]):,}", f"{one[1]:.4f}", f"{one[2]:,.2f}"] if one else ["–", "–", "–"]
             for one in (before, after)
         ]
-        rows.append([str(record.get("restart", number)), f"{update:,}", *sides[0], *sides[1]])
+        rows.append([str(number_of(record, number)), f"{update:,}", *sides[0], *sides[1]])
     return rows

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from relora_ds.errors import ConfigError
 from relora_ds.run.folder import RunFolder, read_jsonl, read_traffic
@@ -19,7 +19,10 @@ from relora_ds.text.yaml_text import read_yaml_file
 
 Record = dict[str, Any]
 
-OF_A_START = ("first_update", "last_update", "world_size", "wire_bytes_per_update", "wire_bytes", "nodes")
+NUMBERS_OF_A_START = ("first_update", "last_update", "world_size", "wire_bytes_per_update")
+NUMBERS_OF_A_NODE = ("counted_bytes", "sent_bytes")
+LARGEST = 1e300
+"""Nothing that is measured is larger; and what is drawn must leave room for the margin of an axis."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,13 @@ class Run:
 
 
 def column(records: Iterable[Record], key: str) -> list[float]:
-    """One field of every record, with NaN (which plots as a gap) where it is missing, null or not finite."""
+    """One field of every record, with NaN (which plots as a gap) where it is missing, null, not finite or beyond measure."""
     values = (record.get(key) for record in records)
-    return [float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.nan for value in values]
+    return [float(value) if _is_number(value) else math.nan for value in values]
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and abs(value) < LARGEST  # not so NaN
 
 
 def known(values: Iterable[float]) -> list[float]:
@@ -132,7 +139,7 @@ def read_run(path: Path, label: str | None = None) -> Run:
         if not _is_of_ranks(record):
             problem = f"ranks.jsonl tells of update {record['update']} without hosts and their seconds"
             raise ConfigError("RUN_DIR", str(path), problem, "mend or remove that line")
-    starts = [start for start in read_traffic(folder.traffic) if start.keys() >= set(OF_A_START)]
+    starts = [start for start in read_traffic(folder.traffic) if _is_of_a_start(start)]
     content = read_yaml_file(folder.config, "RUN_DIR") if folder.config.is_file() else {}
     settings = content if isinstance(content, dict) else {}
     method = str(settings.get("method", "–"))
@@ -140,11 +147,20 @@ def read_run(path: Path, label: str | None = None) -> Run:
     return Run(label or path.resolve().name, method, updates, evals, restarts, ranks, starts, folder, settings, begun)
 
 
+def _is_of_a_start(start: Record) -> bool:
+    """Whether an entry of traffic.json tells what its table needs."""
+    sent, nodes = start.get("wire_bytes"), start.get("nodes")
+    if not isinstance(sent, dict) or not isinstance(nodes, list) or not all(isinstance(node, dict) for node in nodes):
+        return False
+    numbers = [start.get(key) for key in NUMBERS_OF_A_START] + [node.get(key) for node in nodes for key in NUMBERS_OF_A_NODE]
+    return all(map(_is_number, [*numbers, *sent.values()]))
+
+
 def _is_of_ranks(record: Record) -> bool:
     hosts, seconds = record.get("hosts"), record.get("forward_s")
     if not isinstance(hosts, list) or not isinstance(seconds, list) or not hosts or len(hosts) != len(seconds):
         return False
-    return all(isinstance(value, (int, float)) and value > 0 for value in seconds)
+    return all(_is_number(value) and value > 0 for value in seconds) and all(isinstance(host, str) for host in hosts)
 
 
 def unique_labels(folders: Sequence[Path]) -> list[str]:
@@ -152,4 +168,4 @@ def unique_labels(folders: Sequence[Path]) -> list[str]:
     parts, depth = [folder.resolve().parts for folder in folders], 1
     while len({part[-depth:] for part in parts}) < len(parts):
         depth += 1
-    return ["/".join(part[-depth:]) for part in parts]
+    return ["/".join(part[-depth:]).encode("utf-8", "replace").decode("utf-8") for part in parts]  # a name may be no UTF-8

@@ -171,9 +171,16 @@ def read_traffic(path: Path) -> list[dict[str, Any]]:
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Appends one JSON object as a line, in one write; numbers that JSON cannot hold (NaN, infinities) become null."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(finite(record), allow_nan=False) + "\n")
+    """Appends one JSON object as a line, in one write; numbers that JSON cannot hold (NaN, infinities) become null.
+
+    Behind a line that a kill or a power cut left without its end it begins a new one: else both were lost.
+    """
+    line = json.dumps(finite(record), allow_nan=False).encode() + b"\n"
+    with open(path, "a+b") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else b"\n" + line
+        file.write(line)
 
 
 def append_surely(path: Path, record: dict[str, Any]) -> None:
@@ -237,7 +244,7 @@ def truncate_log(path: Path, last_update: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json_text.parse(line)["update"] <= last_update:
                 kept.append(line + "\n")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from relora_ds.console import say
 from relora_ds.errors import ConfigError
 from relora_ds.spectra.spectrum import EXACT_SIDE, SMALL, Spectrum, mean, measure
@@ -121,7 +123,7 @@ def changes_of(
         exact_side: the longest side of a matrix for which all values are computed.
 
     Raises:
-        ConfigError: one of the two is not there, or not before the other.
+        ConfigError: one of the two is not there, or not before the other; a weight is not finite.
     """
     if before is None or (run.config.has_lora_phase and before == run.config.full_updates):
         first = run.start()
@@ -142,6 +144,9 @@ def _measure(run: RunWeights, label: str, before: Weights, now: Weights, exact_s
     layers = []
     for name in names:
         matrix, noise = change(before, now, name)
+        if not bool(torch.isfinite(matrix).all()):
+            problem = f"{label} had diverged: what {name} changed by since update {before.update:,} is not all finite"
+            raise ConfigError("--to", now.update, problem, "name an earlier checkpoint")
         bound = None if allowed is None else min(allowed, *matrix.shape)
         spectrum = measure(matrix, bound=bound, rounding=noise, exact_side=exact_side)
         layers.append(LayerChange(name, (matrix.shape[0], matrix.shape[1]), bound, spectrum))

@@ -7,10 +7,10 @@ import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from relora_ds.errors import ConfigError
 from relora_ds.paths import make_folder, refuse_unwritable
 from relora_ds.reports import html_page, markdown_page
 from relora_ds.reports.contents import Block, Panels, Section, Table
+from relora_ds.reports.report import refused_by_disk, write_page
 from relora_ds.reports.run_records import unique_labels
 from relora_ds.spectra import drawing
 from relora_ds.spectra.changes import Change, Figures, LayerChange, RunChanges, changes_of
@@ -76,28 +76,26 @@ def spectrum(
         drawing.panels(number, kind, [run for run in runs if kind in run.newest.kinds()])
         for number, kind in enumerate(kinds, start=1)
     ]
-    for block in shown:
-        drawing.draw(target / "plots" / f"{block.name}.png", block)
-    _write_values(target / "spectrum.csv", runs)
     title, parts = "Spectra of what changed in " + ", ".join(run.label for run in runs), sections(runs, shown)
-    (target / "spectrum.html").write_text(html_page.page(title, parts, "relora-ds spectrum"), encoding="utf-8")
-    (target / "spectrum.md").write_text(markdown_page.page(title, parts), encoding="utf-8")
+    with refused_by_disk("--out", target):
+        for block in shown:
+            drawing.draw(target / "plots" / f"{block.name}.png", block)
+        _write_values(target / "spectrum.csv", runs)
+        write_page(target / "spectrum.html", html_page.page(title, parts, "relora-ds spectrum"))
+        write_page(target / "spectrum.md", markdown_page.page(title, parts))
     return target / "spectrum.md"
 
 
 def _write_values(path: Path, runs: Sequence[RunChanges]) -> None:
-    try:
-        with open(path, "w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(CSV_HEADINGS)
-            for run in runs:
-                for change in run.all:
-                    for layer in change.layers:
-                        start = [run.label, change.before, change.now, layer.name]
-                        values = enumerate(layer.spectrum.values.tolist(), start=1)
-                        writer.writerows([*start, index, f"{value:.7g}"] for index, value in values)
-    except OSError as error:
-        raise ConfigError("--out", str(path), f"cannot be written: {error.strerror}", "name another folder") from None
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(CSV_HEADINGS)
+        for run in runs:
+            for change in run.all:
+                for layer in change.layers:
+                    start = [run.label, change.before, change.now, layer.name]
+                    values = enumerate(layer.spectrum.values.tolist(), start=1)
+                    writer.writerows([*start, index, f"{value:.7g}"] for index, value in values)
 
 
 def sections(runs: Sequence[RunChanges], shown: Sequence[Panels]) -> list[Section]:

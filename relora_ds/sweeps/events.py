@@ -8,7 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from relora_ds.run.folder import append_line
+from relora_ds.console import say
+from relora_ds.run.folder import Log
 
 
 class Events:
@@ -23,6 +24,7 @@ class Events:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "events.jsonl"
+        self._log = Log(self.path, say)
         self.newest: dict[str, dict[str, Any]] = {}
         lines: list[str] = []
         with suppress(FileNotFoundError):
@@ -33,7 +35,7 @@ class Events:
                 self.newest[str(event["run"])] = event
 
     def add(self, run: str, state: str, **content: Any) -> None:
-        """Notes what became of a run just now."""
+        """Notes what became of a run just now; a full disk must not end the runs, so that the line may have to wait in memory."""
         event = {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "run": run, "state": state, **content}
-        append_line(self.path, event)
+        self._log.append(event)
         self.newest[run] = event

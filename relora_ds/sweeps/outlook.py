@@ -54,7 +54,7 @@ def outlook(sweep: Sweep, standings: Mapping[SweepRun, Standing], jobs: int) -> 
     left: dict[SweepRun, int] = {}
     tokens_left = 0
     for run, at in standings.items():
-        updates = 0 if at.is_settled else run.config.total_updates - at.update
+        updates = 0 if at.is_settled else max(0, run.config.total_updates - at.update)
         tokens = updates * run.config.train.global_batch * run.config.data.sequence_length
         if updates:
             left[run] = updates

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from relora_ds.reports.figures import Picture, Series
-from relora_ds.reports.run_records import mean
+from relora_ds.reports.run_records import known, mean
 
 Evaluations = Mapping[int, float]
 """Perplexity by update."""
@@ -17,10 +17,14 @@ def at_the_end(ended: Mapping[str, Sequence[float]]) -> Picture:
     """The last perplexity of each run that is done, a row for each arm.
 
     Args:
-        ended: the perplexities of an arm's runs; an arm without any has no row.
+        ended: the perplexities of an arm's runs; an arm without any that is a number has no row.
     """
-    ended = {arm: values for arm, values in ended.items() if values}
-    names = [f"{arm}: {mean(values):,.2f}" for arm, values in ended.items()]
+    ran = {arm: len(values) for arm, values in ended.items()}
+    ended = {arm: numbers for arm, values in ended.items() if (numbers := known(values))}
+    names = [
+        f"{arm}: {mean(values):,.2f}" + ("" if len(values) == ran[arm] else f" ({len(values)} of {ran[arm]})")
+        for arm, values in ended.items()
+    ]
     dots = [(value, row) for row, values in enumerate(ended.values()) for value in values]
     has_means = any(len(values) > 1 for values in ended.values())
     series = [Series("a run" if has_means else "", *_unzipped(dots), 0, "points")]

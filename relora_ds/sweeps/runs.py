@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from datetime import datetime
+from typing import Any, Literal
 
 from relora_ds.errors import ConfigError
 from relora_ds.reports.facts import peak_memory
@@ -28,10 +29,11 @@ class Standing:
     """Where a run stands.
 
     Attributes:
-        state: *done*: its last checkpoint is that of its last update. *running*: here, elsewhere or as a job; *queued* as a job.
-            *stopped*: it can go on. *failed* and *diverged*: it ended so. *changed*: its folder is that of other settings.
+        state: *done*: its newest checkpoint is that of its last update. *running*: here, elsewhere or as a job; *queued* as a job.
+            *stopped*: it can go on. *failed* and *diverged*: it ended so. *changed*: its folder is that of other settings, or of more
+            updates.
         update: of its newest checkpoint.
-        error: the line that it ended with, where it failed or diverged.
+        error: the line that it ended with, where it failed or diverged; what is wrong with it.
     """
 
     state: State
@@ -51,14 +53,18 @@ def standing(run: SweepRun, events: Events) -> Standing:
     newest = manifests.newest(folder.checkpoints)
     update = newest[1].update if newest else 0
     is_changed = _is_changed(run)
-    if update >= run.config.total_updates and not is_changed:
+    if update == run.config.total_updates and not is_changed:
         return Standing("done", update)
     if folder.path.is_dir() and RunLock(folder.path).holder() is not None:
         return Standing("running", update)
     job = _of_job(run)
     if job is not None and job[0] in ("running", "queued"):
         return Standing(job[0], update)
+    if update > run.config.total_updates:  # the sweep's file asks for less by now
+        return Standing("changed", update, _longer(run, update))
     event = events.newest.get(run.name, {})
+    if job is not None and _time(event) >= max(map(_time, JobEvents(folder).all)):
+        job = None  # it was trained here since
     state, error = job or (event.get("state"), str(event.get("error", "")))
     if is_changed and state != "failed":
         return Standing("changed", update)
@@ -66,6 +72,18 @@ def standing(run: SweepRun, events: Events) -> Standing:
         # what began and left no word was killed; what diverged and was removed is to begin anew
         state, error = ("stopped" if newest or folder.metrics.is_file() else "not begun"), ""
     return Standing(state, update, error)
+
+
+def refuse_longer(run: SweepRun) -> None:
+    """Raises ConfigError where a run was trained for more updates than the sweep's file asks for: nothing can take them back."""
+    newest = manifests.newest(run.folder.checkpoints)
+    if newest is not None and newest[1].update > run.config.total_updates:
+        way_out = f"remove {run.folder.path}, or name another arm"
+        raise ConfigError(f"arms.{run.arm}: updates", run.config.total_updates, _longer(run, newest[1].update), way_out)
+
+
+def _longer(run: SweepRun, update: int) -> str:
+    return f"{run.name} was trained for {update:,} updates before the file was changed"
 
 
 def _is_changed(run: SweepRun) -> bool:
@@ -96,6 +114,14 @@ def _of_job(run: SweepRun) -> tuple[State, str] | None:
     return ("diverged" if has_diverged(run) else "failed"), error
 
 
+def _time(event: Mapping[str, Any]) -> float:
+    """When something happened, in seconds since 1970; 0 where the event does not tell."""
+    try:
+        return datetime.fromisoformat(str(event.get("time"))).timestamp()
+    except ValueError:
+        return 0.0
+
+
 def has_diverged(run: SweepRun) -> bool:
     """Whether the last update that a run wrote down has a loss, or gradients, that are no numbers."""
     try:
@@ -119,6 +145,7 @@ class Figures:
         sent_bytes: by rank 0 for all updates.
         sent_bytes_per_update: the mean of these.
         peak_memory_bytes: of rank 0, in the phase that needs most: allocated on its GPU; without one, resident of its process.
+        problem: why they cannot be read.
     """
 
     update: int = 0
@@ -130,6 +157,7 @@ class Figures:
     sent_bytes_per_update: float = field(default=math.nan)
     peak_memory_bytes: float = math.nan
     evaluations: Mapping[int, float] = field(default_factory=dict)
+    problem: str = ""
 
     @property
     def seconds_per_update(self) -> float:
@@ -140,8 +168,8 @@ def figures(run: SweepRun) -> Figures:
     """The figures of a run, as far as it has come."""
     try:
         content = read_run(run.folder.path)
-    except ConfigError:
-        return Figures()
+    except ConfigError as error:
+        return Figures(problem=str(error))
     batch = run.config.train.global_batch * run.config.data.sequence_length
     sent = known(column(content.updates, "sent_bytes"))
     trainable = column(read_traffic(run.folder.traffic), "trainable_parameters")

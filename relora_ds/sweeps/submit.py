@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from relora_ds.environment import process_environment
 from relora_ds.errors import EXIT_DONE, EXIT_FAILED
 from relora_ds.sweeps.events import Events
-from relora_ds.sweeps.runs import standing
+from relora_ds.sweeps.runs import refuse_longer, standing
 from relora_ds.sweeps.sweep_file import Sweep
 
 
@@ -21,10 +21,16 @@ def submit_all(sweep: Sweep, options: Sequence[str], *, insisted: Sequence[str],
         options: of ``relora-ds slurm submit``, for all of them.
         insisted: more words for it.
         say: tells the user.
+
+    Raises:
+        ConfigError: a run has more updates than the sweep's file asks for; nothing was submitted.
     """
     events, refused = Events(sweep.folder), 0
-    for run in sweep.runs:
-        at = standing(run, events)
+    standings = {run: standing(run, events) for run in sweep.runs}
+    for run, at in standings.items():
+        if not at.is_settled:
+            refuse_longer(run)
+    for run, at in standings.items():
         if at.is_settled:
             say(f"{run.name} is {at.state}")
             continue

@@ -18,7 +18,7 @@ from relora_ds.run.folder import RunFolder
 from relora_ds.text.yaml_text import read_yaml, read_yaml_file
 
 NAME = re.compile(r"[A-Za-z0-9][\w.+-]*", re.ASCII)
-TAKEN = ("plots", "sweep.md", "sweep.csv", "runs.csv", "report.md", "events.jsonl", "lock.json")
+TAKEN = ("plots", "sweep.md", "sweep.csv", "runs.csv", "report.md", "report.html", "events.jsonl", "lock.json")
 """What a sweep's folder holds beside the folders of its arms."""
 OURS = ("run", "run.dir", "run.seed")
 """Settings that the sweep itself decides."""
@@ -132,8 +132,8 @@ def _recipes(named: Sequence[str], sweep: Path) -> dict[str, Path]:
     for recipe in named:
         path = _find(recipe, sweep)
         read_yaml_file(path, "recipe")  # what is wrong with the file itself is no fault of an arm
-        if path.stem in found or path.stem in TAKEN:
-            raise ConfigError("recipe", recipe, "is named as another thing in the sweep's folder", "rename the file")
+        if path.stem in found or path.stem in TAKEN or path.stem.startswith("."):
+            raise ConfigError("recipe", recipe, "is named as another thing in the sweep's folder, or hidden", "rename the file")
         found[path.stem] = path
     return found
 
@@ -150,6 +150,8 @@ def _with_names(content: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError("arms", given, "is no name for a folder", "use letters, digits, and . _ + - after the first")
         if name in TAKEN:
             raise ConfigError("arms", name, "is the name of another thing in the sweep's folder", "name the arm otherwise")
+        if name in arms:
+            raise ConfigError("arms", given, "is the name of two arms", "give each its own")
         if not isinstance(settings, dict | None):
             raise ConfigError(f"arms.{name}", settings, "must be a section with the settings that the arm replaces")
         arms[name] = settings or {}
@@ -170,10 +172,13 @@ def _run(found: SweepFile, prefix: str, recipe: Path, arm: str, seed: int) -> Sw
         f"wandb.name={as_text(f'{Path(found.dir).name}/{name}/seed-{seed}')}"
     ]  # not all alike, by the last part of their folders
     for where, settings in (("overrides", found.overrides), (f"arms.{arm}", found.arms[arm])):
-        replaced = dict(flat(settings))
-        for key in replaced:
+        replaced: dict[str, Any] = {}
+        for key, value in flat(settings):
             if key in OURS:
                 raise ConfigError(where, key, "is decided by the sweep", "leave it out")
+            if key in replaced:
+                raise ConfigError(where, key, "is given twice, dotted and in its section", "make one of the two")
+            replaced[key] = value
         words += [f"{key}={as_text(value)}" for key, value in replaced.items()]
     words += [f"run.dir={as_text(str(Path(found.dir, name, f'seed-{seed}')))}", f"run.seed={seed}"]
     try:

@@ -7,6 +7,7 @@ import io
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from relora_ds.errors import ConfigError
@@ -14,6 +15,7 @@ from relora_ds.paths import make_folder
 from relora_ds.reports.contents import Section, Table
 from relora_ds.reports.figures import Picture
 from relora_ds.reports.report import report
+from relora_ds.reports.run_records import known
 from relora_ds.reports.tables import markdown
 from relora_ds.run.folder import write_atomically
 from relora_ds.sweeps import pictures
@@ -33,20 +35,23 @@ MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "peak_memory_bytes": ("peak memory", human_bytes),
 }
 """Fields of :class:`Figures`: what they are called, and how they are written."""
-NOTE = """Mean ± sample standard deviation over the seeds that are done. The perplexity is that of the last evaluation. Seconds are
-those of updates, restarts included, without starts and evaluations. Bytes are what rank 0 sent for updates, as rings send them.
-Peak memory is what PyTorch had allocated on rank 0's GPU; without one, the resident memory of its whole process."""
+NOT_DONE = "Runs that are not done, or cannot be read"
+NOTE = """Mean ± sample standard deviation over the seeds that are done. The perplexity is that of the last evaluation; with (1 of 2)
+behind it, only so many of these seeds have one that is a number. Seconds are those of updates, restarts included, without starts
+and evaluations. Bytes are what rank 0 sent for updates, as rings send them. Peak memory is what PyTorch had allocated on rank 0's
+GPU; without one, the resident memory of its whole process."""
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation of the values that are known; NaN where there are none, or only one."""
-    known = [value for value in values if not math.isnan(value)]
-    mean = statistics.fmean(known) if known else math.nan
-    return mean, statistics.stdev(known) if len(known) > 1 else math.nan
+    numbers = known(values)
+    mean = statistics.fmean(numbers) if numbers else math.nan
+    return mean, statistics.stdev(numbers) if len(numbers) > 1 else math.nan
 
 
 def summary(sweep: Sweep, standings: Mapping[SweepRun, Standing], found: Mapping[SweepRun, Figures]) -> list[dict[str, object]]:
-    """A row for each arm, as sweep.csv has it: how many runs, how many of them are done, mean and spread of what these measured."""
+    """A row for each arm, as sweep.csv has it: how many runs, how many of them are done, mean and spread of what these measured; how
+    many of them have a perplexity."""
     rows = []
     for arm in sweep.arms:
         runs = sweep.of(arm)
@@ -55,6 +60,7 @@ def summary(sweep: Sweep, standings: Mapping[SweepRun, Standing], found: Mapping
         for measure in MEASURES:
             mean, spread = mean_and_spread([getattr(found[run], measure) for run in done])
             row |= {f"{measure}_mean": mean, f"{measure}_sd": spread}
+        row["judged"] = sum(not math.isnan(found[run].perplexity) for run in done)
         rows.append(row)
     return rows
 
@@ -106,7 +112,9 @@ def _mean_cell(row: Mapping[str, object], measure: str) -> str:
     mean, spread = _number(row[f"{measure}_mean"]), _number(row[f"{measure}_sd"])
     if math.isnan(mean):
         return "–"
-    return write(mean) if math.isnan(spread) or spread == 0 else f"{write(mean)} ± {write(spread)}"
+    cell = write(mean) if math.isnan(spread) or spread == 0 else f"{write(mean)} ± {write(spread)}"
+    # a run whose perplexity is no number must not pass for one that is as good as the others
+    return f"{cell} ({row['judged']} of {row['n']})" if measure == "perplexity" and row["judged"] != row["n"] else cell
 
 
 def _number(value: object) -> float:
@@ -126,13 +134,17 @@ def write(sweep: Sweep) -> tuple[Path, list[list[str]]]:
     events = Events(sweep.folder)
     standings = {run: standing(run, events) for run in sweep.runs}
     found = {run: figures(run) for run in sweep.runs}
+    for run, at in standings.items():
+        if at.state == "done" and found[run].problem:
+            standings[run] = replace(at, error=found[run].problem)
     rows = summary(sweep, standings, found)
     table = arm_table(rows)
     begun, drawn = [run.folder.path for run in sweep.runs if found[run].update], _pictures(sweep, standings, found)
     page = sweep.folder / "sweep.md"
     try:
         if begun:
-            report(begun, sweep.folder, title=f"Sweep {sweep.folder.name}", first=_sections(sweep, table, standings, drawn))
+            first = _sections(sweep, table, standings, drawn)
+            report(begun, sweep.folder, title=f"Sweep {sweep.folder.name}", first=first, key="dir")
         write_atomically(sweep.folder / "sweep.csv", as_csv(rows))
         write_atomically(sweep.folder / "runs.csv", as_csv(each(standings, found)))
         write_atomically(page, "\n".join(_page(sweep, table, standings, drawn if begun else None)))
@@ -147,7 +159,7 @@ def _page(
     """The lines of sweep.md; ``drawn``: None where there is no report to point at."""
     lines = [f"# Sweep {sweep.folder.name}", "", _recipes(sweep), "", *markdown(table), "", NOTE, ""]
     if rest := not_done(standings):
-        lines += ["## Runs that are not done", "", *markdown(rest), ""]
+        lines += [f"## {NOT_DONE}", "", *markdown(rest), ""]
     if drawn is not None:
         for picture in drawn:
             lines += [f"## {picture.title}", "", f"![](plots/{picture.name}.png)", "", picture.caption, ""]
@@ -161,7 +173,7 @@ def _sections(
     """What the pages of all runs say first: what this command has beyond a report."""
     sections = [Section("The arms of this sweep", [_recipes(sweep), Table(table), NOTE])]
     if rest := not_done(standings):
-        sections.append(Section("Runs that are not done", [Table(rest)]))
+        sections.append(Section(NOT_DONE, [Table(rest)]))
     return sections + [Section(picture.title, [picture, picture.caption]) for picture in drawn]
 
 
@@ -178,7 +190,7 @@ def _pictures(sweep: Sweep, standings: Mapping[SweepRun, Standing], found: Mappi
         ended[arm] = [found[run].perplexity for run in done]
         if begun:
             evaluated[arm] = [found[run].evaluations for run in done or begun]
-    drawn = [pictures.at_the_end(ended)] if any(ended.values()) else []
+    drawn = [pictures.at_the_end(ended)] if any(map(known, ended.values())) else []
     return drawn + ([pictures.on_the_way(evaluated)] if evaluated else [])
 
 
@@ -187,6 +199,8 @@ def _recipes(sweep: Sweep) -> str:
 
 
 def not_done(standings: Mapping[SweepRun, Standing]) -> list[list[str]]:
-    """The cells of the table of runs that are not done, its heading first; nothing where all are."""
-    rest = [[run.name, at.state, f"{at.update:,}", at.error or "–"] for run, at in standings.items() if at.state != "done"]
+    """The cells of the table of runs that are not done, or cannot be read, its heading first; nothing where there are none."""
+    rest = [
+        [run.name, at.state, f"{at.update:,}", at.error or "–"] for run, at in standings.items() if at.state != "done" or at.error
+    ]
     return [["run", "state", "checkpoint at update", "error"], *rest] if rest else []

@@ -22,7 +22,7 @@ from relora_ds.run import manifest as manifests
 from relora_ds.run.lock import RunLock
 from relora_ds.sweeps.events import Events
 from relora_ds.sweeps.outlook import Pace, as_time, seconds_left
-from relora_ds.sweeps.runs import Standing, has_diverged, standing
+from relora_ds.sweeps.runs import Standing, has_diverged, refuse_longer, standing
 from relora_ds.sweeps.share import shares
 from relora_ds.sweeps.sweep_file import Sweep, SweepRun
 
@@ -75,6 +75,8 @@ def check(sweep: Sweep, waiting: Sequence[SweepRun]) -> None:
     Raises:
         ConfigError: with the arm and the key.
     """
+    for run in waiting:
+        refuse_longer(run)
     fresh = {run.arm: run for run in reversed(waiting) if manifests.newest(run.folder.checkpoints) is None}
     if not fresh:
         return
@@ -183,10 +185,22 @@ class _Training:
 
     def _begin(self, run: SweepRun) -> None:
         place = next(number for number in range(len(self.places)) if number not in {its.place for its in self.running.values()})
+        self.events.add(run.name, "running")
+        try:
+            self.running[run] = self._start(run, place)
+        except OSError as error:
+            self.events.add(run.name, "failed", code=EXIT_FAILED, error=f"{error.filename}: {error.strerror}")
+            self.standings[run] = standing(run, self.events)
+            self.say(f"{run.name} cannot be started: {error.filename}: {error.strerror}; {self._counts()}")
+        else:
+            self.standings[run] = Standing("running", self.standings[run].update)
+            self.say(f"{run.name} begins ({run.output}); {self._counts()}")
+
+    def _start(self, run: SweepRun, place: int) -> _Process:
+        """Raises OSError."""
         run.output.parent.mkdir(parents=True, exist_ok=True)
         nproc = [] if self.sweep.nproc is None else ["--nproc", str(self.sweep.nproc)]
         words = ["train", str(run.recipe), *run.words, *nproc, *self.insisted]
-        self.events.add(run.name, "running")
         with open(run.output, "ab") as output:
             offset = output.tell()
             # Dies with this process. Own session: a Ctrl-C of the terminal reaches this process alone, which passes it on once.
@@ -194,9 +208,7 @@ class _Training:
                 tied([sys.executable, "-m", "relora_ds", *words]), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                 env=self.places[place], start_new_session=True,
             )  # fmt: skip
-        self.running[run] = _Process(process, place, offset, time.monotonic())
-        self.standings[run] = Standing("running", self.standings[run].update)
-        self.say(f"{run.name} begins ({run.output}); {self._counts()}")
+        return _Process(process, place, offset, time.monotonic())
 
     def _end(self, run: SweepRun, its: _Process) -> None:
         code, error = its.process.returncode, last_error(run.output, its.offset)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from tests.unit.bad_inputs import (
     spoilt,
     write,
 )
+from tests.unit.reports.run_folders import start
 
 
 def ds(override: str, *told: str) -> Bad:
@@ -268,6 +270,7 @@ def checkpoint(wording: str, spoil: Spoil, told_by_train: str, told_by_export: s
     ]
 
 
+RANKS = '{"update": 1, "hosts": [{}, []], "forward_s": [1, 2]}\n'
 NO_COMPLETE = "RUN_DIR='run': holds no complete checkpoint"
 RUNS = [
     *checkpoint("manifest cut off", cut(MANIFEST), "manifest.json: is not whole", NO_COMPLETE),
@@ -321,9 +324,29 @@ RUNS = [
     spoilt("metrics, a word for an update", write("run/metrics.jsonl", '{"update": "1"}\n' * 2), "report run", "line 1", "mend"),
     spoilt("metrics nested too deep", write("run/metrics.jsonl", "[" * 100_000), "report run", "RUN_DIR='run'", "no update"),
     spoilt("ranks without hosts", write("run/ranks.jsonl", '{"update": 1, "forward_s": 5}\n'), "report run", "ranks.jsonl", "mend"),
+    spoilt("ranks on no hosts", write("run/ranks.jsonl", RANKS), "report run", "ranks.jsonl tells of update 1 without hosts"),
     spoilt("report: config.yaml cut off", write("run/config.yaml", "{"), "report run", "config.yaml", "is not valid YAML"),
     spoilt("report: config.yaml of no text", write("run/config.yaml", b"\xff"), "report run", "config.yaml", "is not UTF-8"),
 ]  # fmt: skip
+
+
+def traffic(key: str, value: Any) -> Spoil:
+    """traffic.json with one entry that tells something else than it should."""
+
+    def spoil(place: Path) -> None:
+        (place / "run/traffic.json").write_text(json.dumps({"starts": [start(**{key: value})]}))
+
+    return spoil
+
+
+TRAFFIC = [
+    "nodes are a number",
+    "nodes are numbers",
+    "nodes without bytes",
+    "no first update",
+    "bytes are a list",
+    "bytes are text",
+]
 
 
 @pytest.mark.parametrize("bad", [*DEEPSPEED, *DOCUMENTS, *TOKENIZERS, *TOKENS, *RUNS], ids=str)
@@ -345,12 +368,34 @@ def test_a_run_that_another_job_has(place: Path, monkeypatch: pytest.MonkeyPatch
     [
         (write("run/checkpoints/latest", "nowhere"), "eval run", "perplexity"),
         (write("run/traffic.json", '{"starts": [5, {}]}'), "report run", "wrote"),
+        (traffic("nodes", 5), "report run", "wrote"),
+        (traffic("nodes", [5]), "report run", "wrote"),
+        (traffic("nodes", [{"host": "a"}]), "report run", "wrote"),
+        (traffic("first_update", None), "report run", "wrote"),
+        (traffic("wire_bytes", []), "report run", "wrote"),
+        (traffic("wire_bytes_per_update", "x"), "report run", "wrote"),
+        (write("run/restarts.jsonl", '{"update": 1, "restart": "x"}\n'), "report run", "wrote"),
+        (
+            write("run/metrics.jsonl", f'{{"update": 1, "loss": {10**400}}}\n{{"update": 2, "loss": 1e308}}\n'),
+            "report run",
+            "wrote",
+        ),
         (write("run/starts.jsonl", '{"update": 1, "seconds": 5, "hosts": {}, "hardware": "x"}\n'), "report run", "wrote"),
         (write("text/._a.jsonl", "x"), "prepare text out --vocab-size 300", "passed over: 1 hidden"),
         (write("text/dataset_info.json", "{}"), "prepare text out --vocab-size 300", "passed over: 1"),
         (write("text/b.jsonl", '{"text": null}\n{"other": 1}\n'), "prepare text out --vocab-size 300", "2 without text"),
     ],
-    ids=["latest names nothing", "traffic of nothing", "starts of nothing", "hidden file", "metadata", "rows without text"],
+    ids=[
+        "latest names nothing",
+        "traffic of nothing",
+        *TRAFFIC,
+        "restart of nothing",
+        "numbers beyond measure",
+        "starts of nothing",
+        "hidden file",
+        "metadata",
+        "rows without text",
+    ],
 )
 def test_what_is_passed_over(
     spoil: Callable[[Path], object], command: str, told: str, place: Path, monkeypatch: pytest.MonkeyPatch,

@@ -12,6 +12,7 @@ import torch
 from relora_ds.callbacks import starts_log
 from relora_ds.callbacks.callback import RunState
 from relora_ds.callbacks.starts_log import StartsLog, command, hardware
+from relora_ds.run.folder import read_jsonl
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -89,6 +90,17 @@ def test_a_start_that_was_replaced_leaves_the_line_of_the_newer_one(make_run: An
     assert [line["hosts"] for line in read(tmp_path / "starts.jsonl")] == [["old"], ["new"]]
 
 
+def test_what_a_power_cut_left_of_a_line_is_dropped(make_run: Any, tmp_path: Path) -> None:
+    """Behind it, it would be damage that no report passes over."""
+    run, _ = make_run()
+    path = tmp_path / "starts.jsonl"
+    StartsLog(path, ["a"], "").begin(run)
+    whole = path.read_text()
+    path.write_text(whole + whole[:20])
+    StartsLog(path, ["b"], "").begin(run)
+    assert [line["hosts"] for line in read_jsonl(path)] == [["a"], ["b"]]
+
+
 def test_a_disk_that_refuses_ends_no_run(make_run: Any, tmp_path: Path) -> None:
     run, _ = make_run()
     log = StartsLog(tmp_path / "gone" / "starts.jsonl", ["a"], "")
@@ -110,6 +122,10 @@ def test_a_run_that_never_began_leaves_no_line(tmp_path: Path) -> None:
         (["/x/relora_ds/__main__.py", "train", "a b.yaml", "run.dir=r"], "relora-ds train 'a b.yaml' run.dir=r"),
         (["/bin/relora-ds", "train", "a.yaml"], "relora-ds train a.yaml"),
         (["mine.py", "--fast"], "mine.py --fast"),
+        (
+            ["/bin/relora-ds", "train", "a.yaml", "deepspeed.comet.api_key=x y"],
+            "relora-ds train a.yaml 'deepspeed.comet.api_key=***'",
+        ),
     ],
 )
 def test_the_command(argv: list[str], line: str) -> None:

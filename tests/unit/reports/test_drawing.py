@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib.image
 import pytest
 
-from relora_ds.reports.drawing import COLOURS, VARIABLES, Entry, axis_number, legend, svg, turn, write_png
+from relora_ds.reports.drawing import COLOURS, VARIABLES, Entry, axis_number, legend, svg, turn, write_panels, write_png
 from relora_ds.reports.figures import Mark, Picture, Series
 
 LINE = Series("a", [1, 2, 3, 4], [1.0, 2.0, math.nan, 4.0], 0)
@@ -94,3 +95,15 @@ def test_png(tmp_path: Path) -> None:
 )
 def test_numbers_of_an_axis_are_short(value: float, text: str) -> None:
     assert axis_number(value) == text
+
+
+@pytest.mark.parametrize("label", ["{}", "small/relora_rank_16_rate_6e-3_{}/seed-1: validation loss"])
+def test_a_long_legend_is_not_cut_off(tmp_path: Path, label: str) -> None:
+    series = tuple(Series(label.format(number), [1, 2], [1.0, 2.0], number) for number in range(24))
+    for name, pictures in (("one", [PICTURE]), ("two", [PICTURE, PICTURE])):
+        few, many = tmp_path / f"{name}_few.png", tmp_path / f"{name}_many.png"
+        write_panels(pictures, few, (9, 4.65))
+        write_panels([replace(picture, series=series) for picture in pictures], many, (9, 4.65))
+        pixels = matplotlib.image.imread(many)
+        assert (pixels[:, 0] == 1).all() and (pixels[:, -1] == 1).all(), "no letter reaches the edge"
+        assert pixels.shape[0] > matplotlib.image.imread(few).shape[0], "it takes no room from the curves"

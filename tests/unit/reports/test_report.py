@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from html import unescape
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from relora_ds.errors import ConfigError
 from relora_ds.reports.report import report
-from tests.unit.reports.run_folders import falling, write_run
+from tests.unit.reports.run_folders import begun, falling, write_run, write_starts
 
 
 def cells(text: str, first: str) -> list[str]:
@@ -101,6 +102,36 @@ def test_a_report_written_anew_takes_the_place_of_the_old(run_dir: Path) -> None
 def test_run_name_with_special_characters(tmp_path: Path) -> None:
     text = report([write_run(tmp_path / "a|b $x$", falling(3))]).read_text(encoding="utf-8")
     assert "| a\\|b $x$ | relora | 3 |" in text
+
+
+def test_names_and_commands_that_utf_8_cannot_hold(run_dir: Path) -> None:
+    other = run_dir.rename(os.fsdecode(os.fsencode(run_dir) + b"\xff"))
+    write_starts(other, begun(command="relora-ds train \ud800.yaml"))
+    path = report([other])
+    for name in ("report.md", "report.html"):
+        text = (path.parent / name).read_text(encoding="utf-8")
+        assert "Report on relora?" in text and "relora-ds train ?.yaml" in text
+
+
+def test_a_report_tells_no_secret(run_dir: Path) -> None:
+    """It may be sent to others."""
+    (run_dir / "config.yaml").write_text("method: relora\nrun: {}\ndeepspeed:\n  comet: {enabled: true, api_key: sesame}\n")
+    write_starts(run_dir, begun(command="relora-ds train a.yaml deepspeed.comet.api_key=sesame"))
+    path = report([run_dir])
+    for name in ("report.md", "report.html"):
+        text = (path.parent / name).read_text(encoding="utf-8")
+        assert "sesame" not in text and "api_key=***" in text
+    assert "sesame" in (run_dir / "config.yaml").read_text()
+
+
+def test_what_cannot_be_written_is_one_line_and_leaves_the_old_report(run_dir: Path, tmp_path: Path) -> None:
+    report([run_dir])
+    (run_dir / "report.md").write_text("old")
+    (run_dir / "report.html").unlink()
+    (run_dir / "report.html").mkdir()
+    with pytest.raises(ConfigError, match=r"^--out=.*relora': .*/report.html cannot be written: Is a directory; name another"):
+        report([run_dir])
+    assert (run_dir / "report.md").read_text() == "old"
 
 
 def test_large_range_of_perplexities_and_an_infinite_one(tmp_path: Path) -> None:

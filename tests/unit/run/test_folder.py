@@ -81,6 +81,21 @@ def test_a_file_system_without_modes_ends_no_run(tmp_path: Path, monkeypatch: py
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_truncate_log_drops_what_a_power_cut_left_behind(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"update": 1}\n\x00\x00\xff\xfe')
+    truncate_log(path, 5)
+    assert path.read_bytes() == b'{"update": 1}\n'
+
+
+def test_append_line_begins_a_new_line_behind_one_that_was_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"run": "a"}\n{"run": "b/se')
+    for run in ("c", "d"):
+        append_line(path, {"run": run})
+    assert path.read_text() == '{"run": "a"}\n{"run": "b/se\n{"run": "c"}\n{"run": "d"}\n'
+
+
 def test_append_line_adds_one_json_object_per_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     records: list[dict[str, Any]] = [{"update": 1, "loss": 5.25}, {"update": 2, "phase": "line\nbreak, naïve"}]

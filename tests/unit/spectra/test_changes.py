@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import matplotlib.image
 import pytest
 import torch
 
+from relora_ds.errors import ConfigError
 from relora_ds.reports.drawing import svg
 from relora_ds.spectra import drawing
-from relora_ds.spectra.changes import Change, Figures, LayerChange, RunChanges
+from relora_ds.spectra.changes import Change, Figures, LayerChange, RunChanges, changes_of
 from relora_ds.spectra.spectrum import Spectrum
+from tests.unit.spectra.test_weights import Fixed
 
 
 def layer(name: str, values: list[float], bound: int | None = None, side: int | None = None, error: float = 0.0) -> LayerChange:
@@ -59,3 +63,17 @@ def test_a_picture_of_runs_of_other_sizes_and_of_no_change(change: Change, tmp_p
     assert all("<svg" in svg(picture) for picture in block.pictures)
     drawing.draw(tmp_path / "none.png", drawing.panels(1, "q_proj", [RunChanges("none", "lora", none)]))
     assert matplotlib.image.imread(tmp_path / "none.png").std() > 0
+
+
+def test_weights_of_a_run_that_diverged_are_refused_in_one_line() -> None:
+    whole = torch.ones(3, 2)
+    spoilt = whole.clone()
+    spoilt[1, 1] = torch.nan
+    run: Any = SimpleNamespace(
+        config=SimpleNamespace(has_lora_phase=True, full_updates=1, method="relora"), updates={5: None}, bound=lambda *_: None,
+        start=lambda: Fixed(whole), at=lambda update, option: Fixed(spoilt, names=lambda: ["model.layers.0.q_proj"]),
+    )  # fmt: skip
+    with pytest.raises(
+        ConfigError, match=r"^--to=0: bad had diverged: what model.layers.0.q_proj changed by .* earlier checkpoint$"
+    ):
+        changes_of(run, "bad", before=None, now=None)

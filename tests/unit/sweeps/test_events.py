@@ -18,3 +18,5 @@ def test_the_newest_word_on_a_run_counts(tmp_path: Path) -> None:
     again = Events(tmp_path).newest
     assert {run: event["state"] for run, event in again.items()} == {"a/seed-1": "failed", "b/seed-1": "running"}
     assert again["a/seed-1"]["error"] == "no"
+    Events(tmp_path).add("b/seed-1", "failed", code=1, error="no disk")
+    assert Events(tmp_path).newest["b/seed-1"]["state"] == "failed", "the line behind the one that was cut off"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from relora_ds.sweeps.pictures import at_the_end, on_the_way
 
 
@@ -27,3 +29,9 @@ def test_how_the_arms_came_there() -> None:
     assert [(run.label, run.x, run.style, run.colour) for run in runs] == [("", [5, 10], "thin", 1), ("", [5], "thin", 1)]
     assert (mean.label, mean.x, mean.y, mean.colour) == ("relora", [5], [41.0], 1)
     assert "Thick" in picture.caption
+
+
+def test_a_run_that_ended_at_no_number_is_told_and_is_no_dot() -> None:
+    picture = at_the_end({"a": [math.nan, 20.0], "b": [math.nan], "c": [30.0, 31.0]})
+    assert picture.rows == ("a: 20.00 (1 of 2)", "c: 30.50")
+    assert list(picture.series[0].x) == [20.0, 30.0, 31.0]

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
+from relora_ds.errors import ConfigError
 from relora_ds.run.lock import RunLock
 from relora_ds.slurm import client
 from relora_ds.slurm.events import Events as JobEvents
 from relora_ds.sweeps.events import Events
+from relora_ds.sweeps.outlook import outlook
 from relora_ds.sweeps.runs import figures, has_diverged, standing
+from relora_ds.sweeps.submit import submit_all
 from relora_ds.sweeps.sweep_file import Sweep
+from relora_ds.sweeps.train import check
 from tests.unit.slurm.test_commands import RUNNING
 from tests.unit.sweeps.conftest import make_done, make_run
 
@@ -38,6 +43,23 @@ def test_done_by_the_last_checkpoint(sweep: Sweep, read: Callable[..., Sweep]) -
     assert (at.state, at.is_settled) == ("changed", False), "train refuses it, and says why"
     events.add(run.name, "failed", code=2, error="relora.rank=2: the run has 4")
     assert standing(other, events).error == "relora.rank=2: the run has 4"
+
+
+def test_a_run_of_more_updates_than_the_file_asks_for_is_not_done(sweep: Sweep, read: Callable[..., Sweep]) -> None:
+    make_done(sweep.runs[0], 20.0)
+    shorter = read(overrides={"train.updates": 18})
+    events = Events(sweep.folder)
+    at = standing(shorter.runs[0], events)
+    assert (at.state, at.update) == ("changed", 20) and at.error.startswith("lora/seed-1 was trained for 20 updates")
+    assert list(outlook(shorter, {shorter.runs[0]: at}, 1))[1].split()[2:4] == ["0", "0"], "no fewer than none are left"
+    for start in (
+        lambda: check(shorter, shorter.runs),
+        lambda: submit_all(shorter, [], insisted=[], say=lambda line: None),
+    ):
+        with pytest.raises(
+            ConfigError, match=r"^arms\.lora: updates=18: .* 20 updates .*; remove .*seed-1, or name another arm$"
+        ):
+            start()
 
 
 def test_killed_and_stopped_runs_go_on(sweep: Sweep) -> None:
@@ -88,6 +110,23 @@ def test_jobs_of_slurm(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     assert at.state == "failed" and at.error.startswith("job 17 ended with code 1")
     jobs.add("ended", job=17, attempt="17.1", code=75, decision="slurm")
     assert standing(run, events).state == "stopped"
+
+
+def test_what_a_run_did_here_since_its_job_counts(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose job was cancelled was trained here, and failed: it is not stopped, and its error is told."""
+    run, events = sweep.runs[0], Events(sweep.folder)
+    monkeypatch.setattr(client, "job", lambda number, cluster: None)
+    make_run(run, update=5, losses=[3.0] * 6)
+    jobs = JobEvents(run.folder)
+    jobs.add("submitted", job=17)
+    jobs.add("cancelled", job=17)
+    assert standing(run, events).state == "stopped"
+    events.add(run.name, "failed", code=1, error="no disk")
+    at = standing(run, events)
+    assert (at.state, at.error) == ("failed", "no disk")
+    later = jobs.path.read_text() + json.dumps({"event": "submitted", "time": "2999-01-01T00:00:00+00:00", "job": 18}) + "\n"
+    jobs.path.write_text(later)
+    assert standing(run, events).state == "stopped", "by a job that came later"
 
 
 def test_figures_of_a_folder(sweep: Sweep) -> None:

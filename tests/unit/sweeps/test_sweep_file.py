@@ -81,6 +81,10 @@ def test_several_recipes_have_all_arms(read: Read, recipe: Path, tmp_path: Path)
     assert found.of("larger/a")[0].config.wandb.name == f"{found.folder.name}/larger/a/seed-1"
     with pytest.raises(ConfigError, match=r"^recipe=.* is named as another thing in the sweep's folder"):
         read(recipe=[str(recipe), str(recipe)])
+    above = recipe.with_name("...yaml")  # whose name without the ending is ".."
+    above.write_text(larger.read_text())
+    with pytest.raises(ConfigError, match=r"^recipe=.* rename the file"):
+        read(recipe=[str(above)])
     with pytest.raises(ConfigError, match=r"^arms\.larger/a: relora\.rank='x'"):
         read(recipe=[str(larger)], arms={"a": {"relora.rank": "x"}})
 
@@ -93,10 +97,13 @@ def test_several_recipes_have_all_arms(read: Read, recipe: Path, tmp_path: Path)
         ({"arms": {"a": {}, "lora": {"method": "lroa"}}}, "arms.lora: method='lroa': not one of the valid names; did you mean"),
         ({"arms": {"lora": {"relora.warm_start": 20}}}, "arms.lora: relora.warm_start=20: not shorter than the run of 20"),
         ({"arms": {"lora": {"run.seed": 3}}}, "arms.lora='run.seed': is decided by the sweep; leave it out"),
+        ({"arms": {"a": {"relora.rank": 4, "relora": {"rank": 8}}}}, "arms.a='relora.rank': is given twice, dotted and in its"),
         ({"overrides": {"run": {"dir": "x"}}}, "overrides='run.dir': is decided by the sweep"),
         ({"arms": {"lora": 5}}, "arms.lora=5: must be a section"),
         ({"arms": {"../x": {}}}, "arms='../x': is no name for a folder"),
         ({"arms": {"plots": {}}}, "arms='plots': is the name of another thing"),
+        ({"arms": {8: {"relora.rank": 8}, "8": {"relora.rank": 4}}}, "arms='8': is the name of two arms; give each its own"),
+        ({"arms": {"report.html": {}}}, "arms='report.html': is the name of another thing"),
         ({"arms": {}}, "arms={}: dictionary should have at least 1 item"),
         ({"arms": None}, "arms=None: must be a section with keys of its own"),
         ({"seeds": []}, "seeds=[]: list should have at least 1 item"),

@@ -60,6 +60,20 @@ def test_the_tables_of_a_sweep(sweep: Sweep) -> None:
     assert "<td>20.50 ± 0.71</td>" in html and "relora-ds: error: not | finite" in html and ">lora: 20.50</text>" in html
 
 
+def test_a_done_run_without_a_perplexity_is_told(sweep: Sweep) -> None:
+    """Its last evaluation was no number, or its files are damaged: the mean of the others alone would look like that of all."""
+    for run in sweep.runs:
+        make_done(run, 20.0)
+    lora, relora_2 = sweep.runs[0], sweep.runs[3]
+    lora.folder.metrics.write_text(lora.folder.metrics.read_text().replace('_perplexity": 20.0', '_perplexity": null'))
+    relora_2.folder.metrics.write_text("x\n" + relora_2.folder.metrics.read_text())
+    page, table = write(sweep)
+    assert [row[1:3] for row in table[1:]] == [["2", "20.00 (1 of 2)"], ["2", "20.00 (1 of 2)"]]
+    assert [row["judged"] for row in rows(sweep.folder / "sweep.csv")] == ["1", "1"]
+    assert "| relora/seed-2 | done | 20 | RUN_DIR=" in page.read_text() and "line 1 of metrics.jsonl" in page.read_text()
+    assert "line 1 of metrics.jsonl" in rows(sweep.folder / "runs.csv")[3]["error"]
+
+
 def test_peak_memory_is_that_of_the_phase_that_needs_most(sweep: Sweep) -> None:
     for run, peaks in zip(sweep.runs, [{"full": 1e9, "lora": 8e8}, {"full": 1e9}, {"lora": 2e9}, {}], strict=True):
         make_done(run, 20.0)

@@ -81,6 +81,32 @@ def test_a_failure_does_not_end_the_others(sweep: Sweep, fake: Fake) -> None:
     assert train_all(sweep, jobs=1, insisted=[], say=told.append) == 0, "it is tried again"
 
 
+def test_notes_that_cannot_be_written_end_no_run(sweep: Sweep, fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    """As on a full disk: they wait in memory."""
+    fake('if "/lora/seed-1" in place: print("relora-ds: error: no disk"); sys.exit(1)')
+    sweep.folder.mkdir()
+    (sweep.folder / "events.jsonl").symlink_to(sweep.folder / "gone" / "events.jsonl")
+    told: list[str] = []
+    assert train_all(sweep, jobs=1, insisted=[], say=told.append) == 1
+    assert [word for line in told for word in ("failed", "done") if f" {word} after " in line] == [
+        "failed",
+        "done",
+        "done",
+        "done",
+    ]
+    assert capsys.readouterr().err.count("events.jsonl cannot be written (No such file") == 1
+
+
+def test_a_run_that_cannot_be_started_does_not_end_the_others(sweep: Sweep, fake: Fake) -> None:
+    fake("")
+    sweep.folder.mkdir()
+    (sweep.folder / "lora").touch()
+    told: list[str] = []
+    assert train_all(sweep, jobs=2, insisted=[], say=told.append) == 1
+    assert list(states(sweep).values()) == ["failed", "done", "failed", "done"]
+    assert any("lora/seed-1 cannot be started: " in line and "File exists" in line for line in told)
+
+
 def test_two_at_once(sweep: Sweep, fake: Fake, tmp_path: Path) -> None:
     """Each waits for the other to have begun."""
     fake(

@@ -1,0 +1,27 @@
+"""Secrets in what is recorded or shown, such as the API key of one of DeepSpeed's monitors. PURE."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+MASK = "***"
+_NAME = r"(?:(?:api|access|private|secret|wandb|comet)[_-]?key|secret|password|passwd|(?:auth|access|hf|api)[_-]?token)"
+_SECTION = re.compile(rf"""({_NAME}['"]?[ \t]*[=:][ \t]*)("[^"]*"|'[^']*'|[^\s,}}'"]+)""", re.IGNORECASE)
+_WORD = re.compile(rf"([\w.-]*{_NAME}=).*", re.IGNORECASE | re.DOTALL)
+_OPTION = re.compile(rf"--[\w.-]*{_NAME}", re.IGNORECASE)
+
+
+def masked(text: str) -> str:
+    """YAML, JSON or a command line with three stars in the place of each value whose name says that it is secret."""
+    return _SECTION.sub(rf"\1{MASK}", text)
+
+
+def masked_words(words: Sequence[str]) -> list[str]:
+    """The same for the words of a command line, where a value may also follow its ``--name`` and hold blanks."""
+    found: list[str] = []
+    for word, before in zip(words, ["", *words], strict=False):
+        is_value = _OPTION.fullmatch(before) and not word.startswith("--")
+        assigned = _WORD.fullmatch(word)
+        found.append(MASK if is_value else f"{assigned[1]}{MASK}" if assigned else masked(word))
+    return found
