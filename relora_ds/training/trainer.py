@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -293,9 +294,10 @@ class Trainer(RunState):
         """The run is over on this rank."""
         self.watchdog.stop()  # first: what the others do at their end may take its time
         self.train_data.close()
-        for callback in self.callbacks:
-            callback.end(exit_code)
-        self.lock.release()
+        with ExitStack() as stack:  # whatever one raises, the others follow
+            stack.callback(self.lock.release)
+            for callback in reversed(self.callbacks):
+                stack.callback(callback.end, exit_code)
 
     def _say(self, text: str) -> None:
         """Before the run begins."""

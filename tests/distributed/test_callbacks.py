@@ -16,6 +16,7 @@ from relora_ds.config import parse
 from relora_ds.errors import EXIT_DONE
 from relora_ds.launch import places
 from relora_ds.optimizer.wrapper import RestartRecord
+from relora_ds.run.lock import LOCK_NAME
 from relora_ds.supervision import faults
 from relora_ds.training.loop import train
 from relora_ds.training.preflight import check
@@ -109,3 +110,33 @@ def test_an_error_in_a_callback_ends_the_run_like_any_other(content: dict[str, A
     for code, heard, records in run(2, train_with_a_listener, content, 5):
         assert (code, heard[-1], len(records)) == (-1, "end 1", 4)
     assert {(fault["kind"], fault["update"]) for fault in faults.read(tmp_path / "run")} == {("error", 5)}
+
+
+class FailsAtItsEnd(Callback):
+    def end(self, exit_code: int) -> None:
+        raise OSError("no space left")
+
+
+def end_badly(content: dict[str, Any], fails_at: int | None) -> tuple[str, list[str], bool]:
+    """What a run raised whose first callback fails at its end; what the second one heard; whether the folder stayed locked."""
+    place = places.discover()
+    assert place is not None
+    checked, listener = check(parse(content), Path("recipe.yaml"), place.world_size), Listener(fails_at)
+    raised = ""
+    try:
+        train(checked, place, torch.device("cpu"), callbacks=[FailsAtItsEnd(), listener])
+    except Exception as error:
+        raised = str(error)
+    return raised, listener.heard, Path(content["run"]["dir"], LOCK_NAME).exists()
+
+
+@pytest.mark.parametrize(
+    ("fails_at", "raised", "end"), [(None, "no space left", "end 0"), (2, "a callback's own error", "end 1")]
+)
+def test_a_callback_that_fails_at_its_end_hides_nothing(
+    content: dict[str, Any], fails_at: int | None, raised: str, end: str
+) -> None:
+    """Those behind it hear of the end, the folder is free, and what ended the run is what it raises."""
+    content["train"]["updates"] = 3
+    ((told, heard, is_locked),) = run(1, end_badly, content, fails_at)
+    assert (told, heard[-1], is_locked) == (raised, end, False)
