@@ -81,6 +81,15 @@ class Trainer(RunState):
         self.checked = checked
         self.lock = RunLock(self.folder.path, job=environment.attempt())
         self.resumes_from = open_run_folder(checked, self.folder, place, self.lock)
+        try:
+            self._prepare(callbacks)
+        except BaseException:
+            self.lock.release()  # or the next start would be refused, elsewhere for a minute more than this process lives
+            raise
+
+    def _prepare(self, callbacks: Iterable[Callback]) -> None:
+        """All that a run has beside its folder."""
+        checked, place, device, config = self.checked, self.place, self.device, self.config
         self.watchdog = make_watchdog(checked, self.folder, place)
         self.callbacks = [*self._own_callbacks(), *callbacks]
         self.own_time = OwnTime(place.rank, place.world_size, device)
