@@ -223,11 +223,11 @@ class Log:
         self.waiting.append(record)
         size = None
         try:
-            size = self.path.stat().st_size if self.path.exists() else 0
             while self.waiting:
+                size = self.path.stat().st_size if self.path.exists() else 0
                 append_line(self.path, self.waiting[0])
+                size = None
                 self.waiting.pop(0)
-                size = self.path.stat().st_size
         except OSError as error:
             if size is not None:
                 with suppress(OSError):
