@@ -252,7 +252,11 @@ class TokenDataset:
             )
         self._length = tokens // sequence_length
         path = self.index.folder / self.index.splits[split].file
-        self._path, self._file = path, os.open(path, os.O_RDONLY)
+        try:
+            self._path, self._file = path, os.open(path, os.O_RDONLY)
+        except OSError as error:
+            problem = f"{path.name} cannot be read ({error.strerror})"
+            raise ConfigError("data.path", str(folder), problem, "have its owner make it readable, or prepare it again") from None
         weakref.finalize(self, os.close, self._file).atexit = False  # a thread may read until the process is gone
         for start in np.linspace(0, max(0, tokens - PROBE_TOKENS), PROBES, dtype=np.int64):
             self._refuse_strange(self._read(int(start), min(PROBE_TOKENS, tokens)))

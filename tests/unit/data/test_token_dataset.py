@@ -229,6 +229,17 @@ def test_a_disk_that_fails_is_named(folder: Path, monkeypatch: pytest.MonkeyPatc
         dataset.batch([0])
 
 
+def test_a_file_of_another_user_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder can be read, and the file cannot."""
+
+    def fails(path: Path, *_: object) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, "open", fails)
+    with pytest.raises(ConfigError, match=r"^data\.path=.*: train\.bin cannot be read \(Permission denied\); "):
+        TokenDataset(folder, "train", LENGTH)
+
+
 def test_pieces_of_a_read_are_put_together(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A read may give less than was asked for."""
     dataset, read = TokenDataset(folder, "train", LENGTH), os.pread
