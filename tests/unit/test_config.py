@@ -493,29 +493,6 @@ def test_a_late_last_restart_is_told_of(recipe: Path, overrides: list[str], told
     assert line is None if told is None else line is not None and told in line
 
 
-@pytest.mark.parametrize(
-    ("overrides", "told"),
-    [
-        (["relora.restart_every=19"], None),
-        (
-            ["relora.restart_every=20"],
-            "relora.restart_every=20 does nothing: it is not shorter than the LoRA phase, which has 20 updates",
-        ),
-        (["relora.restart_every=15", "relora.warm_start=5"], "which has 15 updates"),
-        (["relora.restart_every=30", "relora.reset.every=5"], "relora.restart_every=30 does nothing"),
-        (["relora.restart_every=5", "relora.reset.every=30"], "relora.reset.every=30 does nothing"),
-        (["relora.restart_every=null", "relora.reset.every=6"], None),
-        (["relora.restart_every=30", "method=lora"], None),
-        (["relora.restart_every=30", "method=full"], None),
-    ],
-    ids=str,
-)
-def test_restarts_that_never_come_are_told_of(recipe: Path, overrides: list[str], told: str | None) -> None:
-    checked = judge(recipe, "relora.restart_warmup=1", *overrides)
-    lines = [line for line in checked.remarks if "does nothing" in line]
-    assert lines == [] if told is None else len(lines) == 1 and told in lines[0]
-
-
 def test_the_relora_section_alone() -> None:
     """For users of ``relora_ds.initialize``: the same errors, under the section's name."""
     assert config.parse_relora({"rank": 8}) == config.ReLoRA(rank=8)
