@@ -289,6 +289,14 @@ class Config(Section):
             f"{updates - last:,} updates: a longer relora.restart_every does without it, a shorter one gives it more"
         )
 
+    def never_restarts(self) -> str | None:
+        """A line on restarts, or resets, that were asked for and come too late for any update to follow; None where all come."""
+        relora, updates = self.lora_settings, self.total_updates - self.full_updates
+        for key, every in (("relora.restart_every", relora.restart_every), ("relora.reset.every", relora.reset.every)):
+            if self.has_lora_phase and every is not None and every >= updates:
+                return f"{key}={every} does nothing: it is not shorter than the LoRA phase, which has {updates:,} updates"
+        return None
+
 
 def load(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a recipe and applies ``key.sub=value`` overrides, whose values are YAML.

@@ -97,7 +97,7 @@ class TrafficLog(Callback):
             "collectives": rows(COUNTER.tallies),
         }
         key = (self.attempt, self.first_update)
-        starts = [start for start in read_traffic(self.path) if (start["attempt"], start["first_update"]) != key]
+        starts = [start for start in read_traffic(self.path) if (start.get("attempt"), start.get("first_update")) != key]
         write_atomically(self.path, json.dumps({"starts": [*starts, entry]}, indent=1))
 
     def _unseen(self) -> list[str]:

@@ -8,6 +8,8 @@ one that was never interrupted.
 from __future__ import annotations
 
 import hashlib
+import os
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -250,24 +252,51 @@ class TokenDataset:
             )
         self._length = tokens // sequence_length
         path = self.index.folder / self.index.splits[split].file
-        flat: npt.NDArray[np.integer] = np.memmap(path, dtype=self.index.dtype, mode="r")
+        try:
+            self._path, self._file = path, os.open(path, os.O_RDONLY)
+        except OSError as error:
+            problem = f"{path.name} cannot be read ({error.strerror})"
+            raise ConfigError("data.path", str(folder), problem, "have its owner make it readable, or prepare it again") from None
+        weakref.finalize(self, os.close, self._file).atexit = False  # a thread may read until the process is gone
         for start in np.linspace(0, max(0, tokens - PROBE_TOKENS), PROBES, dtype=np.int64):
-            self._refuse_strange(flat[start : start + PROBE_TOKENS])
-        self._samples = flat[: self._length * sequence_length].reshape(self._length, sequence_length)
+            self._refuse_strange(self._read(int(start), min(PROBE_TOKENS, tokens)))
 
     def __len__(self) -> int:
         """Samples per epoch."""
         return self._length
 
     def batch(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> torch.Tensor:
-        """The samples with these numbers (any epoch), ``int64 (len(indices), sequence_length)`` on the CPU."""
+        """The samples with these numbers (any epoch), ``int64 (len(indices), sequence_length)`` on the CPU.
+
+        Raises:
+            ConfigError: on ``data.path``: the file has become shorter, or holds what is no token.
+            OSError: it cannot be read at the moment.
+        """
         numbers = np.asarray(indices, dtype=np.int64)
         epochs, positions = np.divmod(numbers, self._length)
         if self.shuffle:
             positions = permute(positions, self._length, self.seed, epochs)
-        tokens = self._samples[positions]
+        tokens = np.empty((len(positions), self.sequence_length), dtype=self.index.dtype)
+        for row, position in zip(tokens, positions.tolist(), strict=True):
+            row[:] = self._read(position * self.sequence_length, self.sequence_length)
         self._refuse_strange(tokens)
         return torch.from_numpy(tokens.astype(np.int64))
+
+    def _read(self, start: int, count: int) -> npt.NDArray[np.integer]:
+        """Tokens of the file. It is not mapped: where a map cannot be read, the process ends without a word."""
+        width = self.index.dtype.itemsize
+        data, wanted = bytearray(), count * width
+        while len(data) < wanted:
+            try:
+                piece = os.pread(self._file, wanted - len(data), start * width + len(data))
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self._path)) from None
+            if not piece:
+                size = os.fstat(self._file).st_size
+                problem = f"{self._path.name} was cut off to {size} bytes since the run began"
+                raise ConfigError("data.path", str(self.index.folder), problem, "delete the folder and prepare it again")
+            data += piece
+        return np.frombuffer(data, dtype=self.index.dtype)
 
     def _refuse_strange(self, tokens: npt.NDArray[np.integer]) -> None:
         """Raises ConfigError for an id that no token has: on a GPU a model would end with an assertion that names nothing."""

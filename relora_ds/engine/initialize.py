@@ -128,6 +128,8 @@ def initialize(
     if optimizer is None and "optimizer" not in content:
         optimizer = adamw(Optimizer())
     optimizer, groups = _groups(model, optimizer, given, lr_scheduler, content, lora_lr)
+    if settings.rewarm == "factors":
+        _refuse_unnamed(model, optimizer.param_groups if isinstance(optimizer, torch.optim.Optimizer) else groups or [])
     stores = _stores(model)
     _join()
     engine, zero, loader, scheduler = deepspeed.initialize(
@@ -268,10 +270,15 @@ def regroup(model: nn.Module, groups: list[dict[str, Any]], lora_lr: float | Non
     """The user's groups without the frozen weights, each followed by a group of the factors that stand for them.
 
     Raises:
-        ConfigError: the factors of some layer belong to no group, because the weight was in none.
+        ConfigError: the factors of some layer belong to no group, because the weight was in none; or ``lora_lr`` is given for factors
+            that have a group already.
     """
     factors = {layer.replaces: list(layer.factors().values()) for _, layer in relora_layers(model)}
     already = {id(p) for group in groups for p in group["params"]}
+    if lora_lr is not None and any(id(f) in already for pair in factors.values() for f in pair):
+        raise ConfigError(
+            "lora_lr", lora_lr, "the factors are in groups of yours", "give these groups their rate, or leave it out"
+        )
     regrouped = []
     for group in groups:
         kept = [p for p in group["params"] if p.requires_grad]
@@ -291,3 +298,15 @@ def regroup(model: nn.Module, groups: list[dict[str, Any]], lora_lr: float | Non
             "add it, or leave it out of targets",
         )
     return regrouped
+
+
+def _refuse_unnamed(model: nn.Module, groups: list[dict[str, Any]]) -> None:
+    """Raises ConfigError where factors are in a group of the user's that is not known to be theirs: its rate would never re-warm."""
+    factors = {id(f) for _, layer in relora_layers(model) for f in layer.factors().values()}
+    for group in groups:
+        are_factors = {id(p) in factors for p in group["params"]}
+        if are_factors != {False} and (are_factors != {True} or group.get("name") != LORA_GROUP):
+            problem = f"factors are in a group that is not theirs alone, with name={LORA_GROUP!r}"
+            raise ConfigError(
+                "relora.rewarm", "factors", problem, "make such a group, or let relora_ds.initialize wrap the model"
+            )

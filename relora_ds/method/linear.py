@@ -43,6 +43,16 @@ def choose(dtype: torch.dtype, *, tokens: int, inputs: int, outputs: int, formed
     return "merged" if dtype in (torch.float32, torch.float64) and saved > MARGIN * spent else "split"
 
 
+def refuse_second_derivatives(way_out: str) -> None:
+    """Called in a backward pass that is written out. What it saves is taken for constant: differentiated again, it would be wrong.
+
+    Raises:
+        RuntimeError: it runs with ``create_graph=True``. A compiled pass refuses by itself.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"create_graph=True: second derivatives are not formed here; {way_out}")
+
+
 class Split(torch.autograd.Function):
     """x (b, i), the input of A where dropout makes it another, stored W or None, A (r, i), B (o, r), s, bias (o,) or None -> (b, o).
 
@@ -69,6 +79,7 @@ class Split(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
+        refuse_second_derivatives("relora_ds.method.lora.ReLoRALayer.plain gives an ordinary layer")
         own, middle, values, scales, lora_A, lora_B, trained = ctx.saved_tensors
         scale = ctx.scale if trained is None else trained
         narrow = grad @ lora_B
@@ -104,6 +115,7 @@ class Merged(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
+        refuse_second_derivatives("relora_ds.method.lora.ReLoRALayer.plain gives an ordinary layer")
         x, kept, values, scales, lora_A, lora_B = ctx.saved_tensors
         grad_x = None
         if ctx.needs_input_grad[0]:

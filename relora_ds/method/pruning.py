@@ -65,7 +65,7 @@ def magnitude_keys(values: Tensor) -> Tensor:
 def random_keys(numel: int, seed: int) -> Tensor:
     """Sort keys that select a uniformly random subset: (numel,) int32, a function of ``seed`` alone (drawn on the CPU)."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, LARGEST_KEY, (numel,), generator=generator, dtype=torch.int64).to(torch.int32)
+    return torch.randint(0, LARGEST_KEY, (numel,), generator=generator, dtype=torch.int64, device="cpu").to(torch.int32)
 
 
 def select_largest(

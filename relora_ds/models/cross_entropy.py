@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from relora_ds.method.linear import refuse_second_derivatives
+
 IGNORED = -100
 """A label that does not count."""
 CHUNK = 2**25
@@ -86,5 +88,6 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
+        refuse_second_derivatives("model.loss=torch forms them")
         grad_hidden, grad_weight = ctx.saved_tensors
         return *(None if found is None else found.mul_(grad) for found in (grad_hidden, grad_weight)), None, None

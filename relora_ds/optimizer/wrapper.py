@@ -304,8 +304,11 @@ class ReLoRAOptimizer(ZeroProxy):
 
     def reset(self) -> float:
         """Prunes the factors' moments and, if asked, restarts their bias correction; returns the share that was zeroed."""
-        pruned = moments.prune(self.masters, self.settings.reset, self.comm, draw=f"{self.seed}/{self.restarts}")
-        if self.settings.reset.restart_bias_correction:
+        reset, draw = self.settings.reset, f"{self.seed}/{self.restarts}"
+        if reset.every is not None:  # several may come between two restarts, each of which draws anew
+            draw += f"/{self.updates}"
+        pruned = moments.prune(self.masters, reset, self.comm, draw=draw)
+        if reset.restart_bias_correction:
             self.masters.restart_bias_correction()
         return pruned
 

@@ -221,15 +221,17 @@ class Log:
     def append(self, record: dict[str, Any]) -> None:
         """Appends one object as a line, and those that wait before it."""
         self.waiting.append(record)
+        size = None
         try:
-            size = self.path.stat().st_size if self.path.exists() else 0
             while self.waiting:
+                size = self.path.stat().st_size if self.path.exists() else 0
                 append_line(self.path, self.waiting[0])
+                size = None
                 self.waiting.pop(0)
-                size = self.path.stat().st_size
         except OSError as error:
-            with suppress(OSError):
-                os.truncate(self.path, size)  # part of a line may have found room
+            if size is not None:
+                with suppress(OSError):
+                    os.truncate(self.path, size)  # part of a line may have found room
             if not self.has_failed:
                 self.tell(f"{self.path} cannot be written ({error.strerror}); its lines wait in memory")
             self.has_failed = True

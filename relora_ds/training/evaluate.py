@@ -75,4 +75,4 @@ def evaluate(
             dist.all_reduce(sums)
     loss, count = sums.tolist()  # read once: on a GPU the host runs ahead of the batches
     mean = loss / count
-    return Evaluation(mean, math.exp(mean) if mean < 700 else math.inf, int(count))
+    return Evaluation(mean, math.inf if mean >= 700 else math.exp(mean), int(count))  # of a NaN: NaN

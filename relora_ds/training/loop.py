@@ -65,8 +65,10 @@ def train(
         trainer.watchdog.stop()
         record_fault(error, checked, place, trainer.update_in_progress)  # at once: the other ranks' errors follow
         trainer.checkpoints.saver.abandon()
-        trainer.close(exit_code=1)
-        raise
+        try:
+            trainer.close(exit_code=1)
+        finally:
+            raise error  # what ended the run, and not what a callback raises at its end
     trainer.close(exit_code=code)
     return code
 

@@ -103,7 +103,15 @@ def check(
     if resumed is None:
         _check_start(config, trust)
     slow = models.slow_widths(architecture) if on_cuda or (on_cuda is None and here) else None
-    remarks = (evaluates, ds_config.idle(content), full_rank, config.short_last_interval(), slow, uncompiled)
+    remarks = (
+        evaluates,
+        ds_config.idle(content),
+        full_rank,
+        config.never_restarts(),
+        config.short_last_interval(),
+        slow,
+        uncompiled,
+    )
     return Checked(config, fitted, architecture, index, trust, tuple(filter(None, remarks)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -80,6 +81,15 @@ class Trainer(RunState):
         self.checked = checked
         self.lock = RunLock(self.folder.path, job=environment.attempt())
         self.resumes_from = open_run_folder(checked, self.folder, place, self.lock)
+        try:
+            self._prepare(callbacks)
+        except BaseException:
+            self.lock.release()  # or the next start would be refused, elsewhere for a minute more than this process lives
+            raise
+
+    def _prepare(self, callbacks: Iterable[Callback]) -> None:
+        """All that a run has beside its folder."""
+        checked, place, device, config = self.checked, self.place, self.device, self.config
         self.watchdog = make_watchdog(checked, self.folder, place)
         self.callbacks = [*self._own_callbacks(), *callbacks]
         self.own_time = OwnTime(place.rank, place.world_size, device)
@@ -293,9 +303,10 @@ class Trainer(RunState):
         """The run is over on this rank."""
         self.watchdog.stop()  # first: what the others do at their end may take its time
         self.train_data.close()
-        for callback in self.callbacks:
-            callback.end(exit_code)
-        self.lock.release()
+        with ExitStack() as stack:  # whatever one raises, the others follow
+            stack.callback(self.lock.release)
+            for callback in reversed(self.callbacks):
+                stack.callback(callback.end, exit_code)
 
     def _say(self, text: str) -> None:
         """Before the run begins."""

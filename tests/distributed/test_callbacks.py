@@ -13,12 +13,14 @@ import torch.distributed as dist
 
 from relora_ds.callbacks.callback import Callback, RunState
 from relora_ds.config import parse
-from relora_ds.errors import EXIT_DONE
+from relora_ds.errors import EXIT_DONE, ConfigError
 from relora_ds.launch import places
 from relora_ds.optimizer.wrapper import RestartRecord
+from relora_ds.run.lock import LOCK_NAME
 from relora_ds.supervision import faults
 from relora_ds.training.loop import train
 from relora_ds.training.preflight import check
+from tests.conftest import TINY_LLAMA
 from tests.distributed.pool import run
 
 
@@ -109,3 +111,52 @@ def test_an_error_in_a_callback_ends_the_run_like_any_other(content: dict[str, A
     for code, heard, records in run(2, train_with_a_listener, content, 5):
         assert (code, heard[-1], len(records)) == (-1, "end 1", 4)
     assert {(fault["kind"], fault["update"]) for fault in faults.read(tmp_path / "run")} == {("error", 5)}
+
+
+class FailsAtItsEnd(Callback):
+    def end(self, exit_code: int) -> None:
+        raise OSError("no space left")
+
+
+def end_badly(content: dict[str, Any], fails_at: int | None) -> tuple[str, list[str], bool]:
+    """What a run raised whose first callback fails at its end; what the second one heard; whether the folder stayed locked."""
+    place = places.discover()
+    assert place is not None
+    checked, listener = check(parse(content), Path("recipe.yaml"), place.world_size), Listener(fails_at)
+    raised = ""
+    try:
+        train(checked, place, torch.device("cpu"), callbacks=[FailsAtItsEnd(), listener])
+    except Exception as error:
+        raised = str(error)
+    return raised, listener.heard, Path(content["run"]["dir"], LOCK_NAME).exists()
+
+
+@pytest.mark.parametrize(
+    ("fails_at", "raised", "end"), [(None, "no space left", "end 0"), (2, "a callback's own error", "end 1")]
+)
+def test_a_callback_that_fails_at_its_end_hides_nothing(
+    content: dict[str, Any], fails_at: int | None, raised: str, end: str
+) -> None:
+    """Those behind it hear of the end, the folder is free, and what ended the run is what it raises."""
+    content["train"]["updates"] = 3
+    ((told, heard, is_locked),) = run(1, end_badly, content, fails_at)
+    assert (told, heard[-1], is_locked) == (raised, end, False)
+
+
+def refused(content: dict[str, Any]) -> tuple[str, bool]:
+    """What a start is refused with for a loss that this model cannot have, and whether it left the folder locked."""
+    place = places.discover()
+    assert place is not None
+    checked = check(parse(content), Path("recipe.yaml"), place.world_size)
+    try:
+        train(checked, place, torch.device("cpu"))
+    except ConfigError as error:
+        return str(error), Path(content["run"]["dir"], LOCK_NAME).exists()
+    return "", True
+
+
+def test_a_start_that_is_refused_leaves_the_folder_free(content: dict[str, Any]) -> None:
+    """Before this process ends, which is when the lock would be seen to be stale; elsewhere that takes a minute more."""
+    content["model"] = {"config": {**TINY_LLAMA, "model_type": "gemma2", "head_dim": 8}, "loss": "chunked"}
+    ((told, is_locked),) = run(1, refused, content)
+    assert told.startswith("model.loss='chunked': gemma2 does more with its logits") and not is_locked

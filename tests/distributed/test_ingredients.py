@@ -78,6 +78,25 @@ def test_where_the_two_meet_it_is_one_event() -> None:
     assert pruned == 1.0
 
 
+def drawn(updates: int) -> list[torch.Tensor]:
+    """Which of this rank's first moments of B are zero after each reset of half of them at random, one an update."""
+    relora = {"restart_warmup": 0, "reset": {"every": 1, "kind": "random", "ratio": 0.5}}
+    engine = common.build(common.tiny_llama(), relora, lr=1e-2)
+    masters, zeros = engine.optimizer.masters, []
+    for index in range(updates):
+        common.train_update(engine, index)
+        held = [masters.fragment(name, "exp_avg") for name in masters.params if name.endswith("lora_B")]
+        zeros.append(torch.cat([fragment == 0 for fragment in held if fragment is not None]))
+    common.end(engine)
+    return zeros
+
+
+def test_each_random_reset_draws_anew_without_a_restart_between() -> None:
+    """Of entries drawn twice, a half is drawn both times; a draw that stays would never let the same half learn."""
+    for first, second in run(2, drawn, 2):
+        assert float((first & second).sum() / first.sum()) == pytest.approx(0.5, abs=0.1)
+
+
 def initialised(kind: str, trained_for: int) -> dict[str, Any]:
     """Factors, stored and exact weights right after the start (0) or after a restart that follows some updates."""
     relora = {"restart_every": 1000, "restart_warmup": 0, "init": kind, "frozen": INT8, "reset": {"kind": "none"}}

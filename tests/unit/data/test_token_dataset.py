@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -206,6 +208,53 @@ def test_an_id_that_no_token_has_is_refused_when_it_is_read_at_the_latest(
     assert len(TokenDataset(write_folder(tmp_path / "others", "uint32", tokens=80_000), "train", LENGTH)) == 10_000, (
         "the last id is one"
     )
+
+
+def test_a_file_that_is_cut_off_while_it_is_read_from_is_refused(folder: Path) -> None:
+    """A map of it would end the process with a bus error, and no word."""
+    dataset = TokenDataset(folder, "train", LENGTH, shuffle=False)
+    os.truncate(folder / "train.bin", 3 * LENGTH * 2 + 5)
+    assert dataset.batch([0, 2]).tolist() == [list(range(LENGTH)), list(range(2 * LENGTH, 3 * LENGTH))]
+    with pytest.raises(ConfigError, match=r"train\.bin was cut off to 53 bytes since the run began"):
+        dataset.batch([3])
+
+
+def test_a_disk_that_fails_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    dataset = TokenDataset(folder, "train", LENGTH)
+    monkeypatch.setattr(os, "pread", fails)
+    with pytest.raises(OSError, match=r"Input/output error: .*train\.bin"):
+        dataset.batch([0])
+
+
+def test_a_file_of_another_user_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder can be read, and the file cannot."""
+
+    def fails(path: Path, *_: object) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, "open", fails)
+    with pytest.raises(ConfigError, match=r"^data\.path=.*: train\.bin cannot be read \(Permission denied\); "):
+        TokenDataset(folder, "train", LENGTH)
+
+
+def test_pieces_of_a_read_are_put_together(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read may give less than was asked for."""
+    dataset, read = TokenDataset(folder, "train", LENGTH), os.pread
+    whole = dataset.batch([4, 50])
+    monkeypatch.setattr(os, "pread", lambda file, count, start: read(file, min(count, 3), start))
+    assert torch.equal(dataset.batch([4, 50]), whole)
+
+
+def test_a_dataset_holds_its_file_no_longer_than_it_lives(folder: Path) -> None:
+    dataset = TokenDataset(folder, "train", LENGTH)
+    number = dataset._file
+    os.fstat(number)
+    del dataset
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)
 
 
 def test_unknown_split(folder: Path) -> None:

@@ -16,7 +16,7 @@ from relora_ds.engine import initialize as engines
 from relora_ds.engine.initialize import regroup
 from relora_ds.errors import ConfigError
 from relora_ds.launch import libraries, process_group
-from relora_ds.method.lora import wrap
+from relora_ds.method.lora import param_groups, wrap
 
 
 def model() -> nn.Sequential:
@@ -90,6 +90,19 @@ def test_groups_that_hold_the_factors_already() -> None:
     net = wrap(model(), rank=2, alpha=4, targets=["0"])
     groups = [{"params": [p for p in net.parameters() if p.requires_grad], "name": "mine"}]
     assert names_in(net, regroup(net, groups, None)) == names_in(net, groups)
+
+
+def test_what_would_not_reach_factors_in_groups_of_the_users_is_refused() -> None:
+    """Their rate was neither ``lora_lr`` nor re-warmed."""
+    net = wrap(model(), rank=2, alpha=4, targets=["0"])
+    groups = [{"params": [p for p in net.parameters() if p.requires_grad], "lr": 1.0}]
+    with pytest.raises(ConfigError, match=r"^lora_lr=5\.0: the factors are in groups of yours; give these groups their rate"):
+        regroup(net, groups, 5.0)
+    settings = {"rank": 2, "restart_every": 5, "restart_warmup": 1, "rewarm": "factors"}
+    for given in ({"model_parameters": groups}, {"optimizer": torch.optim.AdamW(groups)}):
+        with pytest.raises(ConfigError, match=r"^relora\.rewarm='factors': factors are in a group that is not theirs alone"):
+            relora_ds.initialize(model=net, config=ZERO_2, relora=settings, **given)
+    engines._refuse_unnamed(net, param_groups(net))
 
 
 def test_a_target_outside_all_groups_is_refused() -> None:

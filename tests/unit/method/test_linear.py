@@ -336,3 +336,13 @@ def test_sixteen_bits_hide_a_small_change_in_the_merged_form() -> None:
         made.lora_B.mul_(small)
         arrived = made(one).t().float() - weight
     assert apart(arrived, small * delta.double()) > 0.5
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_second_derivatives_are_refused(form: str) -> None:
+    """They would lack what goes through x Aᵀ, and through W + s·B·A that is kept."""
+    made = layer(form)
+    x = torch.randn(TOKENS, IN, requires_grad=True)
+    with pytest.raises(RuntimeError, match="create_graph=True: second derivatives are not formed here"):
+        torch.autograd.grad(made(x).square().sum(), [x, made.lora_A], create_graph=True)
+    torch.autograd.grad(made(x).square().sum(), [x, made.lora_A])

@@ -142,6 +142,9 @@ def test_random_keys_are_a_function_of_the_seed() -> None:
     assert torch.equal(random_keys(1000, 3), random_keys(1000, 3))
     assert not torch.equal(random_keys(1000, 3), random_keys(1000, 4))
     assert random_keys(1000, 3).min() >= 0
+    with torch.device("meta"):  # a script's default device
+        drawn = random_keys(1000, 3)
+    assert torch.equal(drawn, random_keys(1000, 3))
 
 
 @pytest.mark.parametrize(

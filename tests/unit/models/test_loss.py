@@ -371,3 +371,11 @@ def test_where_ligers_kernel_cannot_be_had(recipe: Path, monkeypatch: pytest.Mon
         ConfigError, match=r"^model\.loss='liger': forms gradients before fp16's loss scale is known; use chunked$"
     ):
         preflight._check_liger("fp16", None, False)
+
+
+def test_second_derivatives_are_refused() -> None:
+    head, hidden = nn.Linear(8, 40, bias=False), torch.randn(6, 8, requires_grad=True)
+    labels = torch.arange(6)
+    loss = cross_entropy.chunked_cross_entropy(head, hidden, labels)
+    with pytest.raises(RuntimeError, match="second derivatives are not formed here; model.loss=torch forms them"):
+        torch.autograd.grad(loss, [hidden, head.weight], create_graph=True)

@@ -160,6 +160,43 @@ def test_a_log_waits_for_a_disk_that_refuses_it(tmp_path: Path, monkeypatch: pyt
     assert len(told) == 2 and "cannot be written (No space left on device)" in told[0] and "can be written again" in told[1]
 
 
+def test_a_log_waits_for_a_folder_that_cannot_even_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stale handle of NFS, a mount that fails."""
+    told: list[str] = []
+    log = Log(tmp_path / "metrics.jsonl", told.append)
+    log.append({"update": 1})
+
+    def stale(*_: object, **__: object) -> NoReturn:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as away:
+        away.setattr(Path, "stat", stale)
+        log.append({"update": 2})
+    log.append({"update": 3})
+    assert read_updates(log.path) == [1, 2, 3]
+    assert len(told) == 2 and "cannot be written (Stale file handle)" in told[0]
+
+
+def test_a_line_that_was_written_is_not_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder cannot be looked at just after it."""
+    log = Log(tmp_path / "metrics.jsonl", lambda text: None)
+    log.append({"update": 1})
+
+    def stale(*_: object, **__: object) -> NoReturn:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as away:
+
+        def written_before(path: Path, record: dict[str, Any]) -> None:
+            append_line(path, record)
+            away.setattr(Path, "stat", stale)
+
+        away.setattr(run_folder, "append_line", written_before)
+        log.append({"update": 2})
+    log.append({"update": 3})
+    assert read_updates(log.path) == [1, 2, 3]
+
+
 def test_truncate_log_of_a_run_without_a_log(tmp_path: Path) -> None:
     truncate_log(tmp_path / "restarts.jsonl", 3)
     assert list(tmp_path.iterdir()) == []

@@ -56,6 +56,16 @@ def test_limit_in_tokens(max_tokens: int, samples: int) -> None:
     assert result.loss == pytest.approx(sum(range(samples)) / samples)
 
 
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 1e4])
+def test_a_loss_that_is_no_number_has_no_perplexity(loss: float) -> None:
+    class Model(nn.Module):
+        def forward(self, **_: Tensor) -> SimpleNamespace:
+            return SimpleNamespace(loss=torch.tensor(loss))
+
+    result = evaluate(Model(), Held(), batch_size=7, device=torch.device("cpu"))  # type: ignore[arg-type]
+    assert math.isnan(result.perplexity) if math.isnan(loss) else result.perplexity == math.inf
+
+
 def test_ranks_with_fewer_samples_beat_as_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven samples over four ranks: the last has one, the others two."""
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda _sums: None)

@@ -243,3 +243,26 @@ def test_nothing_held_out_is_no_evaluation_and_said_so(nothing_held_out: Path, t
 def test_an_evaluation_of_nothing_is_refused(nothing_held_out: Path, override: str) -> None:
     with pytest.raises(ConfigError, match=f"{override}: .* holds out nothing .*; leave it out, or prepare with a holdout"):
         check(config.load(nothing_held_out, [override]), nothing_held_out, 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["relora.restart_every=19"], None),
+        (
+            ["relora.restart_every=20"],
+            "relora.restart_every=20 does nothing: it is not shorter than the LoRA phase, which has 20 updates",
+        ),
+        (["relora.restart_every=15", "relora.warm_start=5"], "which has 15 updates"),
+        (["relora.restart_every=30", "relora.reset.every=5"], "relora.restart_every=30 does nothing"),
+        (["relora.restart_every=5", "relora.reset.every=30"], "relora.reset.every=30 does nothing"),
+        (["relora.restart_every=null", "relora.reset.every=6"], None),
+        (["relora.restart_every=30", "method=lora"], None),
+        (["relora.restart_every=30", "method=full"], None),
+    ],
+    ids=str,
+)
+def test_restarts_that_never_come_are_told_of(recipe: Path, overrides: list[str], told: str | None) -> None:
+    checked = judge(recipe, "relora.restart_warmup=1", *overrides)
+    lines = [line for line in checked.remarks if "does nothing" in line]
+    assert lines == [] if told is None else len(lines) == 1 and told in lines[0]
