@@ -23,9 +23,9 @@ from relora_ds.run.folder import read_traffic, write_atomically
 class TrafficLog(Callback):
     """Writes traffic.json: one entry for every start of the run, brought up to date at each checkpoint; on every rank.
 
-    An entry holds what rank 0 counted by purpose, operation, dtype and group, start-up included; the bytes per update, on the mean
-    over the ranks; and for every node, from the first update on, the bytes that its ranks counted beside those that its interfaces
-    sent and received.
+    An entry holds what rank 0 counted by operation, dtype and group, what came before the first update included; and from that update
+    on what rank 0 counted by purpose, the bytes per update, on the mean over the ranks, and for every node the bytes that its ranks
+    counted beside those that its interfaces sent and received.
 
     Args:
         path: of traffic.json.

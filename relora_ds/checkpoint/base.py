@@ -7,7 +7,6 @@ number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +156,6 @@ class Base:
             master.hold(name, self._rows(name, "held_left", own), self._open[0].get_tensor(f"{name}/held_right"))
 
 
-def entries(run: RunFolder) -> Iterator[Path]:
-    """All base folders of a run, complete or not."""
-    return run.base.glob("restart_*")
+def entries(run: RunFolder) -> list[Path]:
+    """All base folders of a run, complete or not, by their restart."""
+    return sorted(run.base.glob("restart_*"), key=lambda folder: (len(folder.name), folder.name))

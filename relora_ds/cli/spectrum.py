@@ -63,5 +63,5 @@ def run_spectrum(options: argparse.Namespace, rest: Sequence[str]) -> int:
         options.places, options.out, before=options.before, now=options.now, every=options.all,
         exact_side=options.exact_side or EXACT_SIDE, trust=options.trust,
     )  # fmt: skip
-    print(f"wrote {written}")
+    print(f"wrote {written} and {written.with_name('spectrum.html')}")
     return EXIT_DONE

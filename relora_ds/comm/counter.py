@@ -77,8 +77,12 @@ class Counter:
 
     @contextmanager
     def purpose(self, name: str) -> Iterator[None]:
-        """What is sent inside is for ``name``; the innermost one counts. Not by thread: autograd's threads work for the caller."""
-        before, self._purpose = self._purpose, name
+        """What is sent inside is for ``name``; the innermost one counts. Not by thread: autograd's threads work for the caller.
+
+        But a start-up and the change of phase, which gather masters as restarts do, are no restarts.
+        """
+        before = self._purpose
+        self._purpose = START_UP if (before, name) == (START_UP, RESTART) else name
         try:
             yield
         finally:

@@ -1,8 +1,9 @@
 """The end of a DeepSpeed engine: nothing that it held stays, and its module can go on in another engine.
 
-``engine.destroy()`` alone leaves two things behind. Two hooks on the module refer to the engine, so everything in it (masters,
-moments, flat weights, buckets) lives as long as the module does. And ``__del__`` destroys a second time, whenever Python comes to it:
-by then the module's parameters may belong to another engine, which would lose its masters' addresses.
+``engine.destroy()`` alone leaves three things behind. Two hooks on the module refer to the engine, so everything in it (masters,
+moments, flat weights, buckets) lives as long as the module does. ``__del__`` destroys a second time, whenever Python comes to it:
+by then the module's parameters may belong to another engine, which would lose its masters' addresses. And methods that are bound to
+each parameter make a cycle of it, so that a weight which another form has replaced stays in memory.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def release(engine: Any, keep_on: torch.device | str | None = None) -> None:
     with torch.no_grad():
         for param in module.parameters():
             param.grad = None
+            _untie(param)
             param.data = param.data.to(param.device if keep_on is None else keep_on, copy=True)
 
 
@@ -49,6 +51,13 @@ def collect() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _untie(param: torch.nn.Parameter) -> None:
+    """Drops the methods that DeepSpeed bound to a parameter: a cycle, in which it would outlive its module until a collection."""
+    for name, value in list(vars(param).items()):
+        if getattr(value, "__self__", None) is param:
+            delattr(param, name)
 
 
 def _optimizers(engine: Any) -> Iterator[Any]:

@@ -17,6 +17,7 @@ from relora_ds.config import Optimizer, parse
 from relora_ds.engine.initialize import adamw
 from relora_ds.engine.release import release
 from relora_ds.launch import places
+from relora_ds.method import lora
 from relora_ds.training import phases
 from relora_ds.training.preflight import check
 from relora_ds.training.trainer import Trainer
@@ -85,6 +86,39 @@ def what_lives_on(content: dict[str, Any]) -> dict[str, bool]:
 def test_nothing_of_the_old_engine_is_left_when_the_new_one_is_built(content: dict[str, Any]) -> None:
     for found in run(2, what_lives_on, content):
         assert found and not any(found.values()), found
+
+
+def full_weights_left(content: dict[str, Any]) -> list[str]:
+    """The weights of target layers whose full-rank form is alive, although nothing was collected since, when all are stored."""
+    trainer = trainer_of(content)
+    for update in range(1, WARM_START + 1):
+        trainer.update(update, False)
+    refs = {name: weakref.ref(layer.weight) for name, layer in lora.find_targets(trainer.engine.module, "all-linear").items()}
+    alive: list[str] = []
+    build, wrap_layers = phases.lora_engine, lora.wrap_layers
+
+    def wrapped(*args: Any, **how: Any) -> None:
+        gc.disable()
+        wrap_layers(*args, **how)
+
+    def watched(*args: Any) -> Any:
+        alive.extend(name for name, ref in refs.items() if ref() is not None)
+        return build(*args)
+
+    phases.lora_engine, lora.wrap_layers = watched, wrapped  # type: ignore[assignment]
+    try:
+        trainer.enter_phase(WARM_START + 1)
+    finally:
+        phases.lora_engine, lora.wrap_layers = build, wrap_layers
+        gc.enable()
+    end(trainer)
+    assert refs
+    return alive
+
+
+def test_a_layers_full_weight_goes_as_soon_as_it_is_stored_in_another_form(content: dict[str, Any]) -> None:
+    content["relora"]["frozen"] = INT8
+    assert run(2, full_weights_left, content) == [[], []]
 
 
 def bytes_after(content: dict[str, Any], updates: int) -> int:

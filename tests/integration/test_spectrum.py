@@ -59,7 +59,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 @pytest.mark.long
 def test_lora_changes_r_values_and_relora_more_with_every_restart(runs: Path, tmp_path: Path) -> None:
     told = relora("spectrum", runs / "relora", runs / "lora", "--all", "--out", tmp_path)
-    assert told.stdout == f"wrote {tmp_path / 'spectrum.md'}\n"
+    assert told.stdout == f"wrote {tmp_path / 'spectrum.md'} and {tmp_path / 'spectrum.html'}\n"
     found = values(tmp_path)
     assert all(len(layers) == 14 for layers in found.values())
     # The learning rate of the first update is 0. The restart after the last has merged the factors, and fresh ones add nothing yet.

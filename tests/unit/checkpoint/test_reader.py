@@ -90,6 +90,14 @@ def test_the_first_base_is_kept_where_that_is_asked_for(run: RunFolder) -> None:
     ]
 
 
+def test_bases_are_listed_by_their_restart(run: RunFolder) -> None:
+    run.config.touch()
+    for restarts in (10000, 7, 9999, 3, 8, 4):
+        (run.base / f"restart_{restarts:04d}").mkdir()
+    names = [line.split()[0] for line in listing(run, deep=False)[0] if line.startswith("base")]
+    assert names == [f"base/restart_{restarts:04d}" for restarts in (0, 1, 2, 3, 4, 7, 8, 9999, 10000)]
+
+
 def test_the_newest_whole_one_is_chosen_and_what_lies_after_it_set_aside(run: RunFolder) -> None:
     told: list[str] = []
     chosen = checkpoints.choose(run, told.append)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from relora_ds.comm import counter
-from relora_ds.comm.counter import CHECKPOINT, GRADIENT, NORM, OTHER, PARAMETERS, Counter, Kind, ring_bytes
+from relora_ds.comm.counter import CHECKPOINT, GRADIENT, NORM, OTHER, PARAMETERS, RESTART, START_UP, Counter, Kind, ring_bytes
 
 
 class Group:
@@ -45,6 +45,17 @@ def test_purposes_nest_and_end_with_an_error() -> None:
     assert {kind.purpose: tally.wire_bytes for kind, tally in book.tallies.items()} == {GRADIENT: 32, CHECKPOINT: 32, OTHER: 32}
     assert book.payload_bytes((CHECKPOINT,)) == 64
     assert book.wire_bytes((GRADIENT, OTHER)) == 64
+
+
+def test_what_a_start_up_gathers_as_restarts_do_is_no_restart() -> None:
+    book, group, tensor = Counter(), Group(2), torch.zeros(8)
+    with book.purpose(START_UP):
+        with book.purpose(RESTART):
+            book.add("broadcast", [tensor], group)
+        with book.purpose(CHECKPOINT), book.purpose(RESTART):
+            book.add("broadcast", [tensor, tensor], group)
+    assert book.payload_bytes((START_UP,)) == 32
+    assert book.payload_bytes((RESTART,)) == 64
 
 
 def test_a_step_reduces_scalars_and_gathers_parameters() -> None:

@@ -23,7 +23,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 def test_tables_values_and_pictures_are_in_the_runs_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["spectrum", str(place / "run")]) == 0
     out, told = capsys.readouterr()
-    assert out == f"wrote {place / 'run' / 'spectrum.md'}\n"
+    assert out == f"wrote {place / 'run' / 'spectrum.md'} and {place / 'run' / 'spectrum.html'}\n"
     assert told == "[relora-ds] run: singular values of 14 layers, from update 0 to 2\n"
     page = (place / "run" / "spectrum.md").read_text()
     assert "| run | relora | 0 | 2 | 0 |" in page and "| q_proj | run | 2 | 4 | 4.0 |" in page
