@@ -13,32 +13,40 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from relora_ds.reports.run_records import known
 from relora_ds.reports.tables import markdown
 from relora_ds.sweeps.table import mean_and_spread
 
 Perplexities = Mapping[str, Mapping[int, float]]
-"""By arm and seed; NaN of a run that diverged."""
+"""By arm and seed; NaN of a run that diverged, or that was not judged."""
 
 
-def perplexities(folder: Path) -> Perplexities:
-    """Of the runs in a sweep's folder that came to their end."""
+def perplexities(folder: Path) -> tuple[Perplexities, list[str]]:
+    """Of the runs in a sweep's folder that came to their end; and the others, which are left out."""
     found: dict[str, dict[int, float]] = {}
+    left_out = []
     with open(folder / "runs.csv", encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             if row["state"] in ("done", "diverged"):
-                value = float(row["perplexity"]) if row["state"] == "done" else math.nan
+                value = float(row["perplexity"] or "nan") if row["state"] == "done" else math.nan
                 found.setdefault(row["arm"], {})[int(row["seed"])] = value
-    return found
+            else:
+                left_out.append(f"{row['arm']}/seed-{row['seed']} ({row['state']})")
+    return found, left_out
 
 
 def told(values: Sequence[float], form: str = "{:.2f}") -> str:
+    """Mean and spread; behind them, how many of the values are numbers, where some are not."""
     mean, spread = mean_and_spread(values)
     if math.isnan(mean):
         return "diverged" if values else "–"
-    return form.format(mean) + ("" if math.isnan(spread) else " ± " + form.format(spread))
+    numbers = len(known(values))
+    of = "" if numbers == len(values) else f" ({numbers} of {len(values)})"
+    return form.format(mean) + ("" if math.isnan(spread) else " ± " + form.format(spread)) + of
 
 
 def _sorted(words: set[str]) -> list[str]:
@@ -93,7 +101,9 @@ def main() -> None:
     parser.add_argument("--best", help="the arm that has gone all of it")
     parser.add_argument("--arms", nargs="+", default=[], help="which arms; default: all")
     options = parser.parse_args()
-    found = perplexities(options.folder)
+    found, left_out = perplexities(options.folder)
+    if left_out:
+        print(f"left out, since they are not done: {', '.join(left_out)}", file=sys.stderr)
     if options.table == "gap":
         missing = [arm for arm in (options.worst, options.best, *options.arms) if arm not in found]
         if missing:

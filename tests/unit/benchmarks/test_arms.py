@@ -25,7 +25,9 @@ wild,1,diverged,10,10,
 @pytest.fixture
 def found(tmp_path: Path) -> arms.Perplexities:
     (tmp_path / "runs.csv").write_text(RUNS)
-    return arms.perplexities(tmp_path)
+    found, left_out = arms.perplexities(tmp_path)
+    assert left_out == ["relora/seed-3 (running)"]
+    return found
 
 
 def test_runs_that_did_not_end_are_left_out(found: arms.Perplexities) -> None:
@@ -39,6 +41,11 @@ def test_the_share_of_a_gap_is_taken_seed_by_seed(found: arms.Perplexities) -> N
         ["relora", "24.50 ± 0.71", "62% ± 18%", "2"],
         ["full", "21.00 ± 1.41", "100% ± 0%", "2"],
     ]
+
+
+def test_a_seed_that_diverged_is_told_beside_the_mean_of_the_others() -> None:
+    assert arms.told([24.0, math.nan, 26.0]) == "25.00 ± 1.41 (2 of 3)"
+    assert [arms.told([math.nan]), arms.told([])] == ["diverged", "–"]
 
 
 def test_the_least_of_a_methods_rates_is_bold() -> None:

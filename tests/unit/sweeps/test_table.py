@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from relora_ds.sweeps import pictures
 from relora_ds.sweeps.events import Events
+from relora_ds.sweeps.pictures import Evaluations
 from relora_ds.sweeps.sweep_file import Sweep
 from relora_ds.sweeps.table import mean_and_spread, write
 from tests.unit.reports.run_folders import begun, write_starts
@@ -72,6 +74,19 @@ def test_a_done_run_without_a_perplexity_is_told(sweep: Sweep) -> None:
     assert [row["judged"] for row in rows(sweep.folder / "sweep.csv")] == ["1", "1"]
     assert "| relora/seed-2 | done | 20 | RUN_DIR=" in page.read_text() and "line 1 of metrics.jsonl" in page.read_text()
     assert "line 1 of metrics.jsonl" in rows(sweep.folder / "runs.csv")[3]["error"]
+
+
+def test_the_curve_of_an_arm_is_that_of_its_runs_that_are_done(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is under way has fewer evaluations, and would cut the mean short; while none is done, it is all there is."""
+    lora, relora, lora_2, _ = sweep.runs
+    make_done(lora, 20.0)
+    make_run(lora_2, update=5, losses=[3.0] * 5, perplexity=40.0)
+    make_run(relora, update=5, losses=[3.0] * 5, perplexity=30.0)
+    drawn: list[dict[str, list[Evaluations]]] = []
+    draw = pictures.on_the_way
+    monkeypatch.setattr(pictures, "on_the_way", lambda evaluated: (drawn.append(evaluated), draw(evaluated))[1])
+    write(sweep)
+    assert drawn == [{"lora": [{20: 20.0}], "relora": [{5: 30.0}]}]
 
 
 def test_peak_memory_is_that_of_the_phase_that_needs_most(sweep: Sweep) -> None:
