@@ -6,7 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from relora_ds.reports.run_records import Record
+from relora_ds.reports import contents, figures, html_page, markdown_page
+from relora_ds.reports.run_records import Record, read_run
 
 WARM_START = 60
 
@@ -78,3 +79,16 @@ def begun(**more: object) -> Record:
 
 def write_starts(folder: Path, *starts: Record) -> None:
     (folder / "starts.jsonl").write_text(lines(starts))
+
+
+def pages(folder: Path) -> tuple[str, str]:
+    """``report.md`` and ``report.html`` of one run, without the pictures of the first and without writing: they take seconds."""
+    runs = [read_run(folder)]
+    title, sections = contents.title(runs), contents.sections(runs, figures.pictures(runs))
+    return markdown_page.page(title, sections), html_page.page(title, sections)
+
+
+def words(folder: Path) -> str:
+    """``report.md`` of one run, with nothing drawn or written."""
+    runs = [read_run(folder)]
+    return markdown_page.page(contents.title(runs), contents.sections(runs, figures.pictures(runs)))

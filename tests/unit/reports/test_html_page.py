@@ -10,8 +10,7 @@ import yaml
 
 from relora_ds.reports.contents import Recipe, Section, Table
 from relora_ds.reports.html_page import POLICY, page
-from relora_ds.reports.report import report
-from tests.unit.reports.run_folders import relora_records, restart, start, write_run, write_traffic
+from tests.unit.reports.run_folders import pages, relora_records, restart, start, write_run, write_traffic
 
 EVIL = "</pre><script>alert(1)</script><img src=x onerror=alert(1)>\"'&{};</style>"
 
@@ -54,8 +53,7 @@ def test_what_a_run_says_is_text(tmp_path: Path) -> None:
     write_run(folder, relora_records(), [restart(1, 100)], settings=yaml.safe_dump({"method": EVIL, "data": {"path": EVIL}}))
     write_traffic(folder, start(backend=EVIL, unseen=[EVIL], nodes=[{"host": EVIL, "counted_bytes": 1, "sent_bytes": 1}]))
     (folder / "ranks.jsonl").write_text('{"update": 20, "hosts": ["<script>a()</script>", "b"], "forward_s": [2, 1]}\n')
-    report([folder])
-    text = (folder / "report.html").read_text(encoding="utf-8")
+    _, text = pages(folder)
     assert_harmless(text)
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text and "evil &lt;b&gt;run &amp;" in text
 
@@ -73,8 +71,7 @@ def test_a_page_of_blocks() -> None:
 
 
 def test_the_page_needs_no_other_file(run_dir: Path) -> None:
-    report([run_dir])
-    text = (run_dir / "report.html").read_text(encoding="utf-8")
+    _, text = pages(run_dir)
     assert_harmless(text)
     assert text.count("<svg") == text.count("<figure") == 8
     assert "http:" not in text and "https:" not in text and "@import" not in text

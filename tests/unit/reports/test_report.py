@@ -13,7 +13,7 @@ import pytest
 
 from relora_ds.errors import ConfigError
 from relora_ds.reports.report import report
-from tests.unit.reports.run_folders import begun, falling, write_run, write_starts
+from tests.unit.reports.run_folders import begun, falling, pages, words, write_run, write_starts
 
 
 def cells(text: str, first: str) -> list[str]:
@@ -71,16 +71,13 @@ def test_several_runs_go_to_a_report_folder_by_default(run_dir: Path, tmp_path: 
     monkeypatch.chdir(tmp_path)
     assert report([run_dir, other]) == Path("report/report.md")
     assert (tmp_path / "report/report.md").is_file()
-
-
-def test_same_folder_twice_is_one_run(run_dir: Path) -> None:
-    assert report([run_dir, run_dir]) == run_dir / "report.md"
+    assert report([other, other]) == other / "report.md", "the same folder twice is one run"
 
 
 def test_both_forms_say_the_same(run_dir: Path) -> None:
     """Every section, and every sentence, but where the recipe is copied or named."""
-    text = report([run_dir]).read_text(encoding="utf-8")
-    page = plain(unescape(re.sub(r"<[^>]+>", "", (run_dir / "report.html").read_text(encoding="utf-8"))))
+    text, html = pages(run_dir)
+    page = plain(unescape(re.sub(r"<[^>]+>", "", html)))
     titles = re.findall(r"^## (.+)$", text, re.MULTILINE)
     assert len(titles) >= 14 and [title for title in titles if title not in page] == []
     sentences = [block for block in text.split("\n\n") if block[0].isupper() and not block.startswith("It is in `")]
@@ -100,7 +97,7 @@ def test_a_report_written_anew_takes_the_place_of_the_old(run_dir: Path) -> None
 
 
 def test_run_name_with_special_characters(tmp_path: Path) -> None:
-    text = report([write_run(tmp_path / "a|b $x$", falling(3))]).read_text(encoding="utf-8")
+    text = words(write_run(tmp_path / "a|b $x$", falling(3)))
     assert "| a\\|b $x$ | relora | 3 |" in text
 
 
@@ -117,17 +114,13 @@ def test_a_report_tells_no_secret(run_dir: Path) -> None:
     """It may be sent to others."""
     (run_dir / "config.yaml").write_text("method: relora\nrun: {}\ndeepspeed:\n  comet: {enabled: true, api_key: sesame}\n")
     write_starts(run_dir, begun(command="relora-ds train a.yaml deepspeed.comet.api_key=sesame"))
-    path = report([run_dir])
-    for name in ("report.md", "report.html"):
-        text = (path.parent / name).read_text(encoding="utf-8")
+    for text in pages(run_dir):
         assert "sesame" not in text and "api_key=***" in text
     assert "sesame" in (run_dir / "config.yaml").read_text()
 
 
 def test_what_cannot_be_written_is_one_line_and_leaves_the_old_report(run_dir: Path, tmp_path: Path) -> None:
-    report([run_dir])
     (run_dir / "report.md").write_text("old")
-    (run_dir / "report.html").unlink()
     (run_dir / "report.html").mkdir()
     with pytest.raises(ConfigError, match=r"^--out=.*relora': .*/report.html cannot be written: Is a directory; name another"):
         report([run_dir])
@@ -147,7 +140,7 @@ def test_run_without_restarts_and_config(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "bare", falling(3))
     (folder / "config.yaml").unlink()
     (folder / "restarts.jsonl").unlink()
-    assert cells(report([folder]).read_text(encoding="utf-8"), "bare")[:3] == ["bare", "–", "3"]
+    assert cells(words(folder), "bare")[:3] == ["bare", "–", "3"]
 
 
 def test_folders_without_a_run_are_refused(tmp_path: Path) -> None:

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from relora_ds.reports.report import report
 from relora_ds.reports.run_records import Record, read_run
 from relora_ds.reports.speed import behind_checkpoints, duration, lost_time, phases, slowest_rank, spent
-from tests.unit.reports.run_folders import begun, falling, relora_records, restart, update, write_run, write_starts
+from tests.unit.reports.run_folders import begun, falling, relora_records, restart, update, words, write_run, write_starts
 
 
 def times(update: int, seconds: Sequence[float], hosts: Sequence[str] = ("n1", "n1", "n2", "n2")) -> Record:
@@ -21,7 +20,7 @@ def times(update: int, seconds: Sequence[float], hosts: Sequence[str] = ("n1", "
 def test_the_slowest_rank_and_its_node(run_dir: Path) -> None:
     records = [times(20, [1.0, 1.0, 1.0, 1.1]), times(40, [2.0, 2.0, 2.0, 3.0]), times(60, [1.0, 1.0, 1.2, 1.6])]
     (run_dir / "ranks.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    text = report([run_dir]).read_text(encoding="utf-8")
+    text = words(run_dir)
     # 10 %, 50 % and 60 % above the median of its own record
     assert (
         "## Ranks of relora\n\nRank 3 on n2 **lags**: its batches and forward passes take 40% longer than the median rank's."
@@ -45,7 +44,7 @@ def test_a_rank_on_another_node_is_another_one() -> None:
 
 def test_one_rank_has_nothing_to_lag_behind(run_dir: Path) -> None:
     assert slowest_rank([]) == slowest_rank([times(20, [1.0])]) == ""
-    assert "## Ranks" not in report([run_dir]).read_text(encoding="utf-8")
+    assert "## Ranks" not in words(run_dir)
 
 
 def test_phases_apart(tmp_path: Path) -> None:
@@ -97,7 +96,7 @@ def test_where_the_time_of_all_starts_went(tmp_path: Path) -> None:
         ["together", "3 min 20 s", "100.0%"],
     ]
     assert "does not record" not in lost_time(run)
-    text = report([folder]).read_text(encoding="utf-8")
+    text = words(folder)
     assert (
         "Where the time of rank 0 went over 3 starts" in text
         and "The run was started by `relora-ds train a.yaml` on 2 rank(s)." in text

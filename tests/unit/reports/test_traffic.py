@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from relora_ds.reports import traffic
-from relora_ds.reports.report import report
 from relora_ds.reports.run_records import read_run
-from tests.unit.reports.run_folders import relora_records, start, write_run, write_traffic
+from tests.unit.reports.run_folders import relora_records, start, words, write_run, write_traffic
 
 
 def test_every_line_says_whose_bytes_these_are(run_dir: Path) -> None:
@@ -23,7 +22,7 @@ def test_every_line_says_whose_bytes_these_are(run_dir: Path) -> None:
         ["at the interfaces", "2 node(s)", "12.1 MB", "–"],
     ]
     write_traffic(run_dir, start(), start(first_update=1101, last_update=1200, unseen=["cxi0 (libfabric)"]))
-    text = report([run_dir]).read_text()
+    text = words(run_dir)
     assert "Updates 1 to 1,100, 2 rank(s) on 2 node(s)." in text and "Updates 1,101 to 1,200" in text
     assert (
         "| at the interfaces | 2 node(s) | 12.1 MB | – |" in text and "| at the interfaces | 2 node(s) | ≥ 12.1 MB | – |" in text
@@ -37,7 +36,7 @@ def test_one_machine_has_no_network(run_dir: Path) -> None:
 
 def test_a_damaged_traffic_file_is_left_out(run_dir: Path) -> None:
     (run_dir / "traffic.json").write_text('{"starts": [{"first')
-    assert "## Traffic" not in report([run_dir]).read_text()
+    assert "## Traffic" not in words(run_dir)
 
 
 def test_bytes_saved(tmp_path: Path) -> None:
