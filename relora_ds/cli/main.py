@@ -61,6 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RestartError, SlurmError) as error:
         print(f"relora-ds: error: {error}", file=sys.stderr)
         return EXIT_FAILED
+    except OSError as error:
+        if _runs_in_ranks(options) or error.errno is None or isinstance(error, BrokenPipeError):
+            raise
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"relora-ds: error: {where}{error.strerror}", file=sys.stderr)
+        return EXIT_FAILED
 
 
 def _runs_in_ranks(options: argparse.Namespace) -> bool:
