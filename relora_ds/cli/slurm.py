@@ -27,6 +27,7 @@ from relora_ds.slurm.script import (
     SITE_FILE,
     RequeueBy,
     Settings,
+    check_environment_file,
     check_signal,
     describe,
     doubts,
@@ -196,6 +197,7 @@ def run_submit(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
         slurm_client.need("sbatch")
     environment = process_environment()  # before the libraries below add to it
+    check_environment_file(found, environment)
     deepspeed = check_sizes(config, found, options)
     text = slurm.script(config, found, recipe_name=name, workdir=workdir, insisted=insisted(options))
     if options.dry_run:
@@ -282,9 +284,7 @@ def run_before(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Prints the number of nodes for the step, and how often the job was requeued; all else goes to the standard error."""
     refuse_rest(rest)
     environment = process_environment()
-    if "SLURM_HET_SIZE" in environment:
-        problem = "jobs of several components are not served"
-        raise ConfigError("SLURM_HET_SIZE", environment["SLURM_HET_SIZE"], problem, "ask for nodes of one kind")
+    _refuse_shape(environment)
     from relora_ds.slurm import job as slurm_job
 
     def fits(nodes: int) -> None:
@@ -313,6 +313,15 @@ def run_before(options: argparse.Namespace, rest: Sequence[str]) -> int:
         return EXIT_STOPPED
     print(nodes, attempt.restart)
     return EXIT_DONE
+
+
+def _refuse_shape(environment: Mapping[str, str]) -> None:
+    """Raises ConfigError in a job of several components or tasks: SLURM requeues them together, and they want the same folder."""
+    if "SLURM_HET_SIZE" in environment:
+        problem = "jobs of several components are not served"
+        raise ConfigError("SLURM_HET_SIZE", environment["SLURM_HET_SIZE"], problem, "ask for nodes of one kind")
+    if task := environment.get("SLURM_ARRAY_TASK_ID"):
+        raise ConfigError("SLURM_ARRAY_TASK_ID", task, "a run is one job, not an array", "submit each recipe by itself")
 
 
 def try_container(command: str, environment: Mapping[str, str]) -> None:

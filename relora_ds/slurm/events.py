@@ -36,9 +36,11 @@ class Events:
         if self.path.is_file():
             for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
-                    self.all.append(dict(json.loads(line)))
-                except (ValueError, TypeError):
+                    event = json.loads(line)
+                except ValueError:
                     continue  # cut off by a kill
+                if isinstance(event, dict) and "event" in event:
+                    self.all.append(event)
 
     def add(self, kind: str, **content: Any) -> None:
         event = {"event": kind, "time": datetime.now().astimezone().isoformat(timespec="seconds"), **content}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -66,7 +66,7 @@ class Settings(Section):
     setup: Lines
     """Shell lines before anything else runs: module load …, source …/activate. The first that fails ends the job."""
     environment_file: LocalPath | None = None
-    """A file of NAME=VALUE lines that all processes get."""
+    """A file of NAME=VALUE lines that all processes get, as a shell reads them."""
     container: str | None = None
     """Words before the training command, e.g. apptainer exec --nv image.sif. What runs before and after training runs outside."""
     container_python: str | None = None
@@ -167,6 +167,47 @@ def check_signal(found: Settings) -> None:
     if found.launcher == "mpi" and found.signal not in ("USR1", "USR2"):
         problem = "mpirun ends the ranks upon it, or keeps it to itself"
         raise ConfigError("--signal", found.signal, problem, "USR1 or USR2, and train.stop_signal alike")
+
+
+def check_environment_file(found: Settings, known: Collection[str]) -> None:
+    """Raises ConfigError for a line of the environment file of which the script's shell would make something else than it says.
+
+    Where the file cannot be read from here, it is left to the job.
+
+    Args:
+        found: the job's settings.
+        known: names of the variables that are set.
+    """
+    if found.environment_file is None:
+        return
+    try:
+        lines = Path(found.environment_file).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return
+    names = set(known)
+    for number, line in enumerate(lines, start=1):
+        if problem := _misread(line, names):
+            where = f"line {number} of {found.environment_file}"
+            raise ConfigError("--environment-file", line.partition("=")[0].strip(), f"{where} {problem}", "write NAME='VALUE'")
+
+
+def _misread(line: str, names: set[str]) -> str:
+    """What is wrong with a line of NAME=VALUE as a shell reads it, "" where nothing is; adds to the ``names`` that are set."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    try:
+        words = list(lexer)
+    except ValueError:
+        return "has a quote that stays open"
+    for word in words[words[:1] == ["export"] :]:
+        name, equals, _ = word.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name):
+            return f"goes on with {word!r} after its value" if word != words[0] else "is not NAME=VALUE"
+        names.add(name)
+    for match in re.finditer(r"\$(?:\{?([A-Za-z_]\w*)|[\d$?!@*#-])", re.sub(r"'[^']*'|\\.", "", line.partition(" #")[0])):
+        if match[1] not in names:
+            return f"holds {match[0]}, which a shell fills in, and which is not set"
+    return ""
 
 
 def doubts(found: Settings) -> list[str]:

@@ -112,6 +112,9 @@ def test_before_says_nodes_and_restarts(
     monkeypatch.setenv("SLURM_HET_SIZE", "2")
     assert main(words) == 2
     assert "SLURM_HET_SIZE='2': jobs of several components are not served" in capsys.readouterr().err
+    monkeypatch.delenv("SLURM_HET_SIZE")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    assert main(words) == 2 and "SLURM_ARRAY_TASK_ID='0': a run is one job, not an array" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("restarts", [0, 1])

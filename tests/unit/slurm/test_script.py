@@ -13,6 +13,7 @@ from relora_ds.errors import ConfigError
 from relora_ds.slurm.script import (
     TEMPLATES,
     Settings,
+    check_environment_file,
     check_signal,
     describe,
     doubts,
@@ -259,6 +260,37 @@ def test_a_set_up_line_that_fails_ends_the_job_and_is_named(tmp_path: Path) -> N
     done = subprocess.run(["bash", "-c", stage], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=30)
     assert (done.returncode, done.stderr) == (3, "[relora-ds] error: this set-up line ended with code 3: (exit 3)\n")
     assert (tmp_path / "calls").read_text() == "begun\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("NAME=my run", r"goes on with 'run' after its value; write NAME='VALUE'"),
+        ("NAME=it's", r"has a quote that stays open"),
+        ("KEY=abc$def", r"holds \$def, which a shell fills in, and which is not set"),
+        ('KEY="abc${def}"', r"holds \$\{def"),
+        ("KEY=abc$$", r"holds \$\$"),
+        ("KEY=a;b", r"goes on with ';'"),
+        ("module load cuda", r"is not NAME=VALUE"),
+    ],
+)
+def test_a_line_of_the_environment_file_that_a_shell_reads_otherwise(line: str, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "env").write_text(f"# a comment\nA=1\n{line}\n")
+    found = settings({}, {**GPUS, "environment_file": str(tmp_path / "env")})
+    with pytest.raises(ConfigError, match=rf"^--environment-file=.*: line 3 of {re.escape(str(tmp_path))}/env {problem}"):
+        check_environment_file(found, ["HOME"])
+
+
+def test_an_environment_file_that_a_shell_reads_as_it_says(tmp_path: Path) -> None:
+    lines = [
+        "", "# it's a comment", "A=1 # another", "export B='my run, $x and \"y\"'", 'C="two words"', "D=$HOME/hf:${A}", "E=", "F=a#b",
+        r"G=\$x", "H='it'\"'\"'s'", "I=--x=1,y/z:@%+",
+    ]  # fmt: skip
+    (tmp_path / "env").write_text("\n".join(lines))
+    check_environment_file(settings({}, {**GPUS, "environment_file": str(tmp_path / "env")}), ["HOME"])
+    values = "$A|$B|$C|$D|$E|$F|$G|$H|$I"
+    text = play(tmp_path, stage=STAGE + "HOME=/h\n", environment_file="env", srun=f'echo "{values}" >>calls')
+    assert text[2] == """1|my run, $x and "y"|two words|/h/hf:1||a#b|$x|it's|--x=1,y/z:@%+"""
 
 
 def test_an_environment_file_that_is_not_there_ends_the_job(tmp_path: Path) -> None:
