@@ -140,6 +140,10 @@ def _check(found: Settings) -> None:
         raise ConfigError("--gpus-per-node", None, "is required", "give it, or --tasks-per-node on a cluster without GPUs")
     if not found.ranks_per_node:
         raise ConfigError("--tasks-per-node", None, "is required where there are no GPUs")
+    limit_s, own = seconds(found.time or ""), {"signal", "time"} & set(map(option_of, found.sbatch_args))
+    if limit_s is not None and limit_s <= found.signal_before and not own:
+        problem = f"--time={found.time} is {limit_s} s: the ranks would be asked to stop as they start"
+        raise ConfigError("--signal-before", found.signal_before, problem, "take less, or more --time")
     if found.num_gpus and found.ranks_per_node > found.num_gpus:
         raise ConfigError("--tasks-per-node", found.tasks_per_node, f"more than the {found.num_gpus} GPU(s) of a node")
     for key, value in found.model_dump().items():
@@ -152,6 +156,18 @@ def _check(found: Settings) -> None:
     for text in found.sbatch_args:
         if not text.startswith("-"):
             raise ConfigError("--sbatch-args", text, "is no option of sbatch", "write it with its dashes: --reservation=week")
+
+
+def seconds(limit: str) -> int | None:
+    """Seconds of a time limit as sbatch reads it: ``minutes``, ``minutes:seconds``, ``hours:minutes:seconds``,
+    ``days-hours[:minutes[:seconds]]``; None for what is no limit (0, UNLIMITED), or no time."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
+    if found is None:
+        return None
+    days, *times = (None if part is None else int(part) for part in found.groups())
+    given = [part for part in times if part is not None]
+    hours, minutes, rest = [*given, 0, 0][:3] if days is not None or len(given) == 3 else [0, *given, 0][:3]
+    return (((days or 0) * 24 + hours) * 60 + minutes) * 60 + rest or None
 
 
 def _check_shape(key: str, text: str) -> None:
@@ -242,6 +258,7 @@ def render(
         _BEFORE.format(
             before=f'{_relora("slurm before")} --tasks-per-node "$tasks_per_node" {requeue}{_probe(found)}{more}',
             step=_step(found, more),
+            heard=f"TERM {found.signal}" if found.launcher == "mpi" else "TERM",
         ),
         _AFTER.format(after=f'{_relora("slurm after")} --code "$code" {requeue} --max-stalled {found.max_stalled}'),
     ]
@@ -314,7 +331,7 @@ _HOW = {
 }
 _BEFORE = """\
 # SLURM's TERM (preemption, an operator's requeue) reaches the ranks, too: this shell waits for them and then decides.
-trap : TERM
+trap : {heard}
 
 # Checks the recipe for these nodes; says over how many of them the global batch divides, and how often the job was requeued.
 if found=$({before}); then
@@ -380,10 +397,10 @@ def _step(found: Settings, insisted: str) -> str:
         place = '-np "$((nodes * tasks_per_node))" --map-by "ppr:$tasks_per_node:node" --bind-to none'
         start = f"mpirun {place}{more} \\\n        {train} &"
         # mpirun hands this signal on to the ranks; upon TERM it would end them, and SLURM's TERM need not reach it at all
-        forward = f"\n    trap 'kill -s {found.signal} \"$step\"' {found.signal} TERM"
+        forward = f"trap 'kill -s {found.signal} \"$!\"' {found.signal} TERM\n    "
     return f"""\
-    {start}
-    step=$!{forward}
+    {forward}{start}
+    step=$!
     while true; do
         wait "$step"
         code=$?

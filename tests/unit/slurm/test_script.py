@@ -19,6 +19,7 @@ from relora_ds.slurm.script import (
     doubts,
     read_site,
     render,
+    seconds,
     settings,
     template,
 )
@@ -42,6 +43,21 @@ def directives(text: str) -> dict[str, str]:
 def test_options_stand_over_the_site_file() -> None:
     found = settings({"partition": "gpu", "account": "lm", "nodes": 4}, {**GPUS, "partition": "long"})
     assert (found.partition, found.account, found.nodes) == ("long", "lm", "4")
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        ("30", 1800), ("5:30", 330), ("1:00:00", 3600), ("2-00", 172800), ("1-1:30", 91800), ("0-0:0:5", 5), ("0", None),
+        ("UNLIMITED", None), ("", None), ("1:2:3:4", None),
+    ],
+)  # fmt: skip
+def test_time_limits_as_sbatch_reads_them(limit: str, expected: int | None) -> None:
+    assert seconds(limit) == expected
+
+
+def test_a_signal_of_ones_own_may_come_when_it_wants() -> None:
+    assert settings({}, {**GPUS, "time": "2", "sbatch_args": ["--signal=USR2@1"]}).time == "2"
 
 
 def test_a_site_file(tmp_path: Path) -> None:
@@ -70,6 +86,7 @@ def test_a_site_file(tmp_path: Path) -> None:
         ({}, {**GPUS, "signal": "KILL"}, r"--signal='KILL'"),
         ({}, {**GPUS, "signal_before": 5}, r"--signal-before=5"),
         ({}, {**GPUS, "max_stalled": 0}, r"--max-stalled=0"),
+        ({}, {**GPUS, "time": "5"}, r"--signal-before=300: --time=5 is 300 s: the ranks would be asked to stop as they start"),
         ({}, {**GPUS, "partition": "a\n#SBATCH --wrap=evil"}, r"--partition=.*must be one line"),
         ({}, {**GPUS, "setup": ["a\nb"]}, r"--setup=.*must be one line"),
         ({}, {**GPUS, "sbatch_args": ["--array=1-4%1"]}, r"--sbatch-args='--array=1-4%1': a run is one job, not an array"),
@@ -190,7 +207,10 @@ def test_torchrun_is_one_task_a_node_with_the_cores_of_all_its_ranks() -> None:
 def test_mpirun_gets_the_signal_from_the_script() -> None:
     text = script(launcher="mpi", signal="USR1", signal_before=60)
     assert directives(text)["signal"] == "B:USR1@60"
-    assert "trap 'kill -s USR1 \"$step\"' USR1" in text
+    lines = text.splitlines()
+    assert lines.index("trap : TERM USR1") < next(n for n, line in enumerate(lines) if " slurm before " in line)
+    start = next(n for n, line in enumerate(lines) if line.startswith("    mpirun "))
+    assert lines[start - 1] == "    trap 'kill -s USR1 \"$!\"' USR1 TERM", "there before it can be asked for"
 
 
 def test_who_starts_the_job_again() -> None:
