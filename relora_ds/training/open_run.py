@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +19,7 @@ from relora_ds.config import dump
 from relora_ds.console import say
 from relora_ds.data import tokenizer
 from relora_ds.errors import ConfigError, StartError
+from relora_ds.launch.meeting import SPEAK_S
 from relora_ds.launch.places import Place
 from relora_ds.models import generation
 from relora_ds.run.folder import RunFolder, write_atomically
@@ -48,6 +50,8 @@ def open_run_folder(checked: Checked, folder: RunFolder, place: Place, lock: Run
     dist.broadcast_object_list(found, src=0)
     if isinstance(found[0], Exception):
         lock.release()
+        if isinstance(found[0], StartError) and not place.is_main:
+            time.sleep(SPEAK_S)  # rank 0 tells it: whoever is the first to exit may have the rest ended
         raise found[0]
     return found[0]
 

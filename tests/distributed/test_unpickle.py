@@ -105,7 +105,9 @@ class Case:
         """Writes the manifest that has what is there be reused."""
         folder = self.run.universal / UPDATE
         (folder / manifests.NAME).unlink()
-        files = {str(path.relative_to(folder)): manifests.flush_and_describe(path) for path in folder.rglob("*") if path.is_file()}
+        files = {
+            str(path.relative_to(folder)): manifests.flush_and_describe(path) for path in folder.rglob("*") if path.is_file()
+        }
         manifests.write(folder, {"source": manifests.digest(self.checkpoint / manifests.NAME), "files": files})
 
 
