@@ -29,6 +29,10 @@ GpuRequest = Literal["gpus-per-node", "gres", "none"]
 Lines = Annotated[list[str], Field(default_factory=list)]
 
 
+FILLED_IN = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\}|[\d$?!@*#-])")
+"""What a shell puts a variable's value for; ``${NAME:-…}`` says itself what else."""
+
+
 class Settings(Section):
     """What ``relora-ds slurm submit`` takes as options, with ``-`` for ``_``, and the site file as keys."""
 
@@ -204,7 +208,8 @@ def check_environment_file(found: Settings, known: Collection[str]) -> None:
     for number, line in enumerate(lines, start=1):
         if problem := _misread(line, names):
             where = f"line {number} of {found.environment_file}"
-            raise ConfigError("--environment-file", line.partition("=")[0].strip(), f"{where} {problem}", "write NAME='VALUE'")
+            way_out = "write NAME='VALUE' for a value as it stands; what needs a shell belongs into --setup"
+            raise ConfigError("--environment-file", line.partition("=")[0].strip(), f"{where} {problem}", way_out)
 
 
 def _misread(line: str, names: set[str]) -> str:
@@ -220,8 +225,9 @@ def _misread(line: str, names: set[str]) -> str:
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name):
             return f"goes on with {word!r} after its value" if word != words[0] else "is not NAME=VALUE"
         names.add(name)
-    for match in re.finditer(r"\$(?:\{?([A-Za-z_]\w*)|[\d$?!@*#-])", re.sub(r"'[^']*'|\\.", "", line.partition(" #")[0])):
-        if match[1] not in names:
+    for match in FILLED_IN.finditer(re.sub(r"'[^']*'|\\.", "", line.partition(" #")[0])):
+        name = match[1] or match[2] or ""
+        if name not in names and not name.startswith("SLURM"):
             return f"holds {match[0]}, which a shell fills in, and which is not set"
     return ""
 

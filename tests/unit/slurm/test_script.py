@@ -285,10 +285,10 @@ def test_a_set_up_line_that_fails_ends_the_job_and_is_named(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ("NAME=my run", r"goes on with 'run' after its value; write NAME='VALUE'"),
+        ("NAME=my run", r"goes on with 'run' after its value; write NAME='VALUE' for a value as it stands; what"),
         ("NAME=it's", r"has a quote that stays open"),
         ("KEY=abc$def", r"holds \$def, which a shell fills in, and which is not set"),
-        ('KEY="abc${def}"', r"holds \$\{def"),
+        ('KEY="abc${def}"', r"holds \$\{def\}, which"),
         ("KEY=abc$$", r"holds \$\$"),
         ("KEY=a;b", r"goes on with ';'"),
         ("module load cuda", r"is not NAME=VALUE"),
@@ -305,12 +305,13 @@ def test_an_environment_file_that_a_shell_reads_as_it_says(tmp_path: Path) -> No
     lines = [
         "", "# it's a comment", "A=1 # another", "export B='my run, $x and \"y\"'", 'C="two words"', "D=$HOME/hf:${A}", "E=", "F=a#b",
         r"G=\$x", "H='it'\"'\"'s'", "I=--x=1,y/z:@%+",
+        "J=/tmp/$SLURM_JOB_ID:${NONE:-none}",
     ]  # fmt: skip
     (tmp_path / "env").write_text("\n".join(lines))
     check_environment_file(settings({}, {**GPUS, "environment_file": str(tmp_path / "env")}), ["HOME"])
-    values = "$A|$B|$C|$D|$E|$F|$G|$H|$I"
-    text = play(tmp_path, stage=STAGE + "HOME=/h\n", environment_file="env", srun=f'echo "{values}" >>calls')
-    assert text[2] == """1|my run, $x and "y"|two words|/h/hf:1||a#b|$x|it's|--x=1,y/z:@%+"""
+    values = "$A|$B|$C|$D|$E|$F|$G|$H|$I|$J"
+    text = play(tmp_path, stage=STAGE + "HOME=/h SLURM_JOB_ID=17\n", environment_file="env", srun=f'echo "{values}" >>calls')
+    assert text[2] == """1|my run, $x and "y"|two words|/h/hf:1||a#b|$x|it's|--x=1,y/z:@%+|/tmp/17:none"""
 
 
 def test_an_environment_file_that_is_not_there_ends_the_job(tmp_path: Path) -> None:
