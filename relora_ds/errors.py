@@ -82,7 +82,7 @@ def _rank_error(rank: int, host: str, problem: str, more: int, speaker: int) -> 
 
 
 class StartError(RuntimeError):
-    """The ranks did not come together, for no fault of a setting: another start may be luckier.
+    """The ranks did not come together, or not to their folder, for no fault of a setting: another start may be luckier.
 
     Args:
         problem: in one line.

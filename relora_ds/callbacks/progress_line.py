@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from relora_ds.callbacks.callback import Callback, RunState
-from relora_ds.console import say
+from relora_ds.console import say, write
 from relora_ds.units import human_bytes
 
 if TYPE_CHECKING:  # it imports torch and DeepSpeed
@@ -45,7 +45,7 @@ class ProgressLine(Callback):
     def message(self, text: str) -> None:
         """Ends a line that is being rewritten, so that other output starts on its own."""
         if self.on_terminal and self.times:
-            sys.stderr.write("\n")
+            write("\n")
         say(text)
 
     def show(self, record: dict[str, Any]) -> None:
@@ -58,8 +58,7 @@ class ProgressLine(Callback):
         self.last_line = now
         line = self._line(record, now, update)
         if self.on_terminal:
-            sys.stderr.write(f"\r\x1b[2K{line}" + ("\n" if is_last else ""))
-            sys.stderr.flush()
+            write(f"\r\x1b[2K{line}" + ("\n" if is_last else ""))
         else:
             say(line)
 

@@ -158,4 +158,4 @@ class Base:
 
 def entries(run: RunFolder) -> list[Path]:
     """All base folders of a run, complete or not, by their restart."""
-    return sorted(run.base.glob("restart_*"), key=lambda folder: (len(folder.name), folder.name))
+    return manifests.numbered(run.base, "restart")

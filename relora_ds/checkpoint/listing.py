@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from relora_ds.checkpoint import base as bases
@@ -30,6 +32,8 @@ def listing(run: RunFolder, *, deep: bool) -> tuple[list[str], bool]:
     faults: list[str] = []
     for path in checkpoints.find_all(run):
         found = list(checkpoints.faults(path, deep=deep))
+        if found and not (path / manifests.NAME).is_file():
+            continue  # a run that goes on has removed it meanwhile
         faults += found
         rows.append(_row(path, "damaged" if found else "whole" if deep else "complete"))
     for folder in bases.entries(run):
@@ -58,11 +62,15 @@ def _row(path: Path, state: str) -> tuple[str, ...]:
 
 
 def _size(folder: Path) -> str:
-    return readable(sum(_bytes(folder.rglob("*"))))
+    return readable(sum(_bytes(folder)))
 
 
-def _bytes(paths: Iterable[Path]) -> Iterable[int]:
-    return (path.stat().st_size for path in paths if path.is_file())
+def _bytes(folder: Path) -> Iterator[int]:
+    """Of each file in it; what a run that goes on removes meanwhile is passed over."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                yield (Path(place) / name).stat().st_size
 
 
 def readable(num_bytes: float) -> str:

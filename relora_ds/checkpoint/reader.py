@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -84,8 +83,8 @@ def versions() -> dict[str, str]:
 
 
 def find_all(run: RunFolder) -> list[Path]:
-    """The checkpoints of a run that have a manifest, whole or not, oldest first."""
-    return sorted(path.parent for path in run.checkpoints.glob(f"update_*/{manifests.NAME}"))
+    """The checkpoints of a run that have a manifest, whole or not, oldest first. Raises OSError where that cannot be seen."""
+    return [path for path in manifests.numbered(run.checkpoints, "update") if (path / manifests.NAME).is_file()]
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
@@ -97,9 +96,17 @@ def read_manifest(checkpoint: Path) -> Manifest:
 
 
 def newest(run: RunFolder) -> Path | None:
-    """The newest checkpoint whose manifest can be read; contents are not looked at."""
+    """The newest checkpoint whose manifest can be read; contents are not looked at. Raises OSError where that cannot be seen."""
     found = manifests.newest(run.checkpoints)
     return found[0] if found else None
+
+
+def newest_in_words(run: RunFolder) -> str:
+    """The same, for a message; raises nothing, since the disk may be what the message is about."""
+    try:
+        return str(newest(run) or "none")
+    except OSError as error:
+        return f"not known ({error.strerror})"
 
 
 def faults(checkpoint: Path, *, deep: bool = True) -> Iterator[str]:
@@ -160,22 +167,21 @@ def tidy(run: RunFolder, resumed: Path | None) -> None:
 
     What is renamed (``damaged_…``) did not verify; it is left to the user, since a file that is missing may come back.
     """
-    newest_base = bases.folder_of(run, manifests.read(resumed).restarts).name if resumed is not None else ""
-    for folder in run.checkpoints.glob("update_*"):
+    for folder in manifests.numbered(run.checkpoints, "update"):
         if not (folder / manifests.NAME).is_file():
-            _remove(folder)
-        elif resumed is not None and folder.name > resumed.name:
+            manifests.remove(folder)
+        elif resumed is not None and manifests.number(folder) > manifests.number(resumed):
             _set_aside(folder)
     for folder in bases.entries(run):
         if resumed is None or not (folder / manifests.NAME).is_file():
-            _remove(folder)
-        elif folder.name > newest_base:
+            manifests.remove(folder)
+        elif manifests.number(folder) > manifests.read(resumed).restarts:
             _set_aside(folder)
 
 
 def _set_aside(folder: Path) -> None:
     aside = folder.with_name(f"damaged_{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    manifests.remove(aside)
     folder.rename(aside)
 
 
@@ -189,28 +195,21 @@ def rotate(run: RunFolder, *, keep: int, keep_every: int | None, keep_first_base
         keep_first_base: whether the base with which the LoRA phase began stays.
     """
     found = find_all(run)
-    contents = {path: manifests.read(path) for path in found[-keep:]}
+    contents = {path: manifests.read(path) for path in found[-keep:]}  # first: where one cannot be read, none before it goes
+    milestones = []
     for path in found[:-keep]:
-        if keep_every is not None and _update_of(path) % keep_every == 0:
-            contents[path] = manifests.read(path)
+        if keep_every is not None and manifests.number(path) % keep_every == 0:
+            milestones.append(path)
         else:
-            _remove(path)
-            _remove(run.universal / path.name)
+            manifests.remove(path)
+            manifests.remove(run.universal / path.name)
+    contents |= {path: manifests.read(path) for path in milestones}  # where one cannot be read, no base goes that it may need
     needed = {base_folder(path, content) for path, content in contents.items() if content.base is not None}
     if keep_first_base:
         needed.add(bases.folder_of(run, 0))
     for folder in bases.entries(run):
         if folder not in needed:
-            _remove(folder)
-
-
-def _update_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("update_"))
-
-
-def _remove(folder: Path) -> None:
-    (folder / manifests.NAME).unlink(missing_ok=True)  # first: a half-removed folder must not look whole
-    shutil.rmtree(folder, ignore_errors=True)
+            manifests.remove(folder)
 
 
 def load(engine: Any, checkpoint: Path) -> Progress:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -116,12 +117,12 @@ def _convert_on_rank_0(run: RunFolder, checkpoint: Path, tell: Callable[[str], N
 def convert(checkpoint: Path, folder: Path, tell: Callable[[str], None], *, trust: bool = False) -> None:
     """Makes the universal form of a checkpoint in ``folder``, unless it is there already. Raises ConversionError."""
     source = manifests.digest(checkpoint / manifests.NAME)
-    try:
-        if manifests.read_json(folder).get("source") == source:
+    with suppress(manifests.ManifestError):
+        there = manifests.read_json(folder)
+        # without files: of an earlier version, which did not say whether it is whole
+        if there.get("source") == source and there["files"] and not any(manifests.faults(folder, there["files"])):
             tell(f"reusing the universal checkpoint {folder}")
             return
-    except manifests.ManifestError:
-        pass
     tell(f"converting {checkpoint} for another number of ranks, once (DeepSpeed's ds_to_universal)")
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -136,4 +137,6 @@ def convert(checkpoint: Path, folder: Path, tell: Callable[[str], None], *, trus
         shutil.rmtree(folder, ignore_errors=True)
         lines = [line for line in done.stdout.splitlines() if line.strip()]
         raise ConversionError(f"ds_to_universal failed on {checkpoint}: {lines[-1] if lines else done.returncode}")
-    manifests.write(folder, {"source": source, "files": {}})
+    written = [path for path in folder.rglob("*") if path.is_file()]
+    files = {str(path.relative_to(folder)): manifests.flush_and_describe(path) for path in written}
+    manifests.write(folder, {"source": source, "files": files})

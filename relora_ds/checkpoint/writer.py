@@ -148,10 +148,10 @@ class Saver:
             base = bases.folder_of(self.run, optimizer.restarts)
             if self.base is None or self.base["folder"] != self._relative(base):
                 tensors, content = bases.snapshot(optimizer), bases.describe(optimizer)
-        if self.rank == 0:
-            _clear(target)
-            if content:
-                _clear(base)
+        if self.rank == 0:  # what an earlier attempt left; what cannot be removed is found when the files are written
+            manifests.remove(target)
+            if content and base is not None:
+                manifests.remove(base)
         states = _states(engine, self.run.checkpoints, target.name, progress, leave_out_frozen=base is not None)
         self._job = job = _Job(target, states, base, tensors, content, manifest)
         job.thread = threading.Thread(target=self._write, args=(job,), name="checkpoint", daemon=True)
@@ -183,10 +183,11 @@ class Saver:
 
     def _remove_pieces(self, job: _Job) -> None:
         """Of a checkpoint that could not be written: on a full disk they take the room that the next one needs."""
-        if not (job.target / manifests.NAME).is_file():
-            _clear(job.target)
-        if job.base_content and (self.base is None or job.base is None or self.base["folder"] != self._relative(job.base)):
-            _clear(job.base)
+        with suppress(OSError):  # a disk that fails: where it cannot be seen whether it is complete, it is left
+            if not (job.target / manifests.NAME).is_file():
+                manifests.remove(job.target)
+        if job.base is not None and job.base_content and (self.base is None or self.base["folder"] != self._relative(job.base)):
+            manifests.remove(job.base)
 
     def abandon(self) -> None:
         """Waits a while for the checkpoint on its way, without the other ranks: the run ends by an error."""
@@ -274,16 +275,6 @@ def _await(parts: Sequence[Path], abandoned: threading.Event) -> bool:
         if not missing or abandoned.wait(pause_s):
             return not missing
         pause_s = min(1.5 * pause_s, MOST_POLL_S)
-
-
-def _clear(folder: Path | None) -> None:
-    """Removes what an earlier attempt left; what cannot be removed is found when the files are written."""
-    if folder is not None:
-        try:
-            (folder / manifests.NAME).unlink(missing_ok=True)  # first: a half-removed folder must not look whole
-        except OSError:
-            return
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _states(engine: Any, folder: Path, tag: str, progress: dict[str, Any], *, leave_out_frozen: bool) -> dict[Path, Any]:

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from relora_ds.cli import checkpoints, evaluate, export, plan, prepare, report, slurm, spectrum, sweep, traffic, train
 from relora_ds.cli.options import EXIT_CODES, Parser
+from relora_ds.console import write
 from relora_ds.errors import (
     EXIT_BAD_CONFIG,
     EXIT_FAILED,
@@ -52,14 +53,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options, rest)
     except ConfigError as error:
         if not _runs_in_ranks(options) or places.speaks_as(error.speaker if isinstance(error, RankError) else 0):
-            print(f"relora-ds: error: {error}", file=sys.stderr)
+            write(f"relora-ds: error: {error}\n")
         return EXIT_BAD_CONFIG
     except StartError as error:
         if places.speaks_as(0):
-            print(f"relora-ds: error: {error}", file=sys.stderr)
+            write(f"relora-ds: error: {error}\n")
         return EXIT_FAILED
     except (RestartError, SlurmError) as error:
-        print(f"relora-ds: error: {error}", file=sys.stderr)
+        write(f"relora-ds: error: {error}\n")
+        return EXIT_FAILED
+    except OSError as error:
+        if _runs_in_ranks(options) or error.errno is None or isinstance(error, BrokenPipeError):
+            raise
+        where = "" if error.filename is None else f"{error.filename}: "
+        write(f"relora-ds: error: {where}{error.strerror}\n")
         return EXIT_FAILED
 
 

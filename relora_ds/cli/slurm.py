@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import subprocess
 import sys
+import time
 import typing
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
@@ -19,7 +21,7 @@ from relora_ds.cli.options import Parser, add_insisting, add_recipe, insisted, n
 from relora_ds.config import Config, load
 from relora_ds.console import say
 from relora_ds.environment import allocation, attempt, node_name, process_environment
-from relora_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, refuse_below, refuse_rest, with_rest
+from relora_ds.errors import EXIT_BAD_CONFIG, EXIT_DONE, EXIT_STOPPED, ConfigError, refuse_below, refuse_rest, with_rest
 from relora_ds.launch import libraries, places, process_group
 from relora_ds.paths import path_argument, text_argument
 from relora_ds.run.folder import RunFolder
@@ -27,6 +29,7 @@ from relora_ds.slurm.script import (
     SITE_FILE,
     RequeueBy,
     Settings,
+    check_environment_file,
     check_signal,
     describe,
     doubts,
@@ -64,6 +67,8 @@ HELP = {
 }
 """For each field of :class:`Settings`: what its value is called in the usage (nothing: its choices), and its help. What the field
 has as a default is added to the help where that does not say it."""
+AWAY_S, AWAY_PAUSE_S = 300.0, 5.0
+"""How long, and how far apart, the end of a start looks for its recipe."""
 PLACE = "The folder of the run (run.dir of its recipe), or the recipe."
 
 
@@ -196,6 +201,7 @@ def run_submit(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
         slurm_client.need("sbatch")
     environment = process_environment()  # before the libraries below add to it
+    check_environment_file(found, environment)
     deepspeed = check_sizes(config, found, options)
     text = slurm.script(config, found, recipe_name=name, workdir=workdir, insisted=insisted(options))
     if options.dry_run:
@@ -282,9 +288,7 @@ def run_before(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Prints the number of nodes for the step, and how often the job was requeued; all else goes to the standard error."""
     refuse_rest(rest)
     environment = process_environment()
-    if "SLURM_HET_SIZE" in environment:
-        problem = "jobs of several components are not served"
-        raise ConfigError("SLURM_HET_SIZE", environment["SLURM_HET_SIZE"], problem, "ask for nodes of one kind")
+    _refuse_shape(environment)
     from relora_ds.slurm import job as slurm_job
 
     def fits(nodes: int) -> None:
@@ -315,6 +319,15 @@ def run_before(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return EXIT_DONE
 
 
+def _refuse_shape(environment: Mapping[str, str]) -> None:
+    """Raises ConfigError in a job of several components or tasks: SLURM requeues them together, and they want the same folder."""
+    if "SLURM_HET_SIZE" in environment:
+        problem = "jobs of several components are not served"
+        raise ConfigError("SLURM_HET_SIZE", environment["SLURM_HET_SIZE"], problem, "ask for nodes of one kind")
+    if task := environment.get("SLURM_ARRAY_TASK_ID"):
+        raise ConfigError("SLURM_ARRAY_TASK_ID", task, "a run is one job, not an array", "submit each recipe by itself")
+
+
 def try_container(command: str, environment: Mapping[str, str]) -> None:
     """Raises ConfigError where a shell command that only tells the version fails: relora_ds is not there in the container."""
     done = subprocess.run(
@@ -331,6 +344,8 @@ def run_after(options: argparse.Namespace, rest: Sequence[str]) -> int:
     refuse_rest(rest)
     from relora_ds.slurm import job as slurm_job
 
+    if options.code not in (EXIT_DONE, EXIT_BAD_CONFIG, EXIT_STOPPED):
+        await_recipe(Path(options.recipe))
     attempt = slurm_job.confirmed(this_attempt(), slurm_job.OUTAGE_S)
     return slurm_job.after(
         load(options.recipe, []),
@@ -340,6 +355,16 @@ def run_after(options: argparse.Namespace, rest: Sequence[str]) -> int:
         max_stalled=options.max_stalled,
         say=say,
     )
+
+
+def await_recipe(recipe: Path) -> None:
+    """Waits a while for a recipe that was there when this start began: what ended its ranks may be a file system that is away."""
+    deadline, is_told = time.monotonic() + AWAY_S, False
+    while not os.path.isfile(recipe) and time.monotonic() < deadline:  # noqa: PTH113  # Path.is_file raises where the disk fails
+        if not is_told:
+            say(f"waiting up to {AWAY_S:.0f} s for {recipe}, which is away")
+        is_told = True
+        time.sleep(AWAY_PAUSE_S)
 
 
 def this_attempt() -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from relora_ds import environment
 from relora_ds.cli.options import EXIT_CODES, add_insisting, add_recipe, insisted, new_command
 from relora_ds.config import Config, load
+from relora_ds.console import say, write
 from relora_ds.errors import (
     EXIT_BAD_CONFIG,
     EXIT_FAILED,
@@ -102,7 +102,7 @@ def _train_here(options: argparse.Namespace, recipe: Config, overrides: Sequence
     launcher.check_devices(num_processes)
     if num_processes == 1:
         return _train_rank(recipe, checked, places.single(), StopSignal(recipe.train.stop_signal), options.profile)
-    print(f"[relora-ds] starting {num_processes} processes", file=sys.stderr, flush=True)
+    say(f"starting {num_processes} processes")
     profile = [] if options.profile is None else ["--profile", str(options.profile)]
     words = ["train", options.recipe, *overrides, *profile, *insisted(options)]
     return launcher.spawn(words, num_processes, stop_signal=recipe.train.stop_signal)
@@ -120,7 +120,7 @@ def _check(options: argparse.Namespace, recipe: Config, num_processes: int) -> C
         and (done := libraries.guard_bf16())
         and places.speaks_as(0)
     ):
-        print(f"[relora-ds] {done}", file=sys.stderr, flush=True)
+        say(done)
     return checked
 
 
@@ -169,7 +169,7 @@ def _train_together(checked: Checked, place: places.Place, device: Any, stop: St
         message, code = str(error), EXIT_FAILED
         is_final = isinstance(error, TrainingError)  # another start may convert, and a folder that was lost is another job's
         if place.is_main:
-            print(f"relora-ds: error: {error}", file=sys.stderr)
+            write(f"relora-ds: error: {error}\n")
     if place.is_main and is_final:
         _tell_job(checked.config, code, message)
     process_group.leave()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from relora_ds.comm import network
+from relora_ds.console import say
 from relora_ds.errors import ConfigError
 from relora_ds.launch import cores
 from relora_ds.launch.places import Place
@@ -90,13 +91,21 @@ def spawn(arguments: Sequence[str], num_processes: int, stop_signal: str = "USR2
                 process.kill()
 
 
+def _tell_signal(rank: int, number: int) -> None:
+    """Names the signal that ended a rank, which had no time for a word itself; nothing for another end."""
+    if number > 0:
+        why = ", as the kernel does where memory runs out" if number == signal.SIGKILL else ""
+        say(f"rank {rank} was ended by signal {number} ({signal.strsignal(number)}){why}")
+
+
 def _wait(processes: list[subprocess.Popen[Any]]) -> int:
     """Waits for all; the first failure decides the exit code, and a disorderly one stops the rest."""
     failed, deadline = 0, math.inf
     while None in (codes := [process.poll() for process in processes]):  # a list, so that every process is asked
-        crash = next((code for code in codes if code and code not in ORDERLY), 0)
+        rank, crash = next(((rank, code) for rank, code in enumerate(codes) if code and code not in ORDERLY), (0, 0))
         if crash and failed in (0, *ORDERLY):
             failed, deadline = crash, time.monotonic() + GRACE_S
+            _tell_signal(rank, -crash)
             for process in processes:
                 if process.poll() is None:
                     process.terminate()

@@ -6,7 +6,6 @@ import itertools
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,6 +15,7 @@ from itertools import islice
 from typing import Any
 
 from relora_ds.comm import network
+from relora_ds.console import say
 from relora_ds.environment import node_name
 from relora_ds.errors import AllError, ConfigError, RankError, StartError
 from relora_ds.launch import devices, libraries, meeting, places
@@ -112,7 +112,7 @@ def _meet(place: Place, card: Card, limit_s: float) -> tuple[Place, Any]:
         store = _open_store(limit_s)
         _common = dist.PrefixStore(f"relora_ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_meetings)}", store)
         nodes = list(slurm_nodes.hosts(places.step_nodes(os.environ))) if place.launcher == "srun" else []
-        cards = meeting.meet(_common, card, place.world_size, limit_s, _say, nodes)
+        cards = meeting.meet(_common, card, place.world_size, limit_s, say, nodes)
     except (RankError, StartError):
         raise
     except ConfigError as error:
@@ -148,10 +148,6 @@ def of_all_or_one(error: ConfigError, place: Place) -> ConfigError:
     if _common is not None and meeting.is_found_by_all(_common, place.rank, place.world_size):
         return error
     return RankError(place.rank, node_name(), str(error), speaker=place.rank)
-
-
-def _say(text: str) -> None:
-    print(f"[relora-ds] {text}", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -7,8 +7,11 @@ import errno
 import hashlib
 import json
 import os
+import re
+import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -86,13 +89,50 @@ def read(folder: Path) -> Manifest:
     return found
 
 
+def numbered(parent: Path, name: str) -> list[Path]:
+    """The folders ``<name>_<number>`` in one folder, by number, with a manifest or without; none where ``parent`` is not there.
+
+    What users put beside them (``update_0000400_copy``) is not among them: nothing here may take it for one, or remove it.
+
+    Raises:
+        OSError: ``parent`` cannot be read. (Path.glob would find nothing, and a run begin anew over its checkpoints.)
+    """
+    try:
+        found = list(parent.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted((path for path in found if re.fullmatch(rf"{name}_[0-9]+", path.name)), key=number)
+
+
+def number(folder: Path) -> int:
+    """That of a folder which :func:`numbered` finds."""
+    return int(folder.name.rpartition("_")[2])
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder with all that is in it, its manifest first: half removed it must not look whole. What cannot be removed stays.
+
+    Of a link the link alone goes: what it leads to is not this run's to remove.
+    """
+    try:
+        if folder.is_symlink():
+            folder.unlink()
+            return
+        (folder / NAME).unlink(missing_ok=True)
+    except OSError:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def newest(checkpoints: Path) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint in a run's checkpoints/ whose manifest can be read, and what that says; contents are not looked at."""
-    for path in sorted(checkpoints.glob(f"update_*/{NAME}"), reverse=True):
-        try:
-            return path.parent, read(path.parent)
-        except ManifestError:
-            continue
+    """The newest checkpoint in a run's checkpoints/ whose manifest can be read, and what that says; contents are not looked at.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    for path in reversed(numbered(checkpoints, "update")):
+        with suppress(ManifestError):
+            return path, read(path)
     return None
 
 

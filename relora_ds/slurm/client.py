@@ -280,7 +280,7 @@ def unusable(nodes: Iterable[str]) -> list[str]:
         return []
     try:
         text = call("sinfo", "--noheader", "--Node", f"--nodes={','.join(wanted)}", "--format=%N %T")
-    except SlurmError:
+    except (SlurmError, ConfigError):
         return []
     return bad_nodes(text)
 

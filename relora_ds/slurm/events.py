@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from relora_ds.run import manifest as manifests
@@ -28,7 +29,7 @@ OUTCOME = "outcome.json"
 
 
 class Events:
-    """The events of a run's jobs, oldest first."""
+    """The events of a run's jobs, oldest first; of a folder that is a copy, without those of the original's jobs."""
 
     def __init__(self, run: RunFolder) -> None:
         self.path = run.slurm / "events.jsonl"
@@ -36,12 +37,31 @@ class Events:
         if self.path.is_file():
             for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
-                    self.all.append(dict(json.loads(line)))
-                except (ValueError, TypeError):
+                    event = json.loads(line)
+                except ValueError:
                     continue  # cut off by a kill
+                if isinstance(event, dict) and "event" in event:
+                    self.all.append(event)
+            self._leave_out_others()
+
+    def _leave_out_others(self) -> None:
+        """Drops the jobs of the run that this one's folder is a copy of, where that is still there: a copy must not end its job."""
+        others: set[Any] = set()
+        for event in self.all:
+            if event.get("of") in others or self._is_of_another(event):
+                others.add(event.get("job"))
+        self.all = [event for event in self.all if event.get("job") not in others]
+
+    def _is_of_another(self, event: Event) -> bool:
+        try:  # by number alone: two machines may mount one file system in two places
+            return "file" in event and Path(event["file"]).stat().st_ino != self.path.stat().st_ino
+        except (OSError, TypeError, ValueError):  # moved
+            return False
 
     def add(self, kind: str, **content: Any) -> None:
         event = {"event": kind, "time": datetime.now().astimezone().isoformat(timespec="seconds"), **content}
+        if kind in ("submitted", "started"):
+            event["file"] = str(self.path.absolute())
         self.path.parent.mkdir(parents=True, exist_ok=True)
         append_surely(self.path, event)
         self.all.append(event)

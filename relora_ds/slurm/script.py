@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +27,10 @@ Launcher = Literal["srun", "torchrun", "mpi"]
 RequeueBy = Literal["requeue", "dependency", "none"]
 GpuRequest = Literal["gpus-per-node", "gres", "none"]
 Lines = Annotated[list[str], Field(default_factory=list)]
+
+
+FILLED_IN = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\}|[\d$?!@*#-])")
+"""What a shell puts a variable's value for; ``${NAME:-…}`` says itself what else."""
 
 
 class Settings(Section):
@@ -66,7 +70,7 @@ class Settings(Section):
     setup: Lines
     """Shell lines before anything else runs: module load …, source …/activate. The first that fails ends the job."""
     environment_file: LocalPath | None = None
-    """A file of NAME=VALUE lines that all processes get."""
+    """A file of NAME=VALUE lines that all processes get, as a shell reads them."""
     container: str | None = None
     """Words before the training command, e.g. apptainer exec --nv image.sif. What runs before and after training runs outside."""
     container_python: str | None = None
@@ -140,6 +144,10 @@ def _check(found: Settings) -> None:
         raise ConfigError("--gpus-per-node", None, "is required", "give it, or --tasks-per-node on a cluster without GPUs")
     if not found.ranks_per_node:
         raise ConfigError("--tasks-per-node", None, "is required where there are no GPUs")
+    limit_s, own = seconds(found.time or ""), {"signal", "time"} & set(map(option_of, found.sbatch_args))
+    if limit_s is not None and limit_s <= found.signal_before and not own:
+        problem = f"--time={found.time} is {limit_s} s: the ranks would be asked to stop as they start"
+        raise ConfigError("--signal-before", found.signal_before, problem, "take less, or more --time")
     if found.num_gpus and found.ranks_per_node > found.num_gpus:
         raise ConfigError("--tasks-per-node", found.tasks_per_node, f"more than the {found.num_gpus} GPU(s) of a node")
     for key, value in found.model_dump().items():
@@ -152,6 +160,18 @@ def _check(found: Settings) -> None:
     for text in found.sbatch_args:
         if not text.startswith("-"):
             raise ConfigError("--sbatch-args", text, "is no option of sbatch", "write it with its dashes: --reservation=week")
+
+
+def seconds(limit: str) -> int | None:
+    """Seconds of a time limit as sbatch reads it: ``minutes``, ``minutes:seconds``, ``hours:minutes:seconds``,
+    ``days-hours[:minutes[:seconds]]``; None for what is no limit (0, UNLIMITED), or no time."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
+    if found is None:
+        return None
+    days, *times = (None if part is None else int(part) for part in found.groups())
+    given = [part for part in times if part is not None]
+    hours, minutes, rest = [*given, 0, 0][:3] if days is not None or len(given) == 3 else [0, *given, 0][:3]
+    return (((days or 0) * 24 + hours) * 60 + minutes) * 60 + rest or None
 
 
 def _check_shape(key: str, text: str) -> None:
@@ -167,6 +187,49 @@ def check_signal(found: Settings) -> None:
     if found.launcher == "mpi" and found.signal not in ("USR1", "USR2"):
         problem = "mpirun ends the ranks upon it, or keeps it to itself"
         raise ConfigError("--signal", found.signal, problem, "USR1 or USR2, and train.stop_signal alike")
+
+
+def check_environment_file(found: Settings, known: Collection[str]) -> None:
+    """Raises ConfigError for a line of the environment file of which the script's shell would make something else than it says.
+
+    Where the file cannot be read from here, it is left to the job.
+
+    Args:
+        found: the job's settings.
+        known: names of the variables that are set.
+    """
+    if found.environment_file is None:
+        return
+    try:
+        lines = Path(found.environment_file).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return
+    names = set(known)
+    for number, line in enumerate(lines, start=1):
+        if problem := _misread(line, names):
+            where = f"line {number} of {found.environment_file}"
+            way_out = "write NAME='VALUE' for a value as it stands; what needs a shell belongs into --setup"
+            raise ConfigError("--environment-file", line.partition("=")[0].strip(), f"{where} {problem}", way_out)
+
+
+def _misread(line: str, names: set[str]) -> str:
+    """What is wrong with a line of NAME=VALUE as a shell reads it, "" where nothing is; adds to the ``names`` that are set."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    try:
+        words = list(lexer)
+    except ValueError:
+        return "has a quote that stays open"
+    for word in words[words[:1] == ["export"] :]:
+        name, equals, _ = word.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name):
+            return f"goes on with {word!r} after its value" if word != words[0] else "is not NAME=VALUE"
+        names.add(name)
+    for match in FILLED_IN.finditer(re.sub(r"'[^']*'|\\.", "", line.partition(" #")[0])):
+        name = match[1] or match[2] or ""
+        if name not in names and not name.startswith("SLURM"):
+            return f"holds {match[0]}, which a shell fills in, and which is not set"
+    return ""
 
 
 def doubts(found: Settings) -> list[str]:
@@ -201,6 +264,7 @@ def render(
         _BEFORE.format(
             before=f'{_relora("slurm before")} --tasks-per-node "$tasks_per_node" {requeue}{_probe(found)}{more}',
             step=_step(found, more),
+            heard=f"TERM {found.signal}" if found.launcher == "mpi" else "TERM",
         ),
         _AFTER.format(after=f'{_relora("slurm after")} --code "$code" {requeue} --max-stalled {found.max_stalled}'),
     ]
@@ -273,7 +337,7 @@ _HOW = {
 }
 _BEFORE = """\
 # SLURM's TERM (preemption, an operator's requeue) reaches the ranks, too: this shell waits for them and then decides.
-trap : TERM
+trap : {heard}
 
 # Checks the recipe for these nodes; says over how many of them the global batch divides, and how often the job was requeued.
 if found=$({before}); then
@@ -339,10 +403,10 @@ def _step(found: Settings, insisted: str) -> str:
         place = '-np "$((nodes * tasks_per_node))" --map-by "ppr:$tasks_per_node:node" --bind-to none'
         start = f"mpirun {place}{more} \\\n        {train} &"
         # mpirun hands this signal on to the ranks; upon TERM it would end them, and SLURM's TERM need not reach it at all
-        forward = f"\n    trap 'kill -s {found.signal} \"$step\"' {found.signal} TERM"
+        forward = f"trap 'kill -s {found.signal} \"$!\"' {found.signal} TERM\n    "
     return f"""\
-    {start}
-    step=$!{forward}
+    {forward}{start}
+    step=$!
     while true; do
         wait "$step"
         code=$?

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 
 from relora_ds.callbacks.callback import RunState
@@ -11,6 +12,9 @@ from relora_ds.errors import TrainingError
 from relora_ds.run.lock import RunLock
 from relora_ds.supervision.watchdog import SAVE_S
 from relora_ds.training.finite import refuse_not_finite
+
+RETRY_S = 2.0
+"""After so long the last checkpoint is tried again."""
 
 
 class Checkpoints:
@@ -36,20 +40,27 @@ class Checkpoints:
     def save(self, *, wait: bool) -> None:
         """Begins to write a checkpoint, when the one before is complete; waits for it if asked, or if it is not asynchronous.
 
+        One that is asked to be waited for, the last, is tried again where it could not be written.
+
         Raises:
-            TrainingError: the weights are not finite; or a checkpoint could not be written, the one that is waited for or too many
-            in a row.
+            TrainingError: the weights are not finite; or too many checkpoints in a row could not be written.
         """
         self.finish()
         run = self.run
         refuse_not_finite(run)
-        self.saver.start(run.engine, reader.describe(run.engine, run.config, run.done, run.phase, self.digests), asdict(run.done))
+        self._start()
         for callback in run.callbacks:
             callback.checkpoint(run)
         if wait or not run.config.checkpoint.asynchronous:
             self.finish()
-        if wait and self.failed_in_a_row:
-            raise TrainingError(f"the last checkpoint could not be written; the newest is {newest(run)}")
+        while wait and self.failed_in_a_row:  # no later one will make up for it; it is given up as others are, by finish
+            time.sleep(RETRY_S)
+            self._start()
+            self.finish()
+
+    def _start(self) -> None:
+        run = self.run
+        self.saver.start(run.engine, reader.describe(run.engine, run.config, run.done, run.phase, self.digests), asdict(run.done))
 
     def finish(self) -> None:
         """Waits for the checkpoint on its way. One that could not be written is told of; too many in a row stop the run."""
@@ -63,12 +74,7 @@ class Checkpoints:
         if problem:
             run.tell(
                 f"a checkpoint could not be written ({self.failed_in_a_row} in a row): {problem}; "
-                f"going on, the newest is {newest(run)}"
+                f"going on, the newest is {reader.newest_in_words(run.folder)}"
             )
         if self.failed_in_a_row >= limit:
             raise TrainingError(f"{limit} checkpoints in a row could not be written (checkpoint.max_failures={limit}): {problem}")
-
-
-def newest(run: RunState) -> str:
-    """The newest checkpoint, for a message."""
-    return str(reader.newest(run.folder) or "none")

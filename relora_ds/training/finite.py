@@ -28,5 +28,5 @@ def refuse_not_finite(run: RunState) -> None:
         raise TrainingError(
             f"the weights are not finite since update {run.done.update} ({broken or 'on another rank'}): lower optimizer.lr, or "
             f"clip gradients (optimizer.grad_clip={run.config.optimizer.grad_clip:g}); the newest checkpoint is "
-            f"{reader.newest(run.folder) or 'none'}"
+            f"{reader.newest_in_words(run.folder)}"
         )

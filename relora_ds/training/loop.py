@@ -11,7 +11,7 @@ from relora_ds import environment
 from relora_ds.callbacks.callback import Callback
 from relora_ds.checkpoint.universal import ConversionError
 from relora_ds.checkpoint.writer import FencedError
-from relora_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, RestartError, TrainingError
+from relora_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, RestartError, StartError, TrainingError
 from relora_ds.launch.places import Place
 from relora_ds.supervision import faults
 from relora_ds.supervision.stop import StopSignal
@@ -78,8 +78,9 @@ def _is_due(every: int | None, update: int) -> bool:
 
 
 def record_fault(error: BaseException, checked: Checked, place: Place, update: int) -> None:
-    """Notes an error that nobody foresaw in faults.jsonl."""
-    if isinstance(error, Exception) and not isinstance(error, EXPECTED):
+    """Notes an error that nobody foresaw in faults.jsonl; one of the run's folder is rank 0's alone, who met it."""
+    is_others = isinstance(error, StartError) and not place.is_main
+    if isinstance(error, Exception) and not isinstance(error, EXPECTED) and not is_others:
         faults.record(
             Path(checked.config.run.dir), kind="error", attempt=environment.attempt(), rank=place.rank, host=environment.node_name(),
             update=update, detail=faults.describe(error),

@@ -192,7 +192,12 @@ def _check_resume(config: Config, index: TokenIndex, allow_changed: Sequence[str
     """A run's folder that holds a checkpoint can only be gone on with by the same run; returns the manifest of the newest that has
     all its files, whose contents rank 0 will read."""
     folder = RunFolder(Path(config.run.dir))
-    newest = checkpoints.choose(folder, lambda problem: None, deep=False)
+    try:
+        newest = checkpoints.choose(folder, lambda problem: None, deep=False)
+    except OSError as error:
+        raise ConfigError(
+            "run.dir", config.run.dir, f"{error.filename}: {error.strerror}", "give yourself access to it"
+        ) from None
     if newest is None:
         return None
     content = checkpoints.read_manifest(newest)
@@ -212,7 +217,10 @@ def refuse_busy(config: Config, attempt: str = "") -> None:
         attempt: this start of a SLURM job, which may take the folder from an earlier one; empty outside of one.
     """
     folder = Path(config.run.dir)
-    other = RunLock(folder, attempt).holder() if folder.is_dir() else None
+    try:
+        other = RunLock(folder, attempt).holder() if folder.is_dir() else None
+    except OSError as error:
+        raise ConfigError("run.dir", config.run.dir, f"{error.filename}: {error.strerror}", "name another folder") from None
     if other is not None:
         raise ConfigError("run.dir", config.run.dir, f"in use by {other}", WAY_OUT)
 

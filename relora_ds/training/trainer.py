@@ -43,7 +43,7 @@ from relora_ds.run.lock import RunLock
 from relora_ds.supervision.parts import BACKWARD, DATA, FORWARD, LOSS_ALL_REDUCE, STEP, part
 from relora_ds.supervision.stragglers import OwnTime
 from relora_ds.training import phases
-from relora_ds.training.checkpoints import Checkpoints, newest
+from relora_ds.training.checkpoints import Checkpoints
 from relora_ds.training.evaluate import evaluate
 from relora_ds.training.finite import refuse_not_finite
 from relora_ds.training.learning_rate import set_learning_rates
@@ -235,7 +235,7 @@ class Trainer(RunState):
         if self.done.skipped_in_a_row >= self.config.train.max_skipped:
             raise TrainingError(
                 f"{self.done.skipped_in_a_row} updates in a row had a non-finite gradient (train.max_skipped="
-                f"{self.config.train.max_skipped}); the newest checkpoint is {newest(self)}"
+                f"{self.config.train.max_skipped}); the newest checkpoint is {checkpoints.newest_in_words(self.folder)}"
             )
 
     def _record(self, update: int, loss: float, tokens_per_s: float, is_skipped: bool) -> dict[str, Any]:

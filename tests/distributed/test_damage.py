@@ -325,3 +325,29 @@ def test_a_checkpoint_is_not_completed_in_a_folder_that_was_taken_over(content: 
     for told in run(2, save_after_a_take_over, at(content, tmp_path / "run")):
         assert told.startswith("FencedError: another job has taken over")
     assert [path.name for path in checkpoints.find_all(RunFolder(tmp_path / "run"))] == ["update_0000003"]
+
+
+def train_with_a_last_checkpoint_that_fails_once(content: dict[str, Any]) -> str:
+    """On rank 1, whose disk is away for a moment."""
+    original, failures, place = Saver._write_own, [1], places.discover()
+    assert place is not None
+
+    def write_own(self: Saver, job: Any) -> None:
+        if job.manifest.update == 18 and place.rank == 1 and failures:
+            failures.pop()
+            raise OSError(errno.EIO, "Input/output error")
+        original(self, job)
+
+    Saver._write_own = write_own  # type: ignore[method-assign]
+    try:
+        return resume(content)
+    finally:
+        Saver._write_own = original  # type: ignore[method-assign]
+
+
+def test_the_last_checkpoint_is_tried_again(content: dict[str, Any], tmp_path: Path) -> None:
+    """No later one makes up for it; a run that a time limit stops would lose all since the one before."""
+    told, _ = run(2, train_with_a_last_checkpoint_that_fails_once, at(content, tmp_path / "run"))
+    assert "a checkpoint could not be written (1 in a row)" in told and "Error" not in told
+    newest = checkpoints.find_all(RunFolder(tmp_path / "run"))[-1]
+    assert newest.name == "update_0000018" and not list(checkpoints.faults(newest))

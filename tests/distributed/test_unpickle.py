@@ -92,14 +92,23 @@ class Case:
         if name == checkpoints.MODEL_STATES:
             shutil.copy(self.checkpoint / name, self.run.universal / UPDATE)
         else:
-            manifest = self.run.universal / UPDATE / manifests.NAME
-            manifests.write(manifest.parent, {"source": manifests.digest(self.checkpoint / manifests.NAME), "files": {}})
+            self.list_universal()
         return self.checkpoint / name
 
     def plant_universal(self, name: str) -> Path:
         path = next((self.run.universal / UPDATE / "zero").glob(f"**/{name}"))
         plant(path, self.marker)
+        self.list_universal()
         return path
+
+    def list_universal(self) -> None:
+        """Writes the manifest that has what is there be reused."""
+        folder = self.run.universal / UPDATE
+        (folder / manifests.NAME).unlink()
+        files = {
+            str(path.relative_to(folder)): manifests.flush_and_describe(path) for path in folder.rglob("*") if path.is_file()
+        }
+        manifests.write(folder, {"source": manifests.digest(self.checkpoint / manifests.NAME), "files": files})
 
 
 @pytest.fixture

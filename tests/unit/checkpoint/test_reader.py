@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from relora_ds.errors import ConfigError
 from relora_ds.run import manifest as manifests
 from relora_ds.run.folder import RunFolder
 from relora_ds.run.manifest import Manifest, ManifestError
+from tests.unit.run.test_manifest import no_access
 
 
 def write_base(run: RunFolder, restarts: int) -> dict[str, str]:
@@ -88,6 +90,72 @@ def test_the_first_base_is_kept_where_that_is_asked_for(run: RunFolder) -> None:
         ["the start of the factors"],
         [],
     ]
+
+
+def copy_beside(run: RunFolder, update: int) -> Path:
+    original = run.checkpoints / f"update_{update:07d}"
+    return Path(shutil.copytree(original, original.with_name(f"{original.name}_before_the_spike")))
+
+
+@pytest.mark.parametrize("keep_every", [None, 4])
+def test_a_users_copy_beside_them_is_neither_taken_nor_removed(run: RunFolder, keep_every: int | None) -> None:
+    copies = [copy_beside(run, 4), copy_beside(run, 12)]
+    (run.checkpoints / "update_0000013_half_copied").mkdir()
+    checkpoints.rotate(run, keep=1, keep_every=keep_every)
+    assert kept(run) == ([12] if keep_every is None else [4, 8, 12])
+    chosen = checkpoints.choose(run, print)
+    assert chosen is not None and chosen.name == "update_0000012" and checkpoints.newest(run) == chosen
+    checkpoints.tidy(run, chosen)
+    assert all((copy / manifests.NAME).is_file() for copy in copies)
+    assert (run.checkpoints / "update_0000013_half_copied").is_dir()
+
+
+def test_a_linked_checkpoint_of_another_run_stays_whole(run: RunFolder, tmp_path: Path) -> None:
+    other = RunFolder(tmp_path / "other")
+    other.checkpoints.mkdir(parents=True)
+    (other.checkpoints / "update_0000002").symlink_to(run.checkpoints / "update_0000002")
+    write_checkpoint(other, 4, 0, None)
+    checkpoints.rotate(other, keep=1, keep_every=None)
+    assert kept(other) == [4] and not list(checkpoints.faults(run.checkpoints / "update_0000002"))
+
+
+def test_a_kept_checkpoint_that_is_damaged_lets_others_go(run: RunFolder) -> None:
+    (run.checkpoints / "update_0000004" / manifests.NAME).write_text("")
+    with pytest.raises(ManifestError):
+        checkpoints.rotate(run, keep=1, keep_every=4)
+    assert [path.name[-2:] for path in checkpoints.find_all(run)] == ["04", "08", "12"]
+    assert base_names(run) == ["restart_0000", "restart_0001", "restart_0002"], "which may be needed"
+
+
+def test_bases_set_aside_are_those_of_later_restarts(run: RunFolder) -> None:
+    for restarts in (9999, 10000):
+        update = restarts + 1000
+        write_checkpoint(run, update, restarts, write_base(run, restarts))
+    checkpoints.tidy(run, checkpoints.choose(run, print))
+    assert not list(run.base.glob("damaged_*"))
+
+
+def test_checkpoints_that_cannot_be_seen_are_not_none(run: RunFolder) -> None:
+    """A run must not begin anew over them."""
+    with no_access(run.checkpoints), pytest.raises(PermissionError):
+        checkpoints.choose(run, print)
+    with no_access(run.checkpoints):
+        assert checkpoints.newest_in_words(run) == "not known (Permission denied)"
+    assert checkpoints.newest_in_words(run).endswith("update_0000012")
+
+
+def test_what_a_run_removes_while_it_is_listed_is_not_damaged(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.config.touch()
+    faults = checkpoints.faults
+
+    def rotated_meanwhile(path: Path, *, deep: bool) -> Iterator[str]:
+        if path.name == "update_0000002":
+            manifests.remove(path)
+        return faults(path, deep=deep)
+
+    monkeypatch.setattr(checkpoints, "faults", rotated_meanwhile)
+    table, is_whole = listing(run, deep=True)
+    assert is_whole and "update_0000002" not in "".join(table)
 
 
 def test_bases_are_listed_by_their_restart(run: RunFolder) -> None:

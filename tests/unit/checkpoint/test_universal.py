@@ -12,6 +12,8 @@ from relora_ds.checkpoint import universal as elastic
 from relora_ds.launch import launcher
 from relora_ds.run import manifest as manifests
 
+WRITES = 'mkdir -p "$8/zero/a.weight"; echo master >"$8/zero/a.weight/fp32.pt"'
+
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
@@ -35,11 +37,27 @@ def test_it_is_finished_although_the_run_is_asked_to_stop(
 ) -> None:
     """SLURM signals every process of a step."""
     signals = "".join(f"kill -s {name} $$; " for name in ("TERM", "USR1", "USR2", "HUP", "INT"))
-    stand_in(tmp_path, f'{signals} mkdir -p "$8"', monkeypatch)
+    stand_in(tmp_path, f"{signals} {WRITES}", monkeypatch)
     told: list[str] = []
     for _ in range(2):
         elastic.convert(checkpoint, tmp_path / "universal", told.append)
     assert [line.split()[0] for line in told] == ["converting", "reusing"]
+
+
+def test_one_that_is_not_whole_is_made_anew(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a copy that was broken off leaves it, or a power cut."""
+    stand_in(tmp_path, WRITES, monkeypatch)
+    told: list[str] = []
+    written = tmp_path / "universal" / "zero" / "a.weight" / "fp32.pt"
+    for content in ("", None):
+        elastic.convert(checkpoint, tmp_path / "universal", told.append)
+        assert written.read_text() == "master\n"
+        if content is None:
+            written.unlink()
+        else:
+            written.write_text(content)
+    elastic.convert(checkpoint, tmp_path / "universal", told.append)
+    assert [line.split()[0] for line in told] == ["converting"] * 3
 
 
 def test_a_failure_has_the_programs_last_words(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import NoReturn
 import pytest
 
 from relora_ds.checkpoint import writer as saver
+from tests.unit.run.test_manifest import no_access
 
 
 def test_files_are_looked_for_in_the_folders_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,3 +53,16 @@ def test_what_is_not_wanted_any_more_is_not_waited_for(tmp_path: Path) -> None:
     abandoned = threading.Event()
     abandoned.set()
     assert not saver._await([tmp_path / "a"], abandoned)
+
+
+def test_pieces_on_a_disk_that_fails_are_left(tmp_path: Path) -> None:
+    """Whether the checkpoint is complete cannot be seen, and the run goes on."""
+    target = tmp_path / "run" / "update_0000004"
+    target.mkdir(parents=True)
+    waiting = object.__new__(saver.Saver)
+    job = saver._Job(target, {}, None, {}, {}, None)  # type: ignore[arg-type]
+    with no_access(tmp_path / "run"):
+        waiting._remove_pieces(job)
+    assert target.is_dir()
+    waiting._remove_pieces(job)
+    assert not target.exists()

@@ -17,6 +17,7 @@ from relora_ds import __version__
 from relora_ds.cli.main import main
 from relora_ds.errors import AllError, ConfigError, RankError
 from relora_ds.launch import launcher, libraries, process_group
+from tests.unit.run.test_manifest import no_access
 
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "SLURM_STEP_ID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
@@ -296,3 +297,14 @@ def test_home_is_filled_in_on_the_command_line(
     script = capsys.readouterr().out
     assert f"recipe={tmp_path}/home/runs/x/slurm/recipe.yaml" in script and "~" not in script
     assert not (tmp_path / "~").exists()
+
+
+def test_a_folder_that_cannot_be_read_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").touch()
+    import relora_ds.checkpoint.listing  # noqa: F401  # as another user this process could not
+
+    with no_access(run):
+        assert main(["checkpoints", str(run)]) == 1
+    assert capfd.readouterr().err == f"relora-ds: error: {run / 'config.yaml'}: Permission denied\n"

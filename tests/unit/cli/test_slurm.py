@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,6 +113,30 @@ def test_before_says_nodes_and_restarts(
     monkeypatch.setenv("SLURM_HET_SIZE", "2")
     assert main(words) == 2
     assert "SLURM_HET_SIZE='2': jobs of several components are not served" in capsys.readouterr().err
+    monkeypatch.delenv("SLURM_HET_SIZE")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    assert main(words) == 2 and "SLURM_ARRAY_TASK_ID='0': a run is one job, not an array" in capsys.readouterr().err
+
+
+def test_the_end_of_a_start_waits_for_a_file_system_that_is_away(
+    recipe: Path, run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the ranks died of would else end the job for good."""
+    run.path.mkdir()
+    Events(run).add("started", job=17, attempt="17.0", update=0, nodes=["node1"], log="", offset=0)
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "node1")
+    monkeypatch.setattr(slurm_client, "shown", lambda *_, **__: replace(RUNNING, restarts=0))
+    monkeypatch.setattr(slurm_client, "insist", lambda *words, **_: asked.append(tuple(map(str, words))))
+    monkeypatch.setattr(cli_slurm, "AWAY_PAUSE_S", 0.05)
+    away = recipe.rename(f"{recipe}.away")
+    timer = threading.Timer(0.3, lambda: away.rename(recipe))
+    timer.start()
+    assert main(["slurm", "after", str(recipe), "--code", "1"]) == 1
+    timer.join()
+    assert asked == [("scontrol", "requeue", "17")]
+    assert f"waiting up to 300 s for {recipe}, which is away" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("restarts", [0, 1])

@@ -23,6 +23,7 @@ PYTHON = sys.executable
 
 # Waiting for processes
 
+KILLED = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
 Start = Callable[[str], subprocess.Popen]
 
 
@@ -43,6 +44,21 @@ def start() -> Iterator[Start]:
 
 def test_all_succeed(start: Start) -> None:
     assert launcher._wait([start("pass"), start("import time; time.sleep(0.2)")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        (KILLED, "[relora-ds] rank 1 was ended by signal 9 (Killed), as the kernel does where memory runs out\n"),
+        (KILLED.replace("KILL", "SEGV"), "[relora-ds] rank 1 was ended by signal 11 (Segmentation fault)\n"),
+        ("raise SystemExit(3)", ""),
+    ],
+)
+def test_a_rank_without_time_for_a_last_word_is_named(
+    start: Start, end: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launcher._wait([start("import time; time.sleep(60)"), start(end)])
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize("code", [75, 2])

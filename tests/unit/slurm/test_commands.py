@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -323,6 +324,26 @@ def test_the_end_of_a_file_and_what_follows(tmp_path: Path, monkeypatch: pytest.
 
 
 # Cancel
+
+
+def test_a_copy_of_a_run_knows_nothing_of_the_originals_job(
+    config: Config, run: RunFolder, calls: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Going back to an earlier checkpoint is done in a copy: its `cancel` ended the job of the original."""
+    Events(run).add("submitted", job=17, cluster="")
+    Events(run).add("started", job=17, attempt="17.0", update=0, nodes=["node1"], log="", offset=0)
+    Events(run).add("successor", job=18, of=17)
+    shutil.copytree(run.path, tmp_path / "copy")
+    monkeypatch.setattr(slurm_client, "job", lambda *_, **__: RUNNING)
+    slurm.refuse_second(RunFolder(tmp_path / "copy"))
+    copied = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(tmp_path / "copy")})})
+    with pytest.raises(ConfigError, match="no SLURM job is known of it"):
+        slurm.cancel(copied, wait_s=0, stop_signal="USR2", say=print)
+    assert calls == [] and Events(run).newest_job() == 18
+    Events(RunFolder(tmp_path / "copy")).add("submitted", job=19, cluster="")
+    assert Events(RunFolder(tmp_path / "copy")).newest_job() == 19
+    run.path.rename(tmp_path / "moved")
+    assert Events(RunFolder(tmp_path / "moved")).newest_job() == 18
 
 
 def test_cancel_asks_for_a_checkpoint_first(

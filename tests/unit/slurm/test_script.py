@@ -13,11 +13,13 @@ from relora_ds.errors import ConfigError
 from relora_ds.slurm.script import (
     TEMPLATES,
     Settings,
+    check_environment_file,
     check_signal,
     describe,
     doubts,
     read_site,
     render,
+    seconds,
     settings,
     template,
 )
@@ -41,6 +43,21 @@ def directives(text: str) -> dict[str, str]:
 def test_options_stand_over_the_site_file() -> None:
     found = settings({"partition": "gpu", "account": "lm", "nodes": 4}, {**GPUS, "partition": "long"})
     assert (found.partition, found.account, found.nodes) == ("long", "lm", "4")
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        ("30", 1800), ("5:30", 330), ("1:00:00", 3600), ("2-00", 172800), ("1-1:30", 91800), ("0-0:0:5", 5), ("0", None),
+        ("UNLIMITED", None), ("", None), ("1:2:3:4", None),
+    ],
+)  # fmt: skip
+def test_time_limits_as_sbatch_reads_them(limit: str, expected: int | None) -> None:
+    assert seconds(limit) == expected
+
+
+def test_a_signal_of_ones_own_may_come_when_it_wants() -> None:
+    assert settings({}, {**GPUS, "time": "2", "sbatch_args": ["--signal=USR2@1"]}).time == "2"
 
 
 def test_a_site_file(tmp_path: Path) -> None:
@@ -69,6 +86,7 @@ def test_a_site_file(tmp_path: Path) -> None:
         ({}, {**GPUS, "signal": "KILL"}, r"--signal='KILL'"),
         ({}, {**GPUS, "signal_before": 5}, r"--signal-before=5"),
         ({}, {**GPUS, "max_stalled": 0}, r"--max-stalled=0"),
+        ({}, {**GPUS, "time": "5"}, r"--signal-before=300: --time=5 is 300 s: the ranks would be asked to stop as they start"),
         ({}, {**GPUS, "partition": "a\n#SBATCH --wrap=evil"}, r"--partition=.*must be one line"),
         ({}, {**GPUS, "setup": ["a\nb"]}, r"--setup=.*must be one line"),
         ({}, {**GPUS, "sbatch_args": ["--array=1-4%1"]}, r"--sbatch-args='--array=1-4%1': a run is one job, not an array"),
@@ -189,7 +207,10 @@ def test_torchrun_is_one_task_a_node_with_the_cores_of_all_its_ranks() -> None:
 def test_mpirun_gets_the_signal_from_the_script() -> None:
     text = script(launcher="mpi", signal="USR1", signal_before=60)
     assert directives(text)["signal"] == "B:USR1@60"
-    assert "trap 'kill -s USR1 \"$step\"' USR1" in text
+    lines = text.splitlines()
+    assert lines.index("trap : TERM USR1") < next(n for n, line in enumerate(lines) if " slurm before " in line)
+    start = next(n for n, line in enumerate(lines) if line.startswith("    mpirun "))
+    assert lines[start - 1] == "    trap 'kill -s USR1 \"$!\"' USR1 TERM", "there before it can be asked for"
 
 
 def test_who_starts_the_job_again() -> None:
@@ -259,6 +280,38 @@ def test_a_set_up_line_that_fails_ends_the_job_and_is_named(tmp_path: Path) -> N
     done = subprocess.run(["bash", "-c", stage], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=30)
     assert (done.returncode, done.stderr) == (3, "[relora-ds] error: this set-up line ended with code 3: (exit 3)\n")
     assert (tmp_path / "calls").read_text() == "begun\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("NAME=my run", r"goes on with 'run' after its value; write NAME='VALUE' for a value as it stands; what"),
+        ("NAME=it's", r"has a quote that stays open"),
+        ("KEY=abc$def", r"holds \$def, which a shell fills in, and which is not set"),
+        ('KEY="abc${def}"', r"holds \$\{def\}, which"),
+        ("KEY=abc$$", r"holds \$\$"),
+        ("KEY=a;b", r"goes on with ';'"),
+        ("module load cuda", r"is not NAME=VALUE"),
+    ],
+)
+def test_a_line_of_the_environment_file_that_a_shell_reads_otherwise(line: str, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "env").write_text(f"# a comment\nA=1\n{line}\n")
+    found = settings({}, {**GPUS, "environment_file": str(tmp_path / "env")})
+    with pytest.raises(ConfigError, match=rf"^--environment-file=.*: line 3 of {re.escape(str(tmp_path))}/env {problem}"):
+        check_environment_file(found, ["HOME"])
+
+
+def test_an_environment_file_that_a_shell_reads_as_it_says(tmp_path: Path) -> None:
+    lines = [
+        "", "# it's a comment", "A=1 # another", "export B='my run, $x and \"y\"'", 'C="two words"', "D=$HOME/hf:${A}", "E=", "F=a#b",
+        r"G=\$x", "H='it'\"'\"'s'", "I=--x=1,y/z:@%+",
+        "J=/tmp/$SLURM_JOB_ID:${NONE:-none}",
+    ]  # fmt: skip
+    (tmp_path / "env").write_text("\n".join(lines))
+    check_environment_file(settings({}, {**GPUS, "environment_file": str(tmp_path / "env")}), ["HOME"])
+    values = "$A|$B|$C|$D|$E|$F|$G|$H|$I|$J"
+    text = play(tmp_path, stage=STAGE + "HOME=/h SLURM_JOB_ID=17\n", environment_file="env", srun=f'echo "{values}" >>calls')
+    assert text[2] == """1|my run, $x and "y"|two words|/h/hf:1||a#b|$x|it's|--x=1,y/z:@%+|/tmp/17:none"""
 
 
 def test_an_environment_file_that_is_not_there_ends_the_job(tmp_path: Path) -> None:
