@@ -37,8 +37,8 @@ class Checkpoints:
         """Begins to write a checkpoint, when the one before is complete; waits for it if asked, or if it is not asynchronous.
 
         Raises:
-            TrainingError: the weights are not finite; or a checkpoint could not be written, the one that is waited for or too many
-            in a row.
+            DivergedError: the weights are not finite.
+            TrainingError: a checkpoint could not be written, the one that is waited for or too many in a row.
         """
         self.finish()
         run = self.run
