@@ -81,6 +81,14 @@ def test_gradients_of_an_older_deepspeed_are_counted_as_they_go_there(
     assert plan(capsys, *words)["update"]["lora"]["gradient_bytes"] == pytest.approx(4 * short), "two all-reduces"
 
 
+def test_figures_of_a_small_model_are_in_units_that_fit(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", str(recipe), "--gpus", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^moments +\d[\d.]* kB +\d[\d.]* kB$", shown, re.MULTILINE)
+    assert re.search(r"^computing( +\d[\d.]* µs){3}$", shown, re.MULTILINE)
+    assert not re.search(r"\b0\.0+\b", shown), "no figure is too small to be seen"
+
+
 @pytest.mark.parametrize(
     ("method", "phases"), [("full", {"full"}), ("control", {"full"}), ("low_rank", {"lora"}), ("lora", {"full", "lora"})]
 )
