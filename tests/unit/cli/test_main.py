@@ -296,3 +296,14 @@ def test_home_is_filled_in_on_the_command_line(
     script = capsys.readouterr().out
     assert f"recipe={tmp_path}/home/runs/x/slurm/recipe.yaml" in script and "~" not in script
     assert not (tmp_path / "~").exists()
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    """As head: Python would print a traceback, and complain once more at its end."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    script = "from relora_ds.cli import main; main.main = lambda: print('x' * 100_000) or print('y'); main.entry_point()"
+    command = [sys.executable, "-c", script]
+    ended = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, check=False, timeout=120, cwd=ROOT)
+    os.close(writes)
+    assert (ended.returncode, ended.stderr) == (1, "")
