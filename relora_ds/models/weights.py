@@ -116,7 +116,7 @@ def pretrained(place: str, model: PreTrainedModel) -> Source:
     transformers converts) is loaded by transformers as a whole, in fp32.
 
     Raises:
-        ConfigError: a tensor has another shape than the model wants, or a pickle could run something.
+        ConfigError: a weight of the model is missing, or has another shape than it wants, or a pickle could run something.
         OSError, ValueError: as transformers raises them where there are no weights.
     """
     where = _find_tensors(place)
@@ -125,7 +125,15 @@ def pretrained(place: str, model: PreTrainedModel) -> Source:
     missing = [name for name, _ in model.named_parameters() if name not in resolved]
     if missing or getattr(model.config, "quantization_config", None) is not None:
         with unpickle.guarded(key="model.path", way_out="save it as safetensors, with save_pretrained"):
-            whole = AutoModelForCausalLM.from_pretrained(place, config=model.config, dtype=torch.float32).state_dict()
+            found, report = AutoModelForCausalLM.from_pretrained(
+                place, config=model.config, dtype=torch.float32, output_loading_info=True
+            )
+        lacking = sorted({name for name, _ in model.named_parameters()} & {*report["missing_keys"]})
+        if lacking:  # transformers makes random ones in their place, others on each rank, and only warns
+            more = f" and {len(lacking) - 1:,} more" if len(lacking) > 1 else ""
+            way_out = "name a folder with all weights of a causal language model"
+            raise ConfigError("model.path", place, f"holds no {lacking[0]}{more}", way_out)
+        whole = found.state_dict()
         return lambda names, param: next((whole[name] for name in names if name in whole), param)
 
     def read(names: Sequence[str], param: Tensor) -> Tensor:

@@ -146,6 +146,14 @@ def test_buffers_that_a_folder_has_or_lacks(tmp_path: Path) -> None:
     assert loaded.model.kept.dtype == torch.float64
 
 
+def test_a_folder_without_all_weights_is_refused(tmp_path: Path) -> None:
+    """Of a model without its head transformers makes a random one, another on each rank."""
+    original = build("llama")
+    original.model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"^model\.path=.*: holds no lm_head\.weight; name a folder with all weights"):
+        models.fill(skeleton(configuration("llama")), dtype=torch.float32, device=CPU, weights=str(tmp_path))
+
+
 def test_names_without_the_inner_models_prefix(tmp_path: Path) -> None:
     """The published GPT-2 has ``h.0.attn…`` where the language model has ``transformer.h.0.attn…``."""
     original = build("gpt2")
