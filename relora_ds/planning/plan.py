@@ -180,8 +180,8 @@ class Phase:
         is_chunked = head_tokens(self.rehearsed.model, per_pass) < per_pass
         again = head if is_chunked and not is_plain(output) else 0
         config = self.rehearsed.model.config
-        heads = config.num_attention_heads
-        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        heads = getattr(config, "num_attention_heads", 0)  # RWKV and others have none
+        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads) if heads else 0
         attention = config.num_hidden_layers * self.sequence_length * width
         merged, passes = self._merged(per_pass, accumulation), tokens // per_pass
         formed = passes // accumulation if self._kept_passes(accumulation) else passes * (3 if recomputes else 2)
