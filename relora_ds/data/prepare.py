@@ -110,15 +110,17 @@ def prepare(
         rows = list(islice(texts(), max_documents))  # each of them empty
         record = {"left_out": {"without_text": rows.count(None), "empty": rows.count("")}}
         raise ConfigError("SOURCE", source, f"it has no documents ({tell_left_out(record) or 'no rows at all'})", "name another")
-    make_folder("OUT", out)
+    if _read_record(out / PROGRESS_FILE, fingerprint) is None:
+        _refuse_tokens(out)
+        if given is None:
+            console.print(f"training a byte-level BPE with {vocab_size} entries")
+            given = Given(train_tokenizer(islice(texts(), max_documents), vocab_size), TRAINED_EOS)
+    make_folder("OUT", out)  # not before: what cannot be read leaves nothing
     with _alone(out):
         state = _read_record(out / PROGRESS_FILE, fingerprint)
         if state is None:
             _refuse_tokens(out)
-            if given is None:
-                console.print(f"training a byte-level BPE with {vocab_size} entries")
-                trained = train_tokenizer(islice(texts(), max_documents), vocab_size)
-                given = Given(trained, TRAINED_EOS)
+            assert given is not None, "nobody takes the record away"
             state = _start(out, fingerprint, given)
         else:
             console.print(f"resuming in {out} after {state['rows']:,} documents")
@@ -226,8 +228,7 @@ def _refuse_tokens(out: Path) -> None:
 
 
 def _start(out: Path, fingerprint: str, given: Given) -> dict[str, Any]:
-    """Makes the folder with the tokenizer in it, and the record of a preparation that has read nothing yet."""
-    make_folder("OUT", out)
+    """Fills the folder with the tokenizer, and the record of a preparation that has read nothing yet."""
     vocab_size = tokenizers.write(given, out)
     encoder_size = max(given.encoder.get_vocab().values()) + 1
     saved = {"file": TOKENIZER_FILE, "sha256": file_sha256(out / TOKENIZER_FILE)}

@@ -46,9 +46,8 @@ def materialise(
     for name, param in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(param), []).append(name)
         metas[id(param)] = param
-    for name, buffer in _saved_buffers(model) if source is not None else ():
-        module, _, key = name.rpartition(".")
-        model.get_submodule(module)._buffers[key] = source([name], buffer).to(buffer.dtype, copy=True)
+    if source is not None:
+        _fill_buffers(model, source)
     tied: dict[int, nn.Parameter] = {}
     for name, unit in _units(model):
         is_new = False
@@ -67,6 +66,13 @@ def materialise(
         if source is None and is_new:
             _initialise(model, unit, f"{seed}/{name}")
         yield name, unit.to(device)
+
+
+def _fill_buffers(model: nn.Module, source: Source) -> None:
+    """Gives the buffers that are part of a model's state their values, each in its own dtype."""
+    for name, buffer in _saved_buffers(model):
+        module, _, key = name.rpartition(".")
+        model.get_submodule(module)._buffers[key] = source([name], buffer).to(buffer.dtype, copy=True)
 
 
 def _saved_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
