@@ -13,14 +13,18 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from relora_ds.reports.run_records import known
 from relora_ds.reports.tables import markdown
 from relora_ds.sweeps.table import mean_and_spread
 
+NUMBER = r"\d+\.?\d*(?:[eE][-+]?\d+)?"
+NAMES = {"rates": "METHOD_RATE", "grid": "rRANK_UPDATES_RESTARTS"}
+"""What the arms are called that a table is made of."""
 Perplexities = Mapping[str, Mapping[int, float]]
 """By arm and seed; NaN of a run that diverged, or that was not judged."""
 
@@ -49,6 +53,12 @@ def told(values: Sequence[float], form: str = "{:.2f}") -> str:
     return form.format(mean) + ("" if math.isnan(spread) else " ± " + form.format(spread)) + of
 
 
+def unfit(table: str, arms: Iterable[str]) -> str | None:
+    """The first arm whose name is none of those that a table is made of; None where all are."""
+    forms = {"rates": rf".+_{NUMBER}", "grid": rf"r?{NUMBER}_{NUMBER}_{NUMBER}"}
+    return next((arm for arm in arms if not re.fullmatch(forms.get(table, ".*"), arm)), None)
+
+
 def _sorted(words: set[str]) -> list[str]:
     return sorted(words, key=float)
 
@@ -62,7 +72,7 @@ def rates(found: Perplexities) -> list[list[str]]:
     columns = _sorted({rate for by_rate in methods.values() for rate in by_rate})
     rows = [["method", *columns]]
     for method, by_rate in methods.items():
-        least = min(value for value in by_rate.values() if not math.isnan(value))
+        least = min(known(by_rate.values()), default=math.nan)
         cells = [told([by_rate[rate]] if rate in by_rate else []) for rate in columns]
         rows.append(
             [method, *(f"**{cell}**" if by_rate.get(rate) == least else cell for rate, cell in zip(columns, cells, strict=True))]
@@ -101,9 +111,16 @@ def main() -> None:
     parser.add_argument("--best", help="the arm that has gone all of it")
     parser.add_argument("--arms", nargs="+", default=[], help="which arms; default: all")
     options = parser.parse_args()
-    found, left_out = perplexities(options.folder)
+    try:
+        found, left_out = perplexities(options.folder)
+    except (OSError, KeyError, ValueError) as error:
+        parser.exit(2, f"{options.folder}: no runs.csv of a sweep ({error}); relora-ds sweep SWEEP.yaml --table writes one\n")
     if left_out:
         print(f"left out, since they are not done: {', '.join(left_out)}", file=sys.stderr)
+    if (arm := unfit(options.table, found)) is not None:
+        parser.exit(
+            2, f"{options.table}: arm {arm!r} of {options.folder} is not called {NAMES[options.table]}; take another table\n"
+        )
     if options.table == "gap":
         missing = [arm for arm in (options.worst, options.best, *options.arms) if arm not in found]
         if missing:

@@ -297,6 +297,15 @@ class Config(Section):
                 return f"{key}={every} does nothing: it is not shorter than the LoRA phase, which has {updates:,} updates"
         return None
 
+    def never_at_its_peak(self) -> str | None:
+        """A line on phases that are over before their learning rate has climbed; None where it reaches its peak in all."""
+        warmup, total = self.optimizer.warmup, self.total_updates
+        phases = {"full-rank": self.full_updates, "LoRA": total - self.full_updates} if self.has_lora_phase else {}
+        short = [f"the {name} phase, which has {updates:,} updates" for name, updates in phases.items() if 0 < updates <= warmup]
+        if not short:
+            return None
+        return f"the learning rate does not reach its peak: optimizer.warmup={warmup} is not shorter than {', and '.join(short)}"
+
 
 def load(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a recipe and applies ``key.sub=value`` overrides, whose values are YAML.

@@ -102,6 +102,17 @@ class TrainingError(RuntimeError):
     """Training cannot go on; what is written stays."""
 
 
+DIVERGED = "diverged: "
+"""How the line of a :class:`DivergedError` begins, by which other processes know it."""
+
+
+class DivergedError(TrainingError):
+    """The weights, or the gradients of too many updates in a row, are no numbers: from the same checkpoint it would end so again."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem if problem.startswith(DIVERGED) else f"{DIVERGED}{problem}")
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A hint such as ``did you mean 'rank'?``, or the list of valid names when none is near."""
     names = list(valid)

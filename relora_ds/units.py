@@ -35,3 +35,12 @@ def human_bytes(count: float) -> str:
             break
         count /= 1000
     return f"{count:.3g} {unit}"
+
+
+def human_seconds(seconds: float) -> str:
+    """Seconds with a decimal prefix where they are few, three digits: 4.52 ms."""
+    for unit in ("s", "ms", "µs"):
+        if seconds >= 0.9995 or seconds == 0 or unit == "µs":
+            break
+        seconds *= 1000
+    return f"{seconds:,.0f} {unit}" if seconds >= 999.5 else f"{seconds:.3g} {unit}"

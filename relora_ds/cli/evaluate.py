@@ -44,6 +44,7 @@ def run_eval(options: argparse.Namespace, rest: Sequence[str]) -> int:
     import torch
 
     from relora_ds.checkpoint.reader import locate
+    from relora_ds.data import tokenizer
     from relora_ds.data.token_dataset import TokenDataset
     from relora_ds.models.export import load_merged
     from relora_ds.training.evaluate import evaluate
@@ -55,8 +56,15 @@ def run_eval(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if not tokens.is_dir() and options.data is None:
         raise ConfigError("--data", None, f"the run's tokens are not in {tokens} any more", "name the folder where they are")
     data = TokenDataset(tokens, "validation", settings.data.sequence_length, shuffle=False)
+    ours, theirs = tokenizer.find(str(tokens)), tokenizer.find(str(folder.model))
+    if ours is not None and theirs is not None and (problem := tokenizer.difference(ours, theirs)):
+        way_out = f"prepare the data with --tokenizer {folder.model}"
+        raise ConfigError("--data", str(tokens), f"its tokenizer is not the run's: {problem}", way_out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_merged(checkpoint, device=device, attention=settings.model.attention, trust=options.trust)
+    if data.index.encoder_size > (rows := model.config.get_text_config().vocab_size):
+        problem = f"its tokenizer has {data.index.encoder_size} entries, the model's vocabulary {rows}"
+        raise ConfigError("--data", str(tokens), problem, "prepare the data with the model's tokenizer")
     result = evaluate(
         model, data, batch_size=options.batch_size or settings.train.micro_batch, device=device,
         max_tokens=options.max_tokens or settings.train.eval_tokens,

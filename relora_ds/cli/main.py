@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -77,7 +79,24 @@ def _runs_in_ranks(options: argparse.Namespace) -> bool:
 
 def entry_point() -> NoReturn:
     command: Callable[[], int] = main
-    sys.exit(command())
+    code = EXIT_FAILED
+    try:
+        try:
+            code = command()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _is_unread(sys.stdout.fileno()):
+            raise  # of another pipe, or of a connection
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
+    sys.exit(code)
+
+
+def _is_unread(pipe: int) -> bool:
+    """Whether nobody reads a pipe any more: head ends when it has seen enough."""
+    poll = select.poll()
+    poll.register(pipe, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from relora_ds.config import load
 from relora_ds.errors import EXIT_DONE, ConfigError, nearest, with_rest
 from relora_ds.launch import libraries
 from relora_ds.reports.tables import aligned
-from relora_ds.units import parse_bytes
+from relora_ds.units import human_bytes, human_seconds, parse_bytes
 
 GPUS = {
     "h100": (989, 80), "h200": (989, 141), "a100": (312, 80), "l40s": (362, 48), "v100": (125, 32), "rtx4090": (165, 24),
@@ -110,15 +110,15 @@ def tables(answer: Mapping[str, Any]) -> list[str]:
     ]
     peak = answer["peak"]
     lines.append(
-        f"The peak is {peak['bytes'] / 1e9:.2f} of {answer['gpu_bytes'] / 1e9:.0f} GB, "
+        f"The peak is {human_bytes(peak['bytes'])} of {human_bytes(answer['gpu_bytes'])}, "
         f"in the {PHASES[peak['phase']]} ({peak['moment']})."
     )
     lines += ["", *update_table(answer["update"], answer["full_rank_by_defaults"])]
     if answer["restart"]:
         restart = answer["restart"]
         lines.append(
-            f"A restart, every {restart['every']:,} updates, sends {restart['bytes'] / 1e6:,.1f} MB: "
-            f"{restart['link_s']:.3f} s on a node's link."
+            f"A restart, every {restart['every']:,} updates, sends {human_bytes(restart['bytes'])}: "
+            f"{human_seconds(restart['link_s'])} on a node's link."
         )
     return [*lines, "", *advice_table(answer["advice"]), "", answer["note"]]
 
@@ -128,12 +128,12 @@ def memory_table(memory: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[
     most = {name: max(moments.values(), key=lambda parts: sum(parts.values())) for name, moments in memory.items()}
     part_names = list(dict.fromkeys(part for parts in most.values() for part in parts if any(p.get(part) for p in most.values())))
     moment_names = list(dict.fromkeys(moment for moments in memory.values() for moment in moments))
-    rows = [["memory of one GPU at its fullest, GB", *(PHASES[name] for name in memory)]]
-    rows += [[part, *(_gb(parts.get(part)) for parts in most.values())] for part in part_names]
-    rows += [["together", *(_gb(sum(parts.values())) for parts in most.values())], []]
-    rows.append(["the most at one time, GB", *(PHASES[name] for name in memory)])
+    rows = [["memory of one GPU at its fullest", *(PHASES[name] for name in memory)]]
+    rows += [[part, *(_bytes(parts.get(part)) for parts in most.values())] for part in part_names]
+    rows += [["together", *(_bytes(sum(parts.values())) for parts in most.values())], []]
+    rows.append(["the most at one time", *(PHASES[name] for name in memory)])
     rows += [
-        [moment, *(_gb(sum(moments[moment].values()) if moment in moments else None) for moments in memory.values())]
+        [moment, *(_bytes(sum(moments[moment].values()) if moment in moments else None) for moments in memory.values())]
         for moment in moment_names
     ]
     return aligned(rows)
@@ -141,18 +141,18 @@ def memory_table(memory: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[
 
 def update_table(update: Mapping[str, Mapping[str, float]], baseline: Mapping[str, float]) -> list[str]:
     columns = {PHASES[name]: cost for name, cost in update.items()} | {"full-rank, DeepSpeed's defaults": baseline}
-    figures = [
-        ("trainable parameters, millions", "trainable", 1e6, ",.2f"),
-        ("a rank sends: gradients, MB", "gradient_bytes", 1e6, ",.2f"),
-        ("parameters, MB", "parameter_bytes", 1e6, ",.2f"),
-        ("norm, loss, flags, kB", "scalar_bytes", 1e3, ",.2f"),
-        ("computing, s", "compute_s", 1, ".4f"),
-        ("on a node's link, s", "link_s", 1, ".4f"),
-        ("an update at most (not overlapped), s", "at_most_s", 1, ".4f"),
-        ("if all is overlapped, s", "overlapped_s", 1, ".4f"),
+    figures: list[tuple[str, str, Callable[[float], str]]] = [
+        ("trainable parameters", "trainable", "{:,}".format),
+        ("a rank sends: gradients", "gradient_bytes", human_bytes),
+        ("parameters", "parameter_bytes", human_bytes),
+        ("norm, loss, flags", "scalar_bytes", human_bytes),
+        ("computing", "compute_s", human_seconds),
+        ("on a node's link", "link_s", human_seconds),
+        ("an update at most (not overlapped)", "at_most_s", human_seconds),
+        ("if all is overlapped", "overlapped_s", human_seconds),
     ]
     rows = [["an update", *columns]]
-    rows += [[label, *(format(cost[key] / unit, form) for cost in columns.values())] for label, key, unit, form in figures]
+    rows += [[label, *(told(cost[key]) for cost in columns.values())] for label, key, told in figures]
     for label, key in (("speed-up, not overlapped", "at_most_s"), ("speed-up, overlapped", "overlapped_s")):
         rows.append([label, *(f"{baseline[key] / cost[key]:.2f}" for cost in columns.values())])
     limited = [name for name, cost in columns.items() if cost["link_s"] > cost["compute_s"]]
@@ -164,16 +164,16 @@ def update_table(update: Mapping[str, Mapping[str, float]], baseline: Mapping[st
 
 def advice_table(advice: Mapping[str, Any]) -> list[str]:
     """The largest micro batches that fit, and what to change."""
-    rows = [["fits with a tenth left free", "largest micro batch", "peak, GB"]]
+    rows = [["fits with a tenth left free", "largest micro batch", "peak"]]
     for choice in advice["choices"]:
         label = f"stage {choice['stage']}" + (f", frozen {choice['frozen']}" if choice["frozen"] else "")
         label += ", gradient checkpointing" if choice["gradient_checkpointing"] else ""
-        rows.append([label, str(choice["micro_batch"] or "none"), _gb(choice["bytes"])])
+        rows.append([label, str(choice["micro_batch"] or "none"), _bytes(choice["bytes"])])
     verdict = (
         "fits, as far as is estimated: evaluation, checkpoints and host memory are not" if advice["fits"] else "does not fit"
     )
     return [f"This recipe {verdict}.", *aligned(rows), *advice["hints"]]
 
 
-def _gb(num_bytes: float | None) -> str:
-    return "-" if num_bytes is None else f"{num_bytes / 1e9:,.3f}"
+def _bytes(count: float | None) -> str:
+    return "-" if count is None else human_bytes(count)

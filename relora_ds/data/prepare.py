@@ -14,7 +14,7 @@ import operator
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,9 +29,11 @@ from relora_ds.data import tokenizer as tokenizers
 from relora_ds.data.documents import local_files, mend, open_source
 from relora_ds.data.token_dataset import DTYPES, INDEX_FILE, INDEX_FORMAT, MASK_64, TRAIN, VALIDATION, file_sha256, mix64
 from relora_ds.data.tokenizer import TOKENIZER_FILE, Given
+from relora_ds.environment import attempt
 from relora_ds.errors import ConfigError
 from relora_ds.paths import make_folder, refuse_unwritable
 from relora_ds.run.folder import write_atomically
+from relora_ds.run.lock import LOCK_NAME, RunLock
 from relora_ds.text import json_text
 
 PROGRESS_FILE = "progress.json"
@@ -76,7 +78,8 @@ def prepare(
         The index, as written to ``index.json``.
 
     Raises:
-        ConfigError: a setting that cannot be used, a source without documents, or an ``out`` that holds something else.
+        ConfigError: a setting that cannot be used, a source without documents, or an ``out`` that holds something else, or that
+            another process is preparing.
     """
     out, console = Path(out), Console(stderr=True, quiet=not progress)
     _check_settings(vocab_size if tokenizer is None else None, holdout, max_documents)
@@ -102,38 +105,58 @@ def prepare(
         names = ", ".join(str(file) for file in passed_over[:3])
         console.print(f"passed over: {len(passed_over):,} hidden file(s) or metadata, such as {names}")
     texts = open_source(source, files, config_name, split, text_column)
-    state = _read_record(out / PROGRESS_FILE, fingerprint)
     head = list(islice(filter(None, islice(texts(), max_documents)), 2))
     if not head:
         rows = list(islice(texts(), max_documents))  # each of them empty
         record = {"left_out": {"without_text": rows.count(None), "empty": rows.count("")}}
         raise ConfigError("SOURCE", source, f"it has no documents ({tell_left_out(record) or 'no rows at all'})", "name another")
-    if state is None:
+    if _read_record(out / PROGRESS_FILE, fingerprint) is None:
         _refuse_tokens(out)
         if given is None:
             console.print(f"training a byte-level BPE with {vocab_size} entries")
-            trained = train_tokenizer(islice(texts(), max_documents), vocab_size)
-            given = Given(trained, TRAINED_EOS)
-        state = _start(out, fingerprint, given)
-    else:
-        console.print(f"resuming in {out} after {state['rows']:,} documents")
-        before = state["rows"] - _total(state["splits"], "documents")  # of a version that did not tell them apart
-        state.setdefault("left_out", {"without_text": 0, "empty": before})
-    _tokenize(islice(texts(), state["rows"], max_documents), out, state, seed, holdout, console, is_alone=len(head) == 1)
-    index = {"format": INDEX_FORMAT, "source": source, "text_column": text_column}
-    index |= {"tokenizer": state["tokenizer"], "dtype": state["dtype"], "seed": seed, "holdout": holdout}
-    index |= {"splits": {}, "left_out": state["left_out"], "mended": state["mended"], "fingerprint": fingerprint}
-    index["passed_over"] = len(passed_over)
-    for name, counts in state["splits"].items():
-        index["splits"][name] = {"file": f"{name}.bin", **counts, "sha256": file_sha256(out / f"{name}.bin")}
-        console.print(f"{name}: {counts['tokens']:,} tokens of {counts['documents']:,} documents")
-    if left_out := tell_left_out(index):
-        console.print(left_out)
-    if index["mended"]:
-        console.print(f"mended: {index['mended']:,} document(s) with half a surrogate pair, which became U+FFFD")
-    write_json(out / INDEX_FILE, index)
-    (out / PROGRESS_FILE).unlink()
-    return index
+            given = Given(train_tokenizer(islice(texts(), max_documents), vocab_size), TRAINED_EOS)
+    make_folder("OUT", out)  # not before: what cannot be read leaves nothing
+    with _alone(out):
+        state = _read_record(out / PROGRESS_FILE, fingerprint)
+        if state is None:
+            _refuse_tokens(out)
+            assert given is not None, "nobody takes the record away"
+            state = _start(out, fingerprint, given)
+        else:
+            console.print(f"resuming in {out} after {state['rows']:,} documents")
+            before = state["rows"] - _total(state["splits"], "documents")  # of a version that did not tell them apart
+            state.setdefault("left_out", {"without_text": 0, "empty": before})
+        _tokenize(islice(texts(), state["rows"], max_documents), out, state, seed, holdout, console, is_alone=len(head) == 1)
+        index = {"format": INDEX_FORMAT, "source": source, "text_column": text_column}
+        index |= {"tokenizer": state["tokenizer"], "dtype": state["dtype"], "seed": seed, "holdout": holdout}
+        index |= {"splits": {}, "left_out": state["left_out"], "mended": state["mended"], "fingerprint": fingerprint}
+        index["passed_over"] = len(passed_over)
+        for name, counts in state["splits"].items():
+            index["splits"][name] = {"file": f"{name}.bin", **counts, "sha256": file_sha256(out / f"{name}.bin")}
+            console.print(f"{name}: {counts['tokens']:,} tokens of {counts['documents']:,} documents")
+        if left_out := tell_left_out(index):
+            console.print(left_out)
+        if index["mended"]:
+            console.print(f"mended: {index['mended']:,} document(s) with half a surrogate pair, which became U+FFFD")
+        write_json(out / INDEX_FILE, index)
+        (out / PROGRESS_FILE).unlink()
+        return index
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Raises ConfigError while another process prepares the folder: as the tasks of one srun, both would write the same files."""
+    lock = RunLock(out, attempt())
+    try:
+        lock.acquire()
+    except ConfigError as error:
+        raise ConfigError(
+            "OUT", str(out), error.problem, "wait for that preparation or stop it, or name another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _check_settings(trained_vocab_size: int | None, holdout: float, max_documents: int | None) -> None:
@@ -156,7 +179,7 @@ def _refuse_of_hub(source: str, config_name: str | None, split: str) -> None:
 def is_written(file: Path, out: Path) -> bool:
     """Whether a file was put into the folder ``out`` by a preparation."""
     return file.resolve().parent == out.resolve() and (
-        file.name in (INDEX_FILE, PROGRESS_FILE) or tokenizers.is_one_of_them(file.name)
+        file.name in (INDEX_FILE, PROGRESS_FILE, LOCK_NAME) or tokenizers.is_one_of_them(file.name)
     )
 
 
@@ -205,8 +228,7 @@ def _refuse_tokens(out: Path) -> None:
 
 
 def _start(out: Path, fingerprint: str, given: Given) -> dict[str, Any]:
-    """Makes the folder with the tokenizer in it, and the record of a preparation that has read nothing yet."""
-    make_folder("OUT", out)
+    """Fills the folder with the tokenizer, and the record of a preparation that has read nothing yet."""
     vocab_size = tokenizers.write(given, out)
     encoder_size = max(given.encoder.get_vocab().values()) + 1
     saved = {"file": TOKENIZER_FILE, "sha256": file_sha256(out / TOKENIZER_FILE)}

@@ -83,7 +83,8 @@ def load(name: str) -> Given:
         (token for token in (named.get("eos_token"), *KNOWN_EOS) if token and encoder.token_to_id(token) is not None), None
     )
     if eos is None:
-        raise ConfigError("--tokenizer", name, f"it has no token that ends a document (eos_token, or {', '.join(KNOWN_EOS)})")
+        problem = f"it has no token that ends a document (eos_token, or {', '.join(KNOWN_EOS)})"
+        raise ConfigError("--tokenizer", name, problem, f"name one of its tokens as eos_token in a {CONFIG_FILE} beside it")
     return Given(_whole(encoder), eos, file if file.is_file() else None, folder, named)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -67,7 +68,7 @@ def initialize(
             leave its groups; the factors come in, with the settings of the group that their weight was in.
         model_parameters: parameters or groups to train; all trainable ones when None.
         lr_scheduler: a callable that takes the optimizer, or None for the one in ``config``.
-        config: DeepSpeed's configuration: a path or a dictionary.
+        config: DeepSpeed's configuration: a path or a dictionary; None for the one that ``args.deepspeed_config`` names.
         relora: the settings of :class:`relora_ds.config.ReLoRA`; None for ``deepspeed.initialize`` as it is, but for
             gradient reduction.
         lora_lr: learning rate of the factors; that of their group when None.
@@ -85,7 +86,8 @@ def initialize(
     """
     if model is None:
         raise ConfigError("model", None, "is required")
-    content = ds_config.normalise(ds_config.read(config if config is not None else getattr(args, "deepspeed_config", None) or ""))
+    args, given = _configured(args, config if config is not None else others.pop("config_params", None))
+    content = ds_config.normalise(ds_config.read(given))
     precision = ds_config.precision(content)
     ds_config.refuse_unrunnable(precision)
     libraries.skip_shared_memory_build()
@@ -148,6 +150,23 @@ def initialize(
     label(engine)
     engine.load_checkpoint = _reader(engine, trust)
     return engine, engine.optimizer, loader, scheduler
+
+
+def _configured(args: Any, config: Any) -> tuple[Any, Any]:
+    """DeepSpeed's configuration, which may be the one of its option --deepspeed_config; and ``args`` without it, for DeepSpeed, which
+    takes it from one place alone."""
+    named = getattr(args, "deepspeed_config", None)
+    if named is None:
+        if config is None:
+            raise ConfigError(
+                "config", None, "is required", "pass DeepSpeed's JSON file or its content, or args with deepspeed_config"
+            )
+        return args, config
+    if config is not None:
+        raise ConfigError("config", config, f"args.deepspeed_config={named!r} is given, too", "leave one of the two out")
+    args = copy.copy(args)
+    args.deepspeed_config = None
+    return args, named
 
 
 def _join() -> None:

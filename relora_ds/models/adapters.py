@@ -401,4 +401,4 @@ def _state_source(folder: Path, state: Mapping[str, Tensor], buffers: set[str], 
     if foreign:
         problem = f"holds {foreign[0]}, which the model has not"
         raise ConfigError("model.weights", str(folder), problem, "name the model that it was trained with")
-    return lambda names, _param: next(state[name] for name in names if name in state)
+    return lambda names, param: next((state[name] for name in names if name in state), param)

@@ -126,10 +126,10 @@ def _source(model: PreTrainedModel, weight_of: Callable[[lora.ReLoRALayer], Tens
     """The weights of a model, those of wrapped layers by ``weight_of`` (out, in)."""
     layers = {f"{name}.weight": layer for name, layer in lora.relora_layers(model)}
 
-    def read(names: Sequence[str], _param: Tensor) -> Tensor:
+    def read(names: Sequence[str], param: Tensor) -> Tensor:
         layer = next((layers[name] for name in names if name in layers), None)
         if layer is None:
-            return model.get_parameter(names[0]).detach()
+            return (model.get_parameter if param.is_meta else model.get_buffer)(names[0]).detach()
         return weight_of(layer).t() if layer.is_conv1d else weight_of(layer)
 
     return read

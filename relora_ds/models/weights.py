@@ -19,7 +19,11 @@ from relora_ds.errors import ConfigError
 from relora_ds.run import unpickle
 
 Source = Callable[[Sequence[str], Tensor], Tensor]
-"""(all names of a parameter, the parameter on the meta device) -> its value: same shape, any floating dtype."""
+"""(all names of a parameter, the parameter on the meta device) -> its value: same shape, any floating dtype.
+
+Also asked for the buffers that a model saves with its weights (the routing biases of DeepSeek-V3): a buffer as it was made is there
+already, and given back by a source that does not hold it.
+"""
 
 
 def materialise(
@@ -42,6 +46,8 @@ def materialise(
     for name, param in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(param), []).append(name)
         metas[id(param)] = param
+    if source is not None:
+        _fill_buffers(model, source)
     tied: dict[int, nn.Parameter] = {}
     for name, unit in _units(model):
         is_new = False
@@ -60,6 +66,23 @@ def materialise(
         if source is None and is_new:
             _initialise(model, unit, f"{seed}/{name}")
         yield name, unit.to(device)
+
+
+def _fill_buffers(model: nn.Module, source: Source) -> None:
+    """Gives the buffers that are part of a model's state their values, each in its own dtype."""
+    for name, buffer in _saved_buffers(model):
+        module, _, key = name.rpartition(".")
+        model.get_submodule(module)._buffers[key] = source([name], buffer).to(buffer.dtype, copy=True)
+
+
+def _saved_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """The buffers that belong to a model's state, by name; others, such as rotary frequencies, follow from its configuration."""
+    return [
+        (f"{prefix}.{key}" if prefix else key, buffer)
+        for prefix, module in model.named_modules()
+        for key, buffer in module._buffers.items()
+        if buffer is not None and key not in module._non_persistent_buffers_set
+    ]
 
 
 def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -89,7 +112,7 @@ def _initialise(model: PreTrainedModel, unit: nn.Module, text: str) -> None:
 
 def blank(_names: Sequence[str], param: Tensor) -> Tensor:
     """A :data:`Source` of zeros, for a model whose weights a checkpoint will bring."""
-    return torch.zeros(param.shape)
+    return torch.zeros(param.shape) if param.is_meta else param
 
 
 def pretrained(place: str, model: PreTrainedModel) -> Source:
@@ -99,19 +122,30 @@ def pretrained(place: str, model: PreTrainedModel) -> Source:
     transformers converts) is loaded by transformers as a whole, in fp32.
 
     Raises:
-        ConfigError: a tensor has another shape than the model wants, or a pickle could run something.
+        ConfigError: a weight of the model is missing, or has another shape than it wants, or a pickle could run something.
         OSError, ValueError: as transformers raises them where there are no weights.
     """
     where = _find_tensors(place)
-    resolved = {name: found for name, _ in model.named_parameters() if (found := _alias(name, model, where)) is not None}
+    wanted = [name for name, _ in (*model.named_parameters(), *_saved_buffers(model))]
+    resolved = {name: found for name in wanted if (found := _alias(name, model, where)) is not None}
     missing = [name for name, _ in model.named_parameters() if name not in resolved]
     if missing or getattr(model.config, "quantization_config", None) is not None:
         with unpickle.guarded(key="model.path", way_out="save it as safetensors, with save_pretrained"):
-            whole = AutoModelForCausalLM.from_pretrained(place, config=model.config, dtype=torch.float32).state_dict()
-        return lambda names, _param: next(whole[name] for name in names if name in whole)
+            found, report = AutoModelForCausalLM.from_pretrained(
+                place, config=model.config, dtype=torch.float32, output_loading_info=True
+            )
+        lacking = sorted({name for name, _ in model.named_parameters()} & {*report["missing_keys"]})
+        if lacking:  # transformers makes random ones in their place, others on each rank, and only warns
+            more = f" and {len(lacking) - 1:,} more" if len(lacking) > 1 else ""
+            way_out = "name a folder with all weights of a causal language model"
+            raise ConfigError("model.path", place, f"holds no {lacking[0]}{more}", way_out)
+        whole = found.state_dict()
+        return lambda names, param: next((whole[name] for name in names if name in whole), param)
 
     def read(names: Sequence[str], param: Tensor) -> Tensor:
-        found = next(resolved[name] for name in names if name in resolved)
+        found = next((resolved[name] for name in names if name in resolved), None)
+        if found is None:  # a buffer that the files do not have
+            return param
         with safe_open(where[found], framework="pt") as file:
             value = file.get_tensor(found)
         if value.shape != param.shape:

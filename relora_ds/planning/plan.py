@@ -27,6 +27,7 @@ from relora_ds.models.loss import head_tokens
 from relora_ds.planning import footprint, rehearsal
 from relora_ds.planning import phase_change as change_footprint
 from relora_ds.planning.footprint import Engine, Peak
+from relora_ds.units import human_bytes
 
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
 FREE = 0.1
@@ -179,8 +180,8 @@ class Phase:
         is_chunked = head_tokens(self.rehearsed.model, per_pass) < per_pass
         again = head if is_chunked and not is_plain(output) else 0
         config = self.rehearsed.model.config
-        heads = config.num_attention_heads
-        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        heads = getattr(config, "num_attention_heads", 0)  # RWKV and others have none
+        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads) if heads else 0
         attention = config.num_hidden_layers * self.sequence_length * width
         merged, passes = self._merged(per_pass, accumulation), tokens // per_pass
         formed = passes // accumulation if self._kept_passes(accumulation) else passes * (3 if recomputes else 2)
@@ -420,7 +421,7 @@ class Planner:
         if spare > SPARE * self.machine.memory:
             hints.append(
                 f"reduce_bucket_size is {engine.bucket:,} entries for {most:,} gradients: "
-                f"zero_optimization.reduce_bucket_size={most} frees {spare / 1e9:.2f} GB"
+                f"zero_optimization.reduce_bucket_size={most} frees {human_bytes(spare)}"
             )
         if not any(choice["micro_batch"] for choice in choices):
             held = "more GPUs (masters and moments are split over them), " if engine.world_size < 64 else ""

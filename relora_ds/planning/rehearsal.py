@@ -8,8 +8,10 @@ device would take the sum of products. What a kernel allocates and frees inside 
 from __future__ import annotations
 
 import gc
+import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +23,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
 
 from relora_ds.config import Loss, ReLoRA
+from relora_ds.errors import ConfigError
 from relora_ds.method import lora
 from relora_ds.models import build as models
 from relora_ds.models.loss import attach as attach_loss
 from relora_ds.models.packing import none_packed
 
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # what fails on them is told in one line
 Mark = str
 """The name of a parameter whose gradient is complete, and about to be taken."""
 
@@ -93,7 +97,11 @@ class Rehearsed:
     model: PreTrainedModel
 
     def run(self, micro_batch: int, sequence_length: int) -> Trace:
-        """Forward and backward of ``micro_batch`` samples of ``sequence_length`` tokens, each gradient taken when it is there."""
+        """Forward and backward of ``micro_batch`` samples of ``sequence_length`` tokens, each gradient taken when it is there.
+
+        Raises:
+            ConfigError: the model cannot compute on tensors without data.
+        """
         names = {param: name for name, param in self.model.named_parameters() if param.requires_grad}
         collecting = gc.isenabled()
         gc.disable()  # what ends must end when it is let go, in every run alike
@@ -105,7 +113,7 @@ class Rehearsed:
 
         hooks = [param.register_post_accumulate_grad_hook(take) for param in names]
         try:
-            with none_packed(), self.mode, recorder:
+            with _explained(self.model), none_packed(), self.mode, recorder:
                 ids = torch.zeros(micro_batch, sequence_length, dtype=torch.int64)
                 self.model(input_ids=ids, labels=ids).loss.backward()
         finally:
@@ -120,6 +128,19 @@ class Rehearsed:
         with self.mode, Recorder() as recorder:
             work()
         return recorder.peak
+
+
+@contextmanager
+def _explained(model: PreTrainedModel) -> Iterator[None]:
+    """Turns whatever a pass raises on tensors without data into one ConfigError: there are kernels that know no such tensors."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        problem = f"its pass on tensors without data fails ({said})"
+        raise ConfigError("model", model.config.model_type, problem, "measure it in a short run") from None
 
 
 class _FusedDropout(nn.Dropout):
@@ -151,8 +172,8 @@ def build(
         on_cuda: whether dropout works as on a GPU.
 
     Raises:
-        ConfigError: as :func:`relora_ds.models.build.skeleton` and :func:`relora_ds.method.lora.find_targets` raise it, and for
-        too large a rank.
+        ConfigError: as :func:`relora_ds.models.build.skeleton` and :func:`relora_ds.method.lora.find_targets` raise it, for too
+        large a rank, and for a model that cannot compute on tensors without data.
     """
     implementation = "auto" if attention == "flash_attention_2" else attention
     model = models.skeleton(architecture, attention=implementation, dtype=dtype, device=torch.device("cpu")).train()
@@ -168,7 +189,7 @@ def build(
             )  # fmt: skip
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        with none_packed():
+        with _explained(model), none_packed():
             attach_loss(model, "chunked" if loss == "liger" else loss)
     if on_cuda:
         for module in model.modules():

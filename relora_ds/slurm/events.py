@@ -120,7 +120,20 @@ def write_outcome(run: RunFolder, attempt: str, code: int, message: str = "") ->
 def read_outcome(run: RunFolder, attempt: str) -> int | None:
     """The exit code that the ranks of an attempt agreed on; None where they told nothing: they did not come to an orderly end."""
     try:
-        content = json.loads((run.slurm / OUTCOME).read_text(encoding="utf-8"))
-        return int(content["code"]) if content["attempt"] == attempt else None
-    except (OSError, ValueError, KeyError, TypeError):
+        return int(_outcome(run, attempt)["code"])
+    except (ValueError, KeyError, TypeError):
         return None
+
+
+def outcome_message(run: RunFolder, attempt: str) -> str:
+    """The line with which the ranks of an attempt ended; empty where they told none."""
+    return str(_outcome(run, attempt).get("message", ""))
+
+
+def _outcome(run: RunFolder, attempt: str) -> dict[str, Any]:
+    """What :func:`write_outcome` left of an attempt; empty where it is of another, damaged or missing."""
+    try:
+        content = dict(json.loads((run.slurm / OUTCOME).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+    return content if content.get("attempt") == attempt else {}

@@ -8,16 +8,17 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from relora_ds.errors import ConfigError
+from relora_ds.errors import DIVERGED, ConfigError
 from relora_ds.reports.facts import peak_memory
 from relora_ds.reports.run_records import column, known, last, read_run
 from relora_ds.run import manifest as manifests
 from relora_ds.run.changes import differences
-from relora_ds.run.folder import read_jsonl, read_traffic
+from relora_ds.run.folder import read_traffic
 from relora_ds.run.lock import RunLock
 from relora_ds.slurm import client
 from relora_ds.slurm.client import SlurmError
 from relora_ds.slurm.events import Events as JobEvents
+from relora_ds.slurm.events import outcome_message
 from relora_ds.sweeps.events import Events
 from relora_ds.sweeps.sweep_file import SweepRun
 
@@ -111,7 +112,7 @@ def _of_job(run: SweepRun) -> tuple[State, str] | None:
     if not ended or ended[-1]["decision"] != "stop" or events.of("cancelled", [number]):
         return "stopped", ""
     error = f"job {number} ended with code {ended[-1]['code']}: relora-ds slurm logs {run.folder.path}"
-    return ("diverged" if has_diverged(run) else "failed"), error
+    return ("diverged" if outcome_message(run.folder, ended[-1]["attempt"]).startswith(DIVERGED) else "failed"), error
 
 
 def _time(event: Mapping[str, Any]) -> float:
@@ -120,15 +121,6 @@ def _time(event: Mapping[str, Any]) -> float:
         return datetime.fromisoformat(str(event.get("time"))).timestamp()
     except ValueError:
         return 0.0
-
-
-def has_diverged(run: SweepRun) -> bool:
-    """Whether the last update that a run wrote down has a loss, or gradients, that are no numbers."""
-    try:
-        records = [record for record in read_jsonl(run.folder.metrics) if "loss" in record]
-    except (OSError, ConfigError):
-        return False
-    return bool(records) and (records[-1]["loss"] is None or bool(records[-1].get("skipped")))
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,10 @@ def _with_names(content: dict[str, Any]) -> dict[str, Any]:
     arms: dict[str, Any] = {}
     for given, settings in content["arms"].items():
         name = str(given) if type(given) in (int, float) else given  # arms of a sweep over ranks may be called 8 and 16
-        if not isinstance(name, str) or not NAME.fullmatch(name):
+        if not isinstance(name, str):
+            problem = f"is what YAML makes of a name such as yes, on or null: a {type(given).__name__}, no text"
+            raise ConfigError("arms", given, problem, "write the name in quotes")
+        if not NAME.fullmatch(name):
             raise ConfigError("arms", given, "is no name for a folder", "use letters, digits, and . _ + - after the first")
         if name in TAKEN:
             raise ConfigError("arms", name, "is the name of another thing in the sweep's folder", "name the arm otherwise")

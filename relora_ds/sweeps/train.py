@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from relora_ds.environment import attempt, process_environment
-from relora_ds.errors import EXIT_BAD_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, ConfigError
+from relora_ds.errors import DIVERGED, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, ConfigError
 from relora_ds.launch import cores
 from relora_ds.launch.launcher import tied
 from relora_ds.paths import make_folder
@@ -22,7 +22,7 @@ from relora_ds.run import manifest as manifests
 from relora_ds.run.lock import RunLock
 from relora_ds.sweeps.events import Events
 from relora_ds.sweeps.outlook import Pace, as_time, seconds_left
-from relora_ds.sweeps.runs import Standing, has_diverged, refuse_longer, standing
+from relora_ds.sweeps.runs import Standing, refuse_longer, standing
 from relora_ds.sweeps.share import shares
 from relora_ds.sweeps.sweep_file import Sweep, SweepRun
 
@@ -175,13 +175,20 @@ class _Training:
             its.process.send_signal(signal.SIGTERM)
 
     def _exit_code(self) -> int:
+        for run, at in self.standings.items():
+            if at.state in ("running", "queued"):  # in another process, or as a job, since before this sweep began
+                now = self.standings[run] = standing(run, self.events)
+                self.say(f"{run.name} was at work elsewhere, and is {now.state}")
         states = [at.state for at in self.standings.values()]
         if self.signals:
             self.say("stopped by a signal: run the same command to go on")
             return EXIT_STOPPED
         if "failed" in states:
             return EXIT_FAILED
-        return EXIT_STOPPED if "stopped" in states else EXIT_DONE
+        if {*states} <= {"done", "diverged"}:
+            return EXIT_DONE
+        self.say("not all runs are done: run the same command to go on")
+        return EXIT_STOPPED
 
     def _begin(self, run: SweepRun) -> None:
         place = next(number for number in range(len(self.places)) if number not in {its.place for its in self.running.values()})
@@ -213,7 +220,7 @@ class _Training:
     def _end(self, run: SweepRun, its: _Process) -> None:
         code, error = its.process.returncode, last_error(run.output, its.offset)
         if code != EXIT_DONE:
-            state = ending(code, error, was_asked=self.signals > 0, diverged=has_diverged(run))
+            state = ending(code, error, was_asked=self.signals > 0)
             self.events.add(
                 run.name, state, code=code, error=error.removeprefix(ERROR) if state in ("failed", "diverged") else ""
             )
@@ -236,7 +243,7 @@ class _Training:
         return ", ".join([*counts, f"{len(self.waiting)} left", f"time left {time_left}"])
 
 
-def ending(code: int, error: str, *, was_asked: bool, diverged: bool) -> str:
+def ending(code: int, error: str, *, was_asked: bool) -> str:
     """What became of a run that ended before its last update, by its exit code and the line that it ended with.
 
     A run that was asked to stop before it could hear of signals has no checkpoint and no error to tell of: it is stopped, too.
@@ -244,7 +251,7 @@ def ending(code: int, error: str, *, was_asked: bool, diverged: bool) -> str:
     says_why = error.startswith(ERROR)
     if code == EXIT_STOPPED or (was_asked and not says_why):
         return "stopped"
-    return "diverged" if diverged and says_why and code != EXIT_BAD_CONFIG else "failed"
+    return "diverged" if error.startswith(f"{ERROR}{DIVERGED}") else "failed"
 
 
 def last_error(output: Path, offset: int) -> str:

@@ -22,29 +22,28 @@ class _Loader(yaml.SafeLoader):
 
     def get_single_node(self) -> Any:
         tree = super().get_single_node()
-        _refuse_twice(tree, self.origin, (), set())
+        self._refuse_twice(tree, (), set())
         return tree
 
-
-def _refuse_twice(node: Any, origin: str, path: tuple[str, ...], seen: set[int]) -> None:
-    """Raises ConfigError for the first key that a mapping, at any depth, has twice. Before merge keys (``<<``) are filled in, whose
-    values a mapping's own keys may replace."""
-    if id(node) in seen or not isinstance(node, yaml.CollectionNode):
-        return
-    seen.add(id(node))  # aliases lead to one node by many ways, or back to itself
-    if isinstance(node, yaml.SequenceNode):
-        for number, item in enumerate(node.value):
-            _refuse_twice(item, origin, (*path, str(number)), seen)
-        return
-    lines: dict[tuple[str, str], int] = {}
-    for key, value in node.value:
-        if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-            here, line = (*path, key.value), key.start_mark.line + 1
-            if (key.tag, key.value) in lines:
-                problem = f"is given twice: line {lines[key.tag, key.value]} has it, too"
-                raise ConfigError(".".join(here), f"line {line} of {origin}", problem, "make one of the two")
-            lines[key.tag, key.value] = line
-            _refuse_twice(value, origin, here, seen)
+    def _refuse_twice(self, node: Any, path: tuple[str, ...], seen: set[int]) -> None:
+        """Raises ConfigError for the first key that a mapping, at any depth, has twice, also where the two are written differently
+        (``8`` and ``0x8``). Before merge keys (``<<``) are filled in, whose values a mapping's own keys may replace."""
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+            return
+        seen.add(id(node))  # aliases lead to one node by many ways, or back to itself
+        if isinstance(node, yaml.SequenceNode):
+            for number, item in enumerate(node.value):
+                self._refuse_twice(item, (*path, str(number)), seen)
+            return
+        lines: dict[Any, int] = {}
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                here, line, name = (*path, key.value), key.start_mark.line + 1, self.construct_object(key)
+                if name in lines:
+                    problem = f"is given twice: line {lines[name]} has it, too"
+                    raise ConfigError(".".join(here), f"line {line} of {self.origin}", problem, "make one of the two")
+                lines[name] = line
+                self._refuse_twice(value, here, seen)
 
 
 _Loader.yaml_implicit_resolvers = {

@@ -43,7 +43,8 @@ class Checkpoints:
         One that is asked to be waited for, the last, is tried again where it could not be written.
 
         Raises:
-            TrainingError: the weights are not finite; or too many checkpoints in a row could not be written.
+            DivergedError: the weights are not finite.
+            TrainingError: too many checkpoints in a row could not be written.
         """
         self.finish()
         run = self.run

@@ -30,7 +30,7 @@ from relora_ds.comm.counter import COUNTER, LOSS, START_UP
 from relora_ds.console import say
 from relora_ds.data.prefetch import Prefetch
 from relora_ds.data.token_dataset import TokenDataset, rank_micro_batches
-from relora_ds.errors import TrainingError
+from relora_ds.errors import DivergedError
 from relora_ds.launch.places import Place
 from relora_ds.method.lora import LORA_GROUP, count_parameters
 from relora_ds.models import compiling
@@ -162,7 +162,7 @@ class Trainer(RunState):
 
         Raises:
             FencedError: another job has the run's folder.
-            TrainingError: the weights are not finite any more, or too many updates in a row were skipped.
+            DivergedError: the weights are not finite any more, or too many updates in a row were skipped.
         """
         started = time.perf_counter()
         self.update_in_progress = update
@@ -233,7 +233,7 @@ class Trainer(RunState):
             callback.update(self, record)
         self._tell_of_restart()
         if self.done.skipped_in_a_row >= self.config.train.max_skipped:
-            raise TrainingError(
+            raise DivergedError(
                 f"{self.done.skipped_in_a_row} updates in a row had a non-finite gradient (train.max_skipped="
                 f"{self.config.train.max_skipped}); the newest checkpoint is {checkpoints.newest_in_words(self.folder)}"
             )

@@ -344,7 +344,7 @@ def test_weights_that_are_not_finite_stop_the_run(
         content["deepspeed"]["bf16"] = {"enabled": True}
     settings = at(content, tmp_path / "run", checkpoint_every=checkpoint_every)
     for message in run(2, diverge, settings):
-        assert message.startswith("the weights are not finite since update 1 (")
+        assert message.startswith("diverged: the weights are not finite since update 1 (")
         assert "lower optimizer.lr" in message and message.endswith("the newest checkpoint is none")
     assert checkpoints.find_all(RunFolder(tmp_path / "run")) == []
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():

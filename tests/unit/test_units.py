@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from relora_ds.errors import ConfigError
-from relora_ds.units import human_bytes, parse_bytes
+from relora_ds.units import human_bytes, human_seconds, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,12 @@ def test_what_is_no_amount(text: str) -> None:
 )
 def test_human_bytes(count: float, text: str) -> None:
     assert human_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (1e-9, "0.001 µs"), (3.21e-6, "3.21 µs"), (0.0123, "12.3 ms"), (0.9996, "1 s"), (61.25, "61.2 s"),
+     (12345, "12,345 s")],
+)  # fmt: skip
+def test_human_seconds(seconds: float, text: str) -> None:
+    assert human_seconds(seconds) == text

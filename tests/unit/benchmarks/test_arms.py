@@ -64,3 +64,26 @@ def test_a_grid_of_ranks_lengths_and_restarts() -> None:
         ["2", "750", "5.00", "6.00 ± 0.00", "4.00"],
         ["16", "750", "3.00", "–", "–"],
     ]
+
+
+def test_a_method_that_diverged_at_all_rates_has_no_least() -> None:
+    assert arms.rates({"full_1": {1: math.nan}})[1:] == [["full", "diverged"]]
+
+
+@pytest.mark.parametrize(
+    ("table", "runs", "told"),
+    [
+        ("rates", RUNS, "rates: arm 'full' of {} is not called METHOD_RATE; take another table\n"),
+        ("grid", RUNS, "grid: arm 'full' of {} is not called rRANK_UPDATES_RESTARTS; take another table\n"),
+        ("gap", "arm,seed\nfull,1\n", "{}: no runs.csv of a sweep ('state'); relora-ds sweep SWEEP.yaml --table writes one\n"),
+    ],
+)
+def test_what_is_no_such_sweep_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], table: str, runs: str, told: str
+) -> None:
+    (tmp_path / "runs.csv").write_text(runs)
+    monkeypatch.setattr("sys.argv", ["arms", table, str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        arms.main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == told.format(tmp_path).rstrip()

@@ -308,3 +308,14 @@ def test_a_folder_that_cannot_be_read_is_one_line(tmp_path: Path, capfd: pytest.
     with no_access(run):
         assert main(["checkpoints", str(run)]) == 1
     assert capfd.readouterr().err == f"relora-ds: error: {run / 'config.yaml'}: Permission denied\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    """As head: Python would print a traceback, and complain once more at its end."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    script = "from relora_ds.cli import main; main.main = lambda: print('x' * 100_000) or print('y'); main.entry_point()"
+    command = [sys.executable, "-c", script]
+    ended = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, check=False, timeout=120, cwd=ROOT)
+    os.close(writes)
+    assert (ended.returncode, ended.stderr) == (1, "")

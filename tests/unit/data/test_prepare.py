@@ -22,6 +22,7 @@ from relora_ds.data.prepare import held_out, train_tokenizer
 from relora_ds.data.token_dataset import read_index, verify
 from relora_ds.data.tokenizer import load
 from relora_ds.errors import ConfigError
+from relora_ds.run.lock import RunLock
 
 DOCUMENTS = [f"Document {i}: naïve café — tab\there\nsecond line {i * i}\n" + "word " * (i % 5) for i in range(23)]
 OUTPUTS = ("train.bin", "validation.bin", "tokenizer.json", "tokenizer_config.json", "index.json")
@@ -455,3 +456,14 @@ def test_halves_of_surrogate_pairs_are_replaced_and_counted(tmp_path: Path, caps
     index = prepare(tmp_path / "a.jsonl", tmp_path / "out", progress=True)
     assert index["mended"] == 1 and "mended: 1 document(s)" in " ".join(capsys.readouterr().err.split())
     assert read_documents(tmp_path / "out", "train") == ["hello \ufffd world", "three"]
+
+
+def test_two_preparations_of_one_folder(source: Path, tmp_path: Path) -> None:
+    """Both would append to the same files."""
+    out = tmp_path / "out"
+    out.mkdir()
+    with RunLock(out), pytest.raises(ConfigError, match=r"^OUT=.*: in use by process .*; wait for that preparation or stop it"):
+        prepare(source, out)
+    assert list(out.iterdir()) == []
+    prepare(tmp_path, out)  # a source in which it lies
+    assert not (out / "lock.json").exists() and module.is_written(out / "lock.json", out)

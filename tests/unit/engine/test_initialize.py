@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import deepspeed
 import pytest
@@ -138,6 +140,31 @@ def test_refusals_in_one_line(arguments: dict, message: str) -> None:
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert not torch.distributed.is_initialized()
+
+
+def test_a_configuration_may_be_named_as_deepspeed_lets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By --deepspeed_config, as most scripts have it, or by the older name of the argument; DeepSpeed gets it in one place."""
+    seen: list[Any] = []
+
+    def stop(args: Any, *_: object, config: dict[str, Any], **others: object) -> NoReturn:
+        seen.append(
+            (args and args.deepspeed_config, args and args.local_rank, config["zero_optimization"]["stage"], others.keys())
+        )
+        raise RuntimeError
+
+    monkeypatch.setattr(process_group, "require", lambda: None)
+    monkeypatch.setattr(deepspeed, "initialize", stop)
+    (tmp_path / "ds.json").write_text(json.dumps(ZERO_2))
+    args = SimpleNamespace(deepspeed_config=str(tmp_path / "ds.json"), local_rank=0)
+    for given in ({"args": args}, {"config_params": ZERO_2}):
+        with pytest.raises(RuntimeError):
+            relora_ds.initialize(model=model(), relora={"rank": 2, "targets": ["0"]}, **given)
+    assert seen == [(None, 0, 2, {"collate_fn"}), (None, None, 2, {"collate_fn"})]
+    assert args.deepspeed_config == str(tmp_path / "ds.json"), "the user's own"
+    with pytest.raises(ConfigError, match=r"^config=.*: args\.deepspeed_config='.*ds\.json' is given, too; leave one"):
+        relora_ds.initialize(args, model(), config=ZERO_2)
+    with pytest.raises(ConfigError, match=r"^config=None: is required; pass DeepSpeed's JSON file"):
+        relora_ds.initialize(model=model())
 
 
 def test_a_model_under_peft_is_refused_until_it_is_merged() -> None:

@@ -16,6 +16,7 @@ from relora_ds.errors import ConfigError
 from relora_ds.method import frozen_weights
 from relora_ds.method.lora import relora_layers
 from relora_ds.models import build as models
+from relora_ds.models.export import export_model
 from relora_ds.models.weights import blank, materialise, pretrained
 from relora_ds.training.phases import initial_model
 from relora_ds.training.preflight import check
@@ -108,6 +109,49 @@ def test_weights_of_a_folder(architecture: str, max_shard_size: str, tmp_path: P
     assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
     ids = torch.arange(12).reshape(2, 6)
     assert torch.equal(loaded(input_ids=ids).logits, original(input_ids=ids).logits)
+
+
+ROUTED: dict[str, Any] = {
+    "model_type": "deepseek_v3", "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+    "num_experts_per_tok": 2, "first_k_dense_replace": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4, "v_head_dim": 8,
+}  # fmt: skip
+
+
+@torch.no_grad()
+def test_buffers_that_are_part_of_a_models_state_come_in_and_go_out(tmp_path: Path) -> None:
+    """The biases by which DeepSeek-V3 chooses its experts: no parameters, and not what the configuration makes of them."""
+    config, bias = models.hf_config(Model(config=ROUTED), 101), "model.layers.1.mlp.gate.e_score_correction_bias"
+    original = models.fill(skeleton(config), dtype=torch.float32, device=CPU, seed=3)
+    original.get_buffer(bias).copy_(torch.tensor([3.0, -2.0, 1.0, 0.5]))
+    original.save_pretrained(tmp_path / "made")
+    loaded = models.fill(skeleton(config), dtype=torch.float32, device=CPU, weights=str(tmp_path / "made"))
+    exported = skeleton(config)
+    models.fill(exported, dtype=torch.float32, device=CPU, weights=str(export_model(loaded, tmp_path / "exported")))
+    assert loaded.get_buffer(bias).tolist() == exported.get_buffer(bias).tolist() == [3.0, -2.0, 1.0, 0.5]
+
+
+@torch.no_grad()
+def test_buffers_that_a_folder_has_or_lacks(tmp_path: Path) -> None:
+    original, loaded = build("llama"), skeleton(configuration("llama"))
+    for model, value in ((original, 2.0), (loaded, 1.0)):
+        model.model.register_buffer("kept", torch.full((3,), value, dtype=torch.float64))
+        model.model.register_buffer("made", torch.full((3,), value), persistent=False)
+    original.save_pretrained(tmp_path)
+    loaded.register_buffer("lacking", torch.ones(1))
+    models.fill(loaded, dtype=torch.bfloat16, device=CPU, weights=str(tmp_path))
+    found = {name: buffer.unique().item() for name, buffer in loaded.named_buffers() if "rotary" not in name}
+    assert found == {"model.kept": 2.0, "model.made": 1.0, "lacking": 1.0}
+    assert loaded.model.kept.dtype == torch.float64
+
+
+def test_a_folder_without_all_weights_is_refused(tmp_path: Path) -> None:
+    """Of a model without its head transformers makes a random one, another on each rank."""
+    original = build("llama")
+    original.model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"^model\.path=.*: holds no lm_head\.weight; name a folder with all weights"):
+        models.fill(skeleton(configuration("llama")), dtype=torch.float32, device=CPU, weights=str(tmp_path))
 
 
 def test_names_without_the_inner_models_prefix(tmp_path: Path) -> None:

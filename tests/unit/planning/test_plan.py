@@ -81,6 +81,14 @@ def test_gradients_of_an_older_deepspeed_are_counted_as_they_go_there(
     assert plan(capsys, *words)["update"]["lora"]["gradient_bytes"] == pytest.approx(4 * short), "two all-reduces"
 
 
+def test_figures_of_a_small_model_are_in_units_that_fit(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", str(recipe), "--gpus", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^moments +\d[\d.]* kB +\d[\d.]* kB$", shown, re.MULTILINE)
+    assert re.search(r"^computing( +\d[\d.]* µs){3}$", shown, re.MULTILINE)
+    assert not re.search(r"\b0\.0+\b", shown), "no figure is too small to be seen"
+
+
 @pytest.mark.parametrize(
     ("method", "phases"), [("full", {"full"}), ("control", {"full"}), ("low_rank", {"lora"}), ("lora", {"full", "lora"})]
 )
@@ -97,6 +105,23 @@ def test_what_can_get_no_factors_is_told(recipe: Path, capsys: pytest.CaptureFix
     hints = plan(capsys, str(recipe), mixture, "--gpus", "2", "relora.warm_start=0")["advice"]["hints"]
     assert any("can get no factors and stay full-rank: 3-D parameters (model.layers.*.mlp.experts" in hint for hint in hints)
     assert not any("full-rank:" in hint for hint in plan(capsys, str(recipe), "--gpus", "2")["advice"]["hints"])
+
+
+def test_a_model_that_cannot_be_rehearsed_is_one_line(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """torch multiplies experts' tensors without data in bf16 alone."""
+    mixture = "{model_type: mixtral, vocab_size: 512, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, "
+    words = [
+        f"model.config={mixture}num_attention_heads: 4, num_key_value_heads: 4, num_local_experts: 4}}",
+        "deepspeed.bf16.enabled=false",
+    ]
+    assert cli.main(["plan", str(recipe), *words, "--gpus", "2"]) == 2
+    told = capsys.readouterr().err
+    assert re.fullmatch(r"relora-ds: error: model='mixtral': its pass on tensors without data fails \(.*\); measure .*\n", told)
+
+
+def test_a_model_without_attention_has_none_to_compute(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rwkv = "model.config={model_type: rwkv, vocab_size: 512, hidden_size: 32, attention_hidden_size: 32, num_hidden_layers: 2}"
+    assert plan(capsys, str(recipe), rwkv, "--gpus", "2")["update"]["lora"]["compute_s"] > 0
 
 
 def test_ten_thousand_gpus_hold_less_each(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,13 +8,14 @@ from dataclasses import replace
 
 import pytest
 
-from relora_ds.errors import ConfigError
+from relora_ds.errors import ConfigError, DivergedError
 from relora_ds.run.lock import RunLock
 from relora_ds.slurm import client
 from relora_ds.slurm.events import Events as JobEvents
+from relora_ds.slurm.events import write_outcome
 from relora_ds.sweeps.events import Events
 from relora_ds.sweeps.outlook import outlook
-from relora_ds.sweeps.runs import figures, has_diverged, standing
+from relora_ds.sweeps.runs import figures, standing
 from relora_ds.sweeps.submit import submit_all
 from relora_ds.sweeps.sweep_file import Sweep
 from relora_ds.sweeps.train import check
@@ -80,12 +81,9 @@ def test_a_run_whose_folder_is_in_use_runs(sweep: Sweep, monkeypatch: pytest.Mon
     assert at.state == "running" and at.is_settled
 
 
-def test_diverged_by_the_last_update(sweep: Sweep) -> None:
-    first, second, third, _ = sweep.runs
-    make_run(first, update=0, losses=[3.0, None])
-    make_run(second, update=0, losses=[3.0, 2.9])
-    assert has_diverged(first) and not has_diverged(second) and not has_diverged(third)
-    events = Events(sweep.folder)
+def test_what_diverged_is_settled(sweep: Sweep) -> None:
+    first, events = sweep.runs[0], Events(sweep.folder)
+    make_run(first, update=0, losses=[3.0, 2.9])
     events.add(first.name, "diverged", code=1, error="the weights are not finite")
     assert standing(first, events).is_settled, "it would diverge once more"
     first.folder.path.rename(sweep.folder / "aside")
@@ -108,6 +106,8 @@ def test_jobs_of_slurm(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs.add("ended", job=17, attempt="17.0", code=1, decision="stop")
     at = standing(run, events)
     assert at.state == "failed" and at.error.startswith("job 17 ended with code 1")
+    write_outcome(run.folder, "17.0", 1, str(DivergedError("the weights are not finite since update 5")))
+    assert standing(run, events).state == "diverged", "by the ranks' own word"
     jobs.add("ended", job=17, attempt="17.1", code=75, decision="slurm")
     assert standing(run, events).state == "stopped"
 

@@ -101,6 +101,11 @@ def test_several_recipes_have_all_arms(read: Read, recipe: Path, tmp_path: Path)
         ({"overrides": {"run": {"dir": "x"}}}, "overrides='run.dir': is decided by the sweep"),
         ({"arms": {"lora": 5}}, "arms.lora=5: must be a section"),
         ({"arms": {"../x": {}}}, "arms='../x': is no name for a folder"),
+        (
+            {"arms": {True: {}}},
+            "arms=True: is what YAML makes of a name such as yes, on or null: a bool, no text; write the name in",
+        ),
+        ({"arms": {None: {}}}, "arms=None: is what YAML makes of a name such as yes, on or null"),
         ({"arms": {"plots": {}}}, "arms='plots': is the name of another thing"),
         ({"arms": {8: {"relora.rank": 8}, "8": {"relora.rank": 4}}}, "arms='8': is the name of two arms; give each its own"),
         ({"arms": {"report.html": {}}}, "arms='report.html': is the name of another thing"),
@@ -126,6 +131,7 @@ def test_what_is_no_sweep(tmp_path: Path) -> None:
     path.write_text("- 1\n")
     with pytest.raises(ConfigError, match="is no sweep"):
         read_sweep(path)
-    path.write_text("arms: {a: {x: 1}, a: {x: 2}}\n")
-    with pytest.raises(ConfigError, match=r"arms\.a=.*is given twice"):
-        read_sweep(path)
+    for first, second in (("a", "a"), ("8", "0x8"), ("yes", "on"), ("0.5", ".5")):
+        path.write_text(f"arms:\n  {first}: {{x: 1}}\n  {second}: {{x: 2}}\n")
+        with pytest.raises(ConfigError, match=rf"arms\.{second}='line 3 of .*is given twice: line 2 has it, too"):
+            read_sweep(path)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from relora_ds.errors import ConfigError
+from relora_ds.errors import ConfigError, DivergedError
 from relora_ds.run.lock import RunLock
 from relora_ds.sweeps import train
 from relora_ds.sweeps.events import Events
@@ -164,20 +164,45 @@ def test_an_arm_is_judged_before_any_is_trained(read: Callable[..., Sweep], monk
 
 
 @pytest.mark.parametrize(
-    ("code", "error", "was_asked", "diverged", "state"),
+    ("code", "error", "was_asked", "state"),
     [
-        (75, "a checkpoint is written", False, False, "stopped"),
-        (-15, "training", True, False, "stopped"),
-        (1, "relora-ds: error: no disk", True, False, "failed"),
-        (1, "relora-ds: error: the weights are not finite", False, True, "diverged"),
-        (2, "relora-ds: error: relora.rank=8: the run has 4", False, True, "failed"),
-        (-15, "relora-ds: error: 2 updates in a row had a non-finite gradient", True, True, "diverged"),
-        (-9, "training", False, False, "failed"),
-        (-9, "training", False, True, "failed"),
+        (75, "a checkpoint is written", False, "stopped"),
+        (-15, "training", True, "stopped"),
+        (1, "relora-ds: error: no disk", True, "failed"),
+        (1, f"relora-ds: error: {DivergedError('the weights are not finite')}", False, "diverged"),
+        (2, "relora-ds: error: relora.rank=8: the run has 4", False, "failed"),
+        (-15, f"relora-ds: error: {DivergedError('2 updates in a row had a non-finite gradient')}", True, "diverged"),
+        (-9, "training", False, "failed"),
     ],
 )
-def test_how_a_run_ended(code: int, error: str, was_asked: bool, diverged: bool, state: str) -> None:
-    assert ending(code, error, was_asked=was_asked, diverged=diverged) == state
+def test_how_a_run_ended(code: int, error: str, was_asked: bool, state: str) -> None:
+    assert ending(code, error, was_asked=was_asked) == state
+
+
+def test_a_failure_after_a_skipped_update_is_none_of_the_runs_own(sweep: Sweep, fake: Fake) -> None:
+    """fp16 skips updates while it finds its loss scale: what ended the run is what it says, and it is tried again."""
+    record = '{"update": 1, "loss": null, "skipped": true}'
+    fake(
+        f"here = pathlib.Path(place); here.mkdir(parents=True); (here / 'metrics.jsonl').write_text('{record}' + chr(10))\n"
+        'print("relora-ds: error: 3 checkpoints in a row could not be written"); sys.exit(1)'
+    )
+    assert train_all(sweep, jobs=1, insisted=[], say=lambda line: None) == 1
+    assert set(states(sweep).values()) == {"failed"}
+
+
+def test_a_run_at_work_elsewhere_is_not_done(sweep: Sweep, fake: Fake) -> None:
+    """Neither is the sweep, until it is."""
+    fake("")
+    elsewhere = sweep.runs[1].folder
+    elsewhere.path.mkdir(parents=True)
+    told: list[str] = []
+    with RunLock(elsewhere.path):
+        assert train_all(sweep, jobs=1, insisted=[], say=told.append) == 75
+    assert list(states(sweep).values()).count("done") == 3
+    assert told[-2:] == [
+        "relora/seed-1 was at work elsewhere, and is running", "not all runs are done: run the same command to go on"
+    ]  # fmt: skip
+    assert train_all(sweep, jobs=1, insisted=[], say=told.append) == 0
 
 
 def test_the_line_that_says_what_is_wrong(tmp_path: Path) -> None:

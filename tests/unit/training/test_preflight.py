@@ -266,3 +266,20 @@ def test_restarts_that_never_come_are_told_of(recipe: Path, overrides: list[str]
     checked = judge(recipe, "relora.restart_warmup=1", *overrides)
     lines = [line for line in checked.remarks if "does nothing" in line]
     assert lines == [] if told is None else len(lines) == 1 and told in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["relora.warm_start=3", "optimizer.warmup=2"], ""),
+        (["relora.warm_start=0", "optimizer.warmup=19"], ""),
+        (["relora.warm_start=19", "optimizer.warmup=1", "method=full"], ""),
+        (["relora.warm_start=2", "optimizer.warmup=2"], "is not shorter than the full-rank phase, which has 2 updates"),
+        (["relora.warm_start=18", "optimizer.warmup=5"], "is not shorter than the LoRA phase, which has 2 updates"),
+        (["relora.warm_start=10", "optimizer.warmup=12"], "which has 10 updates, and the LoRA phase, which has 10 updates"),
+    ],
+    ids=str,
+)
+def test_a_warmup_that_a_phase_is_too_short_for_is_told_of(recipe: Path, overrides: list[str], told: str) -> None:
+    lines = [line for line in judge(recipe, *overrides).remarks if line.startswith("the learning rate does not reach its peak")]
+    assert len(lines) == bool(told) and all(line.endswith(told) for line in lines)
