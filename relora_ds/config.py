@@ -143,6 +143,11 @@ class ReLoRA(Section):
         """When A and B are merged and start afresh."""
         return Interval(self.restart_every or 0, self.restart_growth)
 
+    def rank_after(self, restarts: int) -> int:
+        """What rank the change of a layer can reach by so many restarts; residual factors, which have a product from the start, change
+        by twice their rank."""
+        return self.rank * (restarts + 1) * (2 if self.init == "residual" else 1)
+
     @property
     def resets(self) -> Interval:
         """When their moments are reset, and the learning rate re-warms."""

@@ -75,6 +75,13 @@ class Interval:
         """Whether it follows ``update`` (1-based)."""
         return update > 0 and self.newest(update) == update
 
+    def count(self, updates: int) -> int:
+        """How often it comes within so many updates, with one of them to follow."""
+        times, at = 0, self.newest(updates - 1)
+        while at > 0:
+            times, at = times + 1, self.newest(at - 1)
+        return times
+
 
 def rewarmup_factor(update: int, resets: Interval, restart_warmup: int) -> float:
     """The tooth of the jagged schedule: 0 for the first update after a reset, 1 from ``restart_warmup`` updates after it.

@@ -120,6 +120,10 @@ def tables(answer: Mapping[str, Any]) -> list[str]:
             f"A restart, every {restart['every']:,} updates, sends {human_bytes(restart['bytes'])}: "
             f"{human_seconds(restart['link_s'])} on a node's link."
         )
+        lines.append(
+            f"With {restart['count']} restart(s) the weights' change can reach rank {restart['rank']:,}; "
+            f"the narrowest layer's is {restart['of']:,}."
+        )
     return [*lines, "", *advice_table(answer["advice"]), "", answer["note"]]
 
 

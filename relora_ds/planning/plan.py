@@ -143,6 +143,10 @@ class Phase:
     def _linears(self) -> list[lora.ReLoRALinear]:
         return [module for _, module in lora.relora_layers(self.rehearsed.model) if isinstance(module, lora.ReLoRALinear)]
 
+    def sides(self) -> list[int]:
+        """The narrower side of each layer that has factors: the rank of its weights."""
+        return [min(layer.lora_A.shape[1], layer.lora_B.shape[0]) for _, layer in lora.relora_layers(self.rehearsed.model)]
+
     def peaks(self, engine: Engine, micro_batch: int) -> dict[str, Peak]:
         frozen = None if self.settings is None else self.settings.frozen
         restarts = self.settings is not None and self.settings.restart_every is not None
@@ -350,7 +354,8 @@ class Planner:
         return self.changes[key]
 
     def restart(self) -> dict[str, float] | None:
-        """Bytes, and seconds on the link."""
+        """Bytes, and seconds on the link; how many there are, the rank that all factors together can reach, and that of the
+        narrowest layer."""
         settings = self.config.lora_settings
         if "lora" not in self.names() or settings.restart_every is None:
             return None
@@ -358,7 +363,11 @@ class Planner:
         with phase.rehearsed.mode:
             sent = estimates.restart(phase.rehearsed.model, settings, self.machine.gpus)
         crosses = self.machine.gpus > self.machine.gpus_per_node
-        return {"bytes": sent, "link_s": sent / self.machine.link if crosses else 0.0, "every": settings.restart_every}
+        count = settings.restarts.count(self.config.total_updates - self.config.full_updates)
+        return {
+            "bytes": sent, "link_s": sent / self.machine.link if crosses else 0.0, "every": settings.restart_every, "count": count,
+            "rank": settings.rank_after(count), "of": min(phase.sides()),
+        }  # fmt: skip
 
     def peak(self, micro_batch: int, stage: int, frozen: str | None, checkpointing: bool) -> int:
         engine = replace(self.engine(micro_batch), stage=stage)

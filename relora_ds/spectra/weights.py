@@ -217,9 +217,7 @@ class RunWeights:
         """
         if now.is_full or (before.is_full and before.update < self.config.full_updates):
             return None
-        settings = self.config.lora_settings
-        changes = now.restarts - before.restarts + 1 + before.has_factors
-        return settings.rank * changes * (2 if settings.init == "residual" else 1)
+        return self.config.lora_settings.rank_after(now.restarts - before.restarts + before.has_factors)
 
     def _of_checkpoint(self, path: Path) -> Weights:
         content = checkpoints.read_manifest(path)

@@ -63,6 +63,8 @@ def test_an_interval_recurs() -> None:
     assert [update for update in range(35) if Interval(10).follows(update)] == [10, 20, 30]
     assert [update for update in range(4) if Interval(1).follows(update)] == [1, 2, 3]
     assert [Interval(10).newest(update) for update in (0, 9, 10, 19, 20)] == [0, 0, 10, 10, 20]
+    assert [Interval(10).count(updates) for updates in (0, 1, 10, 11, 35, 40)] == [0, 0, 0, 1, 3, 3], "one after the last is none"
+    assert Interval(0).count(100) == 0 and Interval(8, 1.5).count(21) == 2
 
 
 def test_a_growing_interval() -> None:

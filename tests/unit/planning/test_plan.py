@@ -70,6 +70,8 @@ def test_both_phases_and_what_rules(recipe: Path, capsys: pytest.CaptureFixture[
         fast["compute_s"], fast["link_s"]
     )
     assert answer["restart"]["every"] == 10
+    count, rank, of = (answer["restart"][key] for key in ("count", "rank", "of"))
+    assert (count, rank, of) == (8, 36, 64)
 
 
 def test_gradients_of_an_older_deepspeed_are_counted_as_they_go_there(
