@@ -144,8 +144,8 @@ class ReLoRA(Section):
         return Interval(self.restart_every or 0, self.restart_growth)
 
     def rank_after(self, restarts: int) -> int:
-        """What rank the change of a layer can reach by so many restarts; residual factors, which have a product from the start, change
-        by twice their rank."""
+        """What rank the change of a layer can reach by so many restarts. Residual factors have a product from the start: theirs is
+        of twice their rank."""
         return self.rank * (restarts + 1) * (2 if self.init == "residual" else 1)
 
     @property
