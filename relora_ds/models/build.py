@@ -148,7 +148,12 @@ def _inline_config(content: dict[str, Any], vocab_size: int) -> PretrainedConfig
         raise ConfigError(f"model.config.{unknown[0]}", fields[unknown[0]], "unknown key", nearest(unknown[0], known))
     fields.setdefault("vocab_size", vocab_size)
     with explained("model.config", content, "cannot be built"):
-        return AutoConfig.for_model(model_type, **fields)
+        config = AutoConfig.for_model(model_type, **fields)
+    heads, shared = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
+    if isinstance(heads, int) and isinstance(shared, int) and shared and heads % shared:
+        problem, way_out = f"does not divide the {heads} heads", "a default may not fit: give num_key_value_heads, too"
+        raise ConfigError("model.config.num_key_value_heads", shared, problem, way_out)
+    return config
 
 
 SUPPORT = {"sdpa": ("_supports_sdpa",), "flash_attention_2": ("_supports_flash_attn", "_supports_flash_attn_2")}

@@ -190,6 +190,7 @@ def test_inline_configuration_without_an_architecture() -> None:
         ({"model_type": "vit"}, "model.config.model_type='vit': is no causal language model"),
         ({"hidden_size": "wide"}, "cannot be built"),
         ({"hidden_size": 30}, "cannot be built"),
+        ({"model_type": "mixtral"}, "model.config.num_key_value_heads=8: does not divide the 4 heads"),
     ],
 )
 def test_a_configuration_that_cannot_be_built_is_told_in_one_line(change: dict[str, Any], message: str) -> None:
