@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,6 +120,15 @@ def test_before_says_nodes_and_restarts(
     assert main(words) == 2 and "SLURM_ARRAY_TASK_ID='0': a run is one job, not an array" in capsys.readouterr().err
 
 
+@pytest.fixture
+def deaf_for_now() -> Iterator[None]:
+    """The end of a start ignores TERM, which this process, and what it starts, must not do for good."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("deaf_for_now")
 def test_the_end_of_a_start_waits_for_a_file_system_that_is_away(
     recipe: Path, run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
