@@ -41,7 +41,7 @@ from tests.unit.bad_inputs import (
     spoilt,
     write,
 )
-from tests.unit.reports.run_folders import start
+from tests.unit.reports.run_folders import pages, start
 
 
 def ds(override: str, *told: str) -> Bad:
@@ -367,31 +367,12 @@ def test_a_run_that_another_job_has(place: Path, monkeypatch: pytest.MonkeyPatch
     ("spoil", "command", "told"),
     [
         (write("run/checkpoints/latest", "nowhere"), "eval run", "perplexity"),
-        (write("run/traffic.json", '{"starts": [5, {}]}'), "report run", "wrote"),
-        (traffic("nodes", 5), "report run", "wrote"),
-        (traffic("nodes", [5]), "report run", "wrote"),
-        (traffic("nodes", [{"host": "a"}]), "report run", "wrote"),
-        (traffic("first_update", None), "report run", "wrote"),
-        (traffic("wire_bytes", []), "report run", "wrote"),
-        (traffic("wire_bytes_per_update", "x"), "report run", "wrote"),
-        (write("run/restarts.jsonl", '{"update": 1, "restart": "x"}\n'), "report run", "wrote"),
-        (
-            write("run/metrics.jsonl", f'{{"update": 1, "loss": {10**400}}}\n{{"update": 2, "loss": 1e308}}\n'),
-            "report run",
-            "wrote",
-        ),
-        (write("run/starts.jsonl", '{"update": 1, "seconds": 5, "hosts": {}, "hardware": "x"}\n'), "report run", "wrote"),
         (write("text/._a.jsonl", "x"), "prepare text out --vocab-size 300", "passed over: 1 hidden"),
         (write("text/dataset_info.json", "{}"), "prepare text out --vocab-size 300", "passed over: 1"),
         (write("text/b.jsonl", '{"text": null}\n{"other": 1}\n'), "prepare text out --vocab-size 300", "2 without text"),
     ],
     ids=[
         "latest names nothing",
-        "traffic of nothing",
-        *TRAFFIC,
-        "restart of nothing",
-        "numbers beyond measure",
-        "starts of nothing",
         "hidden file",
         "metadata",
         "rows without text",
@@ -409,6 +390,29 @@ def test_what_is_passed_over(
     outcome = run(command, capfd)
     assert outcome.code == 0, outcome
     assert any(told in line for line in [*outcome.out, *outcome.errors]), outcome
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        write("run/traffic.json", '{"starts": [5, {}]}'),
+        traffic("nodes", 5),
+        traffic("nodes", [5]),
+        traffic("nodes", [{"host": "a"}]),
+        traffic("first_update", None),
+        traffic("wire_bytes", []),
+        traffic("wire_bytes_per_update", "x"),
+        write("run/restarts.jsonl", '{"update": 1, "restart": "x"}\n'),
+        write("run/metrics.jsonl", f'{{"update": 1, "loss": {10**400}}}\n{{"update": 2, "loss": 1e308}}\n'),
+        write("run/starts.jsonl", '{"update": 1, "seconds": 5, "hosts": {}, "hardware": "x"}\n'),
+    ],
+    ids=["traffic of nothing", *TRAFFIC, "restart of nothing", "numbers beyond measure", "starts of nothing"],
+)
+def test_what_a_report_passes_over(spoil: Callable[[Path], object], place: Path) -> None:
+    """Its pages are written without it."""
+    spoil(place)
+    text, page = pages(place / "run")
+    assert "## In short" in text and "<h2>In short</h2>" in page
 
 
 def test_the_harm_is_real(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,8 @@ def test_a_model_that_cannot_be_rehearsed_is_one_line(recipe: Path, capsys: pyte
 
 def test_a_model_without_attention_has_none_to_compute(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rwkv = "model.config={model_type: rwkv, vocab_size: 512, hidden_size: 32, attention_hidden_size: 32, num_hidden_layers: 2}"
-    assert plan(capsys, str(recipe), rwkv, "--gpus", "2")["update"]["lora"]["compute_s"] > 0
+    words = [rwkv, "data.sequence_length=4"]  # it goes through a sequence token by token
+    assert plan(capsys, str(recipe), *words, "--gpus", "2")["update"]["lora"]["compute_s"] > 0
 
 
 def test_ten_thousand_gpus_hold_less_each(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
