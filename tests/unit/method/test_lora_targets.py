@@ -191,6 +191,8 @@ def test_falcon_gets_factors_and_a_router_that_is_a_linear_layer_does_not() -> N
     for model_type, passed_over in (("falcon", set()), ("phimoe", {"model.layers.0.mlp.router"})):
         sizes = {key: value for key, value in TINY_LLAMA.items() if key not in ("intermediate_size", "max_position_embeddings")}
         sizes |= {"model_type": model_type, "num_hidden_layers": 1}
+        if model_type == "phimoe":
+            sizes["num_key_value_heads"] = 4  # by default 8
         model = models.build_meta(models.hf_config(Model(config=sizes), VOCAB_SIZE))
         linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"}
         assert linears - set(find_targets(model, "all-linear")) == passed_over
