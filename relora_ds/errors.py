@@ -109,7 +109,7 @@ DIVERGED = "diverged: "
 class DivergedError(TrainingError):
     """The weights, or the gradients of too many updates in a row, are no numbers: from the same checkpoint it would end so again."""
 
-    def __init__(self, problem: str) -> None:
+    def __init__(self, problem: str) -> None:  # on another rank, or read from a pickle, it is made anew of its whole line
         super().__init__(problem if problem.startswith(DIVERGED) else f"{DIVERGED}{problem}")
 
 

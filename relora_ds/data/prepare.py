@@ -127,20 +127,24 @@ def prepare(
             before = state["rows"] - _total(state["splits"], "documents")  # of a version that did not tell them apart
             state.setdefault("left_out", {"without_text": 0, "empty": before})
         _tokenize(islice(texts(), state["rows"], max_documents), out, state, seed, holdout, console, is_alone=len(head) == 1)
-        index = {"format": INDEX_FORMAT, "source": source, "text_column": text_column}
-        index |= {"tokenizer": state["tokenizer"], "dtype": state["dtype"], "seed": seed, "holdout": holdout}
-        index |= {"splits": {}, "left_out": state["left_out"], "mended": state["mended"], "fingerprint": fingerprint}
-        index["passed_over"] = len(passed_over)
-        for name, counts in state["splits"].items():
-            index["splits"][name] = {"file": f"{name}.bin", **counts, "sha256": file_sha256(out / f"{name}.bin")}
-            console.print(f"{name}: {counts['tokens']:,} tokens of {counts['documents']:,} documents")
-        if left_out := tell_left_out(index):
-            console.print(left_out)
-        if index["mended"]:
-            console.print(f"mended: {index['mended']:,} document(s) with half a surrogate pair, which became U+FFFD")
-        write_json(out / INDEX_FILE, index)
+        settings = {"format": INDEX_FORMAT, "source": source, "text_column": text_column, "seed": seed, "holdout": holdout}
+        index = _write_index(out, settings | {"passed_over": len(passed_over), "fingerprint": fingerprint}, state, console)
         (out / PROGRESS_FILE).unlink()
         return index
+
+
+def _write_index(out: Path, settings: dict[str, Any], state: dict[str, Any], console: Console) -> dict[str, Any]:
+    """Writes ``index.json`` of a preparation that has read everything, and tells what there is; returns what it wrote."""
+    index = settings | {key: state[key] for key in ("tokenizer", "dtype", "left_out", "mended")} | {"splits": {}}
+    for name, counts in state["splits"].items():
+        index["splits"][name] = {"file": f"{name}.bin", **counts, "sha256": file_sha256(out / f"{name}.bin")}
+        console.print(f"{name}: {counts['tokens']:,} tokens of {counts['documents']:,} documents")
+    if left_out := tell_left_out(index):
+        console.print(left_out)
+    if index["mended"]:
+        console.print(f"mended: {index['mended']:,} document(s) with half a surrogate pair, which became U+FFFD")
+    write_json(out / INDEX_FILE, index)
+    return index
 
 
 @contextmanager

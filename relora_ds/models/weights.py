@@ -72,17 +72,13 @@ def _fill_buffers(model: nn.Module, source: Source) -> None:
     """Gives the buffers that are part of a model's state their values, each in its own dtype."""
     for name, buffer in _saved_buffers(model):
         module, _, key = name.rpartition(".")
-        model.get_submodule(module)._buffers[key] = source([name], buffer).to(buffer.dtype, copy=True)
+        setattr(model.get_submodule(module), key, source([name], buffer).to(buffer.dtype, copy=True))
 
 
 def _saved_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
     """The buffers that belong to a model's state, by name; others, such as rotary frequencies, follow from its configuration."""
-    return [
-        (f"{prefix}.{key}" if prefix else key, buffer)
-        for prefix, module in model.named_modules()
-        for key, buffer in module._buffers.items()
-        if buffer is not None and key not in module._non_persistent_buffers_set
-    ]
+    saved = model.state_dict().keys()
+    return [(name, buffer) for name, buffer in model.named_buffers(remove_duplicate=False) if name in saved]
 
 
 def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
