@@ -181,6 +181,15 @@ def test_the_check_can_be_left_to_the_job(recipe: Path, home: Path, tmp_path: Pa
     assert done.returncode == 0 and "#SBATCH --ntasks-per-node=3\n" in done.stdout, done.stderr
 
 
+def test_an_environment_file_that_a_shell_reads_otherwise_is_refused_at_submit(
+    recipe: Path, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "env").write_text("RUN_NAME=my run\n")
+    words = ["slurm", "submit", str(recipe), "--tasks-per-node", "1", "--no-check", "--dry-run"]
+    assert main([*words, "--environment-file", str(tmp_path / "env")]) == 2
+    assert capsys.readouterr().err.startswith("relora-ds: error: --environment-file='RUN_NAME': line 1 of")
+
+
 @pytest.mark.parametrize(
     ("complaint", "is_refused"),
     [

@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 from relora_ds.errors import ConfigError, StartError
 from relora_ds.run.folder import RunFolder
 from relora_ds.training import open_run
+from tests.unit.test_config import judge
 
 
 def fill(disk: Path) -> None:
@@ -31,6 +32,14 @@ def test_a_full_disk_leaves_the_architecture_that_was_there(small_disk: Path) ->
         open_run._write_architecture(LlamaConfig(hidden_size=32), folder)
     assert json.loads((folder.model / "config.json").read_text())["hidden_size"] == 64
     assert [path.name for path in folder.model.iterdir() if not path.name.startswith(".")] == ["config.json"]
+
+
+def test_a_start_puts_the_architecture_in_the_place_of_the_old(recipe: Path, tmp_path: Path) -> None:
+    checked, folder = judge(recipe), RunFolder(tmp_path / "run")
+    open_run._write(checked, folder, is_new=True)
+    with open(folder.model / "config.json", encoding="utf-8") as old:
+        open_run._write(checked, folder, is_new=False)
+        assert os.fstat(old.fileno()).st_nlink == 0 and json.load(old)["model_type"] == "llama"
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOTDIR])
