@@ -18,6 +18,7 @@ from relora_ds.console import say
 from relora_ds.errors import ConfigError
 from relora_ds.launch import cores
 from relora_ds.launch.places import Place
+from relora_ds.supervision import stop
 
 GRACE_S = 20.0
 """How long the other processes of a node may take to end after one of them failed, before they are killed."""
@@ -58,18 +59,17 @@ def tied(command: Sequence[str]) -> list[str]:
 def spawn(arguments: Sequence[str], num_processes: int, stop_signal: str = "USR2", module: str = "relora_ds") -> int:
     """Runs ``python -m MODULE ARGUMENTS`` in ``num_processes`` processes on this machine; returns the job's exit code.
 
-    SIGTERM, SIGINT and the stop signal are passed on (from the main thread: no other hears them), so that the run can write its
-    checkpoint. When one process fails, the others are stopped. When this one dies, however it does, all die at once.
+    What asks a run to stop is passed on (from the main thread: no other hears it), so that the run can write its checkpoint. When one process fails, the others are stopped. When this one dies, however it does, all die at once.
     """
-    port, num_cores, more = network.free_port(), cores.usable(), getattr(signal, f"SIG{stop_signal}")
+    port, num_cores, of_terminal = network.free_port(), cores.usable(), (signal.SIGINT, signal.SIGHUP)
     processes: list[subprocess.Popen[Any]] = []
 
     def pass_on(number: int, _frame: Any) -> None:
         for process in processes:
             if process.poll() is None:
-                process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
+                process.send_signal(signal.SIGTERM if number in of_terminal else number)
 
-    heard = (signal.SIGINT, signal.SIGTERM, more) if threading.current_thread() is threading.main_thread() else ()
+    heard = stop.signals(stop_signal) if threading.current_thread() is threading.main_thread() else set()
     previous = {number: signal.signal(number, pass_on) for number in heard}
     try:
         for rank in range(num_processes):

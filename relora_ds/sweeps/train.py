@@ -20,6 +20,7 @@ from relora_ds.launch.launcher import tied
 from relora_ds.paths import make_folder
 from relora_ds.run import manifest as manifests
 from relora_ds.run.lock import RunLock
+from relora_ds.supervision import stop
 from relora_ds.sweeps.events import Events
 from relora_ds.sweeps.outlook import Pace, as_time, seconds_left
 from relora_ds.sweeps.runs import Standing, refuse_longer, standing
@@ -146,7 +147,7 @@ class _Training:
 
     def work(self) -> int:
         """Until all runs are over, or a signal; returns the exit code."""
-        previous = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, self._hear) for number in stop.signals()}
         try:
             told = 0
             while self.running or (self.waiting and not self.signals):

@@ -50,17 +50,20 @@ def train(
         trainer.begin()
         for update in range(trainer.done.update + 1, config.total_updates + 1):
             trainer.enter_phase(update)
-            stopping, is_last = trainer.update(update, stop.requested), update == config.total_updates
+            is_asked_to_stop, is_last = trainer.update(update, stop.requested), update == config.total_updates
+            stopping = is_asked_to_stop and not is_last
+            if stopping:
+                trainer.save(wait=True)  # first: what stops a run may not leave it the time for an evaluation
             if is_last or update == config.full_updates or _is_due(config.train.eval_every, update):
                 trainer.evaluate()
-            if is_last or stopping or update == config.first_base_update or _is_due(config.train.checkpoint_every, update):
-                trainer.save(wait=is_last or stopping)
-            if stopping and not is_last:
+            if stopping:
                 trainer.tell(
                     f"stopped by a signal after update {update}; a checkpoint is written: run the same command to resume"
                 )
                 code = EXIT_STOPPED
                 break
+            if is_last or update == config.first_base_update or _is_due(config.train.checkpoint_every, update):
+                trainer.save(wait=is_last)
     except BaseException as error:
         trainer.watchdog.stop()
         record_fault(error, checked, place, trainer.update_in_progress)  # at once: the other ranks' errors follow

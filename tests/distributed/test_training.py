@@ -163,11 +163,15 @@ def test_resume_far_behind_the_logs(content: dict[str, Any], tmp_path: Path) -> 
 
 
 def test_one_signalled_rank_stops_all_with_a_checkpoint(content: dict[str, Any], tmp_path: Path) -> None:
+    """Before the evaluation that is due then: what stops a run may not leave it the time for both."""
     whole, stopped = at(content, tmp_path / "whole"), at(content, tmp_path / "stopped", checkpoint_every=None)
     run(2, train_here, whole)
-    assert run(2, train_here, stopped, None, 10) == [EXIT_STOPPED, EXIT_STOPPED]
-    newest = checkpoints.newest(RunFolder(tmp_path / "stopped"))
-    assert newest is not None and checkpoints.read_manifest(newest).update == 10
+    assert run(2, train_here, stopped, None, 12) == [EXIT_STOPPED, EXIT_STOPPED]
+    folder = RunFolder(tmp_path / "stopped")
+    newest = checkpoints.newest(folder)
+    assert newest is not None and checkpoints.read_manifest(newest).update == 12
+    assert read_log(folder.metrics)[-1].keys() >= {"update", "eval_loss"}
+    assert (newest / manifests.NAME).stat().st_mtime_ns < folder.metrics.stat().st_mtime_ns
     assert run(2, train_here, stopped) == [EXIT_DONE, EXIT_DONE]
     assert read_log(tmp_path / "stopped" / "metrics.jsonl") == read_log(tmp_path / "whole" / "metrics.jsonl")
 

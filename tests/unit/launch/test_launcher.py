@@ -140,7 +140,7 @@ def test_spawn_runs_another_module(stand_in: Callable[[str], Path]) -> None:
     assert (folder / "arguments.0").read_text() == "-m benchmarks.peers --rounds 2\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_spawn_passes_a_signal_on_once_and_returns_the_code(stand_in: Callable[[str], Path], number: signal.Signals) -> None:
     folder = stand_in('trap \'echo stopped >> "stopped.$RANK"; exit 75\' TERM\ntouch "ready.$RANK"\nwhile :; do sleep 0.02; done')
     before = signal.getsignal(number)
@@ -197,7 +197,7 @@ LAUNCHERS = {
 }
 """What is run, and how many children it has."""
 LAUNCHER = (
-    "import signal, subprocess, sys, threading; signal.signal(signal.SIGHUP, signal.SIG_DFL); "  # ignored under nohup
+    "import subprocess, sys, threading; "
     "from relora_ds.launch import launcher; sys.executable = sys.argv[1]; "
 )
 
@@ -218,7 +218,7 @@ def is_gone(pid: int) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children that their parent is gone")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP], ids=["killed", "closed terminal"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1], ids=["killed", "ended"])
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_children_die_with_the_launcher(stand_in: Callable[[str], Path], launcher: str, number: signal.Signals) -> None:
     """One is stopped, as one that hangs: it dies, too. They listen to no signal that can be ignored."""
