@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import bisect
 import copy
+import inspect
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -142,7 +144,7 @@ def _inline_config(content: dict[str, Any], vocab_size: int) -> PretrainedConfig
             nearest(str(model_type), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
         )
     default = AutoConfig.for_model(model_type)
-    known = {*default.to_dict(), *default.attribute_map}
+    known = {*default.to_dict(), *default.attribute_map, *_optional_keys(default)}
     unknown = [name for name in fields if name not in known]
     if unknown:
         raise ConfigError(f"model.config.{unknown[0]}", fields[unknown[0]], "unknown key", nearest(unknown[0], known))
@@ -154,6 +156,12 @@ def _inline_config(content: dict[str, Any], vocab_size: int) -> PretrainedConfig
         problem, way_out = f"does not divide the {heads} heads", "a default may not fit: give num_key_value_heads, too"
         raise ConfigError("model.config.num_key_value_heads", shared, problem, way_out)
     return config
+
+
+def _optional_keys(config: PretrainedConfig) -> set[str]:
+    """What an architecture's code takes from its configuration if it is there: no attribute of the class tells of it."""
+    module = inspect.getmodule(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+    return set(re.findall(r'getattr\((?:self\.)?config, "(\w+)"', inspect.getsource(module))) if module else set()
 
 
 SUPPORT = {"sdpa": ("_supports_sdpa",), "flash_attention_2": ("_supports_flash_attn", "_supports_flash_attn_2")}
