@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from relora_ds.method.frozen_weights import FrozenWeight
-from relora_ds.method.reinit import initial_A, initial_B, principal_inputs
+from relora_ds.method.reinit import ITERATIONS, initial_A, initial_B, principal_inputs
 from tests.products import ExactProducts
 
 
@@ -52,12 +52,12 @@ def test_a_low_rank_matrix_is_held_whole() -> None:
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
 def test_of_a_rounding_error_as_much_as_an_exact_svd_holds(dtype: str) -> None:
-    """Its spectrum is flat: the hardest case. Within 2% of the best that any factors of this rank could hold."""
+    """Its spectrum is flat: the hardest case. Within 5% of the best that any factors of this rank could hold."""
     weight = 0.02 * normal(384, 256)
     residual = weight - FrozenWeight(weight, dtype).read()
     rows = principal(residual, initial_A(64, 256, name="layer", seed=0, restart=0), 5)
     best = torch.linalg.svdvals(residual.double())[:64].square().sum() / residual.double().square().sum()
-    assert 0.98 * float(best) < energy(residual, rows) <= float(best) * 1.0001
+    assert 0.95 * float(best) < energy(residual, rows) <= float(best) * 1.0001
     assert float(best) > 0.3
 
 
@@ -67,7 +67,7 @@ def test_the_split_of_the_rows_changes_no_bit(num: int) -> None:
     matrix, start = normal(61, 40), initial_A(8, 40, name="layer", seed=0, restart=0)
     with ExactProducts() as asked:
         split = principal(matrix, start, num)
-    assert asked.num == 8 * 2 * num
+    assert asked.num == ITERATIONS * 2 * num
     assert torch.equal(split, principal(matrix, start))
 
 
