@@ -339,3 +339,12 @@ class ReLoRAOptimizer(ZeroProxy):
             if self.frozen_master is not None:
                 self.frozen_master.load(own.get("frozen_master"))
         self._forget_merged()
+
+    def refresh_fp32_params(self) -> None:
+        """All masters anew from what the module holds; called by ``engine.load_checkpoint`` where it loads no optimizer states."""
+        self.zero.refresh_fp32_params()
+        if self.frozen_master is not None:
+            self.frozen_master.load(None)
+        self._forget_merged()
+
+    _restore_from_bit16_weights = refresh_fp32_params
