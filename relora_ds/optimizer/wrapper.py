@@ -112,6 +112,8 @@ class ReLoRAOptimizer(ZeroProxy):
         self.comm = data_parallel_group(zero, next(model.parameters()).device)
         factors = {f"{name}.{key}": p for name, layer in relora_layers(model) for key, p in layer.factors().items()}
         self.masters = ZeroState(zero, factors, self.comm)
+        if settings.reset.restart_bias_correction:
+            self.masters.own_groups()  # raises now what the first reset would
         self.frozen_master = self._shard_master() if settings.frozen.master == "sharded" else None
         if self.frozen_master is None:
             self._replicate_frozen()
