@@ -170,6 +170,13 @@ class FrozenWeight(nn.Module):
                 self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
         return self
 
+    @classmethod
+    def __torch_function__(cls, function: Any, *_: Any) -> Any:
+        """Called where it is given for a tensor. The fast path of torch's transformer blocks sees this method, and stands back."""
+        name = getattr(function, "__name__", function)
+        problem = f"{name} is given the frozen weight of a layer with factors, which the model multiplies by itself"
+        raise TypeError(f"{problem}: leave that layer out of relora.targets")
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self.in_state:
             super()._save_to_state_dict(destination, prefix, keep_vars)
