@@ -374,12 +374,11 @@ def _is_plain(module: nn.Linear | Conv1D) -> bool:
 
 def check_rank(layers: Mapping[str, Target], rank: int) -> None:
     """Raises ConfigError when ``rank`` exceeds the smaller side of a layer: the factors would be larger than the layer needs."""
-    for name, module in layers.items():
-        limit = min(module.weight.shape)
-        if rank > limit:
-            raise ConfigError(
-                "relora.rank", rank, f"larger than layer {name!r} of {tuple(module.weight.shape)}", f"use at most {limit}"
-            )
+    name, module = min(layers.items(), key=lambda item: min(item[1].weight.shape))
+    limit = min(module.weight.shape)
+    if rank > limit:
+        problem = f"larger than layer {name!r} of {tuple(module.weight.shape)}"
+        raise ConfigError("relora.rank", rank, problem, f"use at most {limit}, or name only wider layers in relora.targets")
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

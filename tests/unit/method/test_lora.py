@@ -309,6 +309,14 @@ def test_rank_larger_than_a_layer_is_refused_and_changes_nothing() -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_the_narrowest_layer_says_what_rank_there_can_be() -> None:
+    """Qwen2-MoE has a gate with one output among its linear layers, for which no rank is worth its while."""
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 1))
+    way_out = r"larger than layer '1' of \(1, 6\); use at most 1, or name only wider layers in relora\.targets"
+    with pytest.raises(ConfigError, match=way_out):
+        wrap(model, rank=7, alpha=ALPHA)
+
+
 # Shared modules and shared weights
 
 
