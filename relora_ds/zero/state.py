@@ -196,7 +196,7 @@ class ZeroState:
 
     def moment_keys(self) -> list[str]:
         """Names of the optimizer's per-entry state, the first moment first (Adam: exp_avg, exp_avg_sq); [] before the first step."""
-        return self.moment_keys_of(next(iter(self.params)))
+        return self.moment_keys_of(next(iter(self.params))) if self.params else []
 
     def moment_keys_of(self, name: str) -> list[str]:
         """The same for the group of one parameter: groups begin to have state at different times."""
