@@ -80,6 +80,8 @@ class ReLoRALayer(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **like))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, **like))
         self.lora_scaling = nn.Parameter(torch.ones(1, **like)) if trainable_scaling else None
+        if self.weight is not None:
+            self.weight.beside = (self.lora_A,)
 
     def scale(self, lora_scaling: Tensor | None) -> Tensor | float:
         """s: alpha / rank, or tanh of the trainable number."""

@@ -18,7 +18,7 @@ def multiplies_itself(owner: nn.Module, layer: nn.Module) -> bool:
         return True
     names = "|".join(re.escape(name) for name, child in owner.named_children() if child is layer)
     weight = rf"\bself\.({names})\.weight\b"
-    product = re.compile(rf"@\s*{weight}|{weight}\s*@")
+    product = re.compile(rf"@\s*{weight}|{weight}\s*@|\blinear\(.*{weight}(?!\[|\.dtype|\.device)")
     return bool(names) and any(product.search(_source(kind)) for kind in type(owner).__mro__ if kind not in nn.Module.__mro__)
 
 

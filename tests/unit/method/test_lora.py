@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from typing import Any
@@ -135,6 +136,14 @@ def test_dropout_only_in_training_and_only_before_A() -> None:
     fill_factors(layer)
     torch.testing.assert_close(layer.eval()(x), base(x) + F.linear(x, layer.delta(layer.lora_A, layer.lora_B)))
     assert not torch.allclose(layer.train()(x), layer.eval()(x), atol=1e-3)
+
+
+@pytest.mark.parametrize("stored", ["int8", "fp32"])
+def test_who_asks_for_the_dtype_of_the_weight_is_told_that_of_the_factors(stored: str) -> None:
+    """DeepSeek-V3.2 casts what goes into a layer to it."""
+    layer = ReLoRALinear(nn.Linear(8, 8), rank=2, alpha=4.0, frozen=Frozen(dtype=stored)).bfloat16()
+    assert layer.weight.dtype == copy.deepcopy(layer).weight.dtype == torch.bfloat16
+    assert set(dict(layer.named_parameters())) == {"lora_A", "lora_B", "bias"}
 
 
 def test_factors_have_the_dtype_of_the_weight() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM
 
@@ -64,17 +65,18 @@ def test_naming_one_is_refused() -> None:
 
 
 def test_what_else_is_read_of_a_weight_is_no_product() -> None:
-    """The class of this owner initialises a layer and asks for its dtype."""
+    """The class of this owner initialises a layer and asks for its dtype; BLOOM takes slices of one, in a branch for checks."""
 
     class Owner(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner, self.outer = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.inner, self.outer, self.linear, self.router = (nn.Linear(3, 3) for _ in range(4))
             nn.init.zeros_(self.inner.weight)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x.to(self.inner.weight.dtype)) @ self.outer.weight
+            x = self.inner(x.to(self.inner.weight.dtype)) @ self.outer.weight
+            x = self.linear(x.to(self.linear.weight.dtype)) + F.linear(x, self.inner.weight[:, :3])
+            return F.linear(x, self.router.weight.type(torch.float32))
 
     owner = Owner()
-    assert not multiplies_itself(owner, owner.inner)
-    assert multiplies_itself(owner, owner.outer)
+    assert [name for name, layer in owner.named_children() if multiplies_itself(owner, layer)] == ["outer", "router"]
