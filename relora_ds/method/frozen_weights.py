@@ -85,6 +85,7 @@ class FrozenWeight(nn.Module):
         values: (out, in), floating or int8. scales: (out, ceil(in / group_size)) fp32 for int8, else None.
         in_state: whether ``state_dict`` holds it; not while a checkpoint is saved whose base holds it.
         was_loaded: whether the newest ``load_state_dict`` brought it.
+        beside: a factor of the layer that it is the weight of; empty where it is of none.
     """
 
     values: Tensor
@@ -94,6 +95,7 @@ class FrozenWeight(nn.Module):
         super().__init__()
         self.dtype_name, self.group_size = dtype, group_size
         self.in_state = self.was_loaded = True
+        self.beside: tuple[Tensor, ...] = ()  # in a tuple it is not taken for a parameter of this module
         weight = weight.detach()
         self.exact_rows = None if exact_rows is None else weight[exact_rows].to(torch.float32, copy=True)
         if dtype == "int8":
@@ -109,6 +111,15 @@ class FrozenWeight(nn.Module):
     @property
     def shape(self) -> torch.Size:
         return self.values.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What a model casts the input of the layer to: that of the factors, in whatever the weight is stored."""
+        return (*self.beside, self.values)[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
 
     @property
     def stored_bytes(self) -> int:
@@ -169,6 +180,13 @@ class FrozenWeight(nn.Module):
                 moved = fn(buffer)
                 self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
         return self
+
+    @classmethod
+    def __torch_function__(cls, function: Any, *_: Any) -> Any:
+        """Called where it is given for a tensor. The fast path of torch's transformer blocks sees this method, and stands back."""
+        name = getattr(function, "__name__", function)
+        problem = f"{name} is given the frozen weight of a layer with factors, which the model multiplies by itself"
+        raise TypeError(f"{problem}: leave that layer out of relora.targets")
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self.in_state:

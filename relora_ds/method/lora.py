@@ -19,6 +19,7 @@ from relora_ds.errors import ConfigError, nearest
 from relora_ds.method import exact
 from relora_ds.method.frozen_weights import FLOATS, Change, FrozenWeight, own_rows, pieces
 from relora_ds.method.linear import Form, Kept, Merged, Split, choose
+from relora_ds.method.owners import multiplies_itself
 from relora_ds.method.reinit import InitName, initial_A, initial_B
 
 ALL_LINEAR = "all-linear"
@@ -79,6 +80,8 @@ class ReLoRALayer(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **like))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, **like))
         self.lora_scaling = nn.Parameter(torch.ones(1, **like)) if trainable_scaling else None
+        if self.weight is not None:
+            self.weight.beside = (self.lora_A,)
 
     def scale(self, lora_scaling: Tensor | None) -> Tensor | float:
         """s: alpha / rank, or tanh of the trainable number."""
@@ -255,10 +258,10 @@ def find_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, Ta
     layers: dict[str, Target] = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D, nn.Embedding))}
     chosen: dict[str, Target] = {}
     for target in names:
-        chosen.update(_served(target, _named_by(target, model, layers)))
+        chosen.update(_served(target, _named_by(target, model, layers), model))
     _refuse_shared_weights(model, chosen)
     for name, module in chosen.items():
-        if found := obstacle(module):
+        if found := obstacle(module, _owner(name, model)):
             raise ConfigError("relora.targets", name, *found)
     return chosen
 
@@ -285,7 +288,7 @@ def _named_by(target: str, model: nn.Module, layers: dict[str, Target]) -> dict[
     return matched
 
 
-def _served(target: str, matched: dict[str, Target]) -> dict[str, Target]:
+def _served(target: str, matched: dict[str, Target], model: nn.Module) -> dict[str, Target]:
     """What is left of the layers that ``target`` names: not the frozen ones, and for ``"all-linear"`` only those that can be wrapped.
 
     Raises:
@@ -293,15 +296,19 @@ def _served(target: str, matched: dict[str, Target]) -> dict[str, Target]:
     """
     kept = {name: module for name, module in matched.items() if module.weight.requires_grad}
     if target == ALL_LINEAR:
-        kept = {name: module for name, module in kept.items() if not obstacle(module)}
+        kept = {name: module for name, module in kept.items() if not obstacle(module, _owner(name, model))}
     if kept and (target in kept or target not in matched):
         return kept
     name = target if target in matched else next(iter(matched))
-    if found := obstacle(matched[name]):
+    if found := obstacle(matched[name], _owner(name, model)):
         raise ConfigError("relora.targets", name, *found)
     layer = f"layer {name!r} is" if len(matched) == 1 or name == target else f"all its layers ({name!r}, ...) are"
     problem = f"{layer} frozen (requires_grad=False), and what is frozen stays as it is"
     raise ConfigError("relora.targets", target, problem, "call requires_grad_(True) on what is to be trained, or leave it out")
+
+
+def _owner(name: str, model: nn.Module) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
 
 
 def in_role(model: nn.Module, role: str) -> nn.Module | None:
@@ -325,16 +332,19 @@ def _refuse_shared_weights(model: nn.Module, chosen: Mapping[str, Target]) -> No
                 )
 
 
-def obstacle(module: Target) -> tuple[str, str] | None:
+def obstacle(module: Target, owner: nn.Module | None = None) -> tuple[str, str] | None:
     """Why factors cannot stand for this layer, and what to do about it; None where they can.
 
-    W x or W[ids] is all that they can: not a scaled or shifted row, nor a forward pass that reads more than weight and bias.
+    W x or W[ids] is all that they can: not a scaled or shifted row, nor a forward pass that reads more than weight and bias, nor
+    an ``owner`` that reads the weight itself.
     """
     kind, leave_out = type(module).__name__, "leave it out"
     if "weight" not in module._parameters:
         return f"is a {kind} whose weight is computed from others", "leave it out, or make it a parameter of its own"
     if not module.weight.is_floating_point() or module.weight.itemsize < 2:
         return f"its weight is kept in {module.weight.dtype}", "load the model without quantisation, or leave it out"
+    if owner is not None and multiplies_itself(owner, module):
+        return f"the {type(owner).__name__} that holds it multiplies by its weight itself", leave_out
     if not isinstance(module, nn.Embedding):
         return None if _is_plain(module) else (f"is a {kind}, which does more than multiply by its weight", leave_out)
     if type(module).forward is not nn.Embedding.forward:
@@ -366,12 +376,11 @@ def _is_plain(module: nn.Linear | Conv1D) -> bool:
 
 def check_rank(layers: Mapping[str, Target], rank: int) -> None:
     """Raises ConfigError when ``rank`` exceeds the smaller side of a layer: the factors would be larger than the layer needs."""
-    for name, module in layers.items():
-        limit = min(module.weight.shape)
-        if rank > limit:
-            raise ConfigError(
-                "relora.rank", rank, f"larger than layer {name!r} of {tuple(module.weight.shape)}", f"use at most {limit}"
-            )
+    name, module = min(layers.items(), key=lambda item: min(item[1].weight.shape))
+    limit = min(module.weight.shape)
+    if rank > limit:
+        problem = f"larger than layer {name!r} of {tuple(module.weight.shape)}"
+        raise ConfigError("relora.rank", rank, problem, f"use at most {limit}, or name only wider layers in relora.targets")
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -16,6 +16,9 @@ from relora_ds.method.frozen_weights import ShardedMaster, checksum, stored_tens
 from relora_ds.method.lora import relora_layers
 from relora_ds.zero.state import ZeroState
 
+WEIGHTS = (".weight", ".weight.scales")
+"""How W's names of :func:`~relora_ds.method.frozen_weights.stored_tensors` end; a layer may be called ``weights_proj``."""
+
 
 @dataclass(frozen=True)
 class Mismatch:
@@ -87,7 +90,7 @@ class Replicas:
             for mismatch in self._mismatches([names[index] for index in differing], sums[differing]):
                 self._repair(mismatch, tensors[mismatch.name], len(differing), update)
             return self.verify(update)
-        weights = [value for name, value in zip(tensors, sums.tolist(), strict=True) if ".weight" in name]
+        weights = [value for name, value in zip(tensors, sums.tolist(), strict=True) if name.endswith(WEIGHTS)]
         return hashlib.sha256(repr(weights).encode()).hexdigest()[:16]
 
     def _mismatches(self, names: list[str], sums: Tensor) -> list[Mismatch]:
@@ -99,7 +102,7 @@ class Replicas:
 
     def _repair(self, mismatch: Mismatch, tensor: Tensor, num_differing: int, update: int) -> None:
         """Sets one tensor right on the ranks where it is wrong, or raises RestartError."""
-        layer = mismatch.name.partition(".weight")[0]
+        layer = mismatch.name.removesuffix(".scales").removesuffix(".weight")
         is_factor = mismatch.name in self.masters.params
         if self.on_mismatch == "repair":
             if is_factor:

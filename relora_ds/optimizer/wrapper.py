@@ -112,6 +112,8 @@ class ReLoRAOptimizer(ZeroProxy):
         self.comm = data_parallel_group(zero, next(model.parameters()).device)
         factors = {f"{name}.{key}": p for name, layer in relora_layers(model) for key, p in layer.factors().items()}
         self.masters = ZeroState(zero, factors, self.comm)
+        if settings.reset.restart_bias_correction:
+            self.masters.own_groups()  # raises now what the first reset would
         self.frozen_master = self._shard_master() if settings.frozen.master == "sharded" else None
         if self.frozen_master is None:
             self._replicate_frozen()
@@ -339,3 +341,12 @@ class ReLoRAOptimizer(ZeroProxy):
             if self.frozen_master is not None:
                 self.frozen_master.load(own.get("frozen_master"))
         self._forget_merged()
+
+    def refresh_fp32_params(self) -> None:
+        """All masters anew from what the module holds; called by ``engine.load_checkpoint`` where it loads no optimizer states."""
+        self.zero.refresh_fp32_params()
+        if self.frozen_master is not None:
+            self.frozen_master.load(None)
+        self._forget_merged()
+
+    _restore_from_bit16_weights = refresh_fp32_params

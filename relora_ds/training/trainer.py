@@ -250,7 +250,7 @@ class Trainer(RunState):
             "update": update,
             "phase": self.phase,
             "loss": loss,
-            "lr": next(rate for name, rate in rates.items() if name != LORA_GROUP),
+            "lr": next((rate for name, rate in rates.items() if name != LORA_GROUP), rates.get(LORA_GROUP)),
             "grad_norm": math.nan if norm is None else float(norm),
             "tokens": self.done.tokens,
             "tokens_per_s": tokens_per_s,

@@ -196,7 +196,7 @@ class ZeroState:
 
     def moment_keys(self) -> list[str]:
         """Names of the optimizer's per-entry state, the first moment first (Adam: exp_avg, exp_avg_sq); [] before the first step."""
-        return self.moment_keys_of(next(iter(self.params)))
+        return self.moment_keys_of(next(iter(self.params))) if self.params else []
 
     def moment_keys_of(self, name: str) -> list[str]:
         """The same for the group of one parameter: groups begin to have state at different times."""
@@ -239,7 +239,7 @@ class ZeroState:
 
     def restart_bias_correction(self) -> None:
         """Sets Adam's step count to 0 for the groups of these parameters, which must hold nothing else."""
-        for flat, group in self._own_groups():
+        for flat, group in self.own_groups():
             self._set_step(flat, group, 0)
 
     def step_count(self, name: str) -> int:
@@ -263,7 +263,12 @@ class ZeroState:
     def _group(self, name: str) -> dict[str, Any]:
         return self.zero.optimizer.param_groups[self._group_of[id(self.params[name])]]
 
-    def _own_groups(self) -> Sequence[tuple[Tensor, dict[str, Any]]]:
+    def own_groups(self) -> Sequence[tuple[Tensor, dict[str, Any]]]:
+        """The groups of these parameters: this rank's flat master, and the optimizer's settings.
+
+        Raises:
+            ConfigError: one holds other parameters, too.
+        """
         served = {id(p) for p in self.params.values()}
         indices = sorted({self._group_of[key] for key in served})
         for index in indices:

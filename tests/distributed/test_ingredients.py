@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import relora_ds
+from relora_ds.errors import ConfigError
 from relora_ds.method import frozen_weights
 from relora_ds.method.frozen_weights import FrozenWeight
-from relora_ds.method.lora import relora_layers
+from relora_ds.method.lora import relora_layers, wrap
 from tests.distributed import common
 from tests.distributed.pool import run
 from tests.memory import PeakMemory
@@ -95,6 +97,24 @@ def test_each_random_reset_draws_anew_without_a_restart_between() -> None:
     """Of entries drawn twice, a half is drawn both times; a draw that stays would never let the same half learn."""
     for first, second in run(2, drawn, 2):
         assert float((first & second).sum() / first.sum()) == pytest.approx(0.5, abs=0.1)
+
+
+def bias_correction_in_a_mixed_group() -> str:
+    """The factors of a model that a script wrapped are in one group with all else."""
+    model = common.tiny_llama()
+    wrap(model, rank=3, alpha=4.0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    config = {key: value for key, value in common.deepspeed_config().items() if key != "optimizer"}
+    relora = {"rank": 3, "restart_every": 1000, "reset": {"restart_bias_correction": True}}
+    with pytest.raises(ConfigError) as refused:
+        relora_ds.initialize(model=model, optimizer=optimizer, config=config, relora=relora)
+    return str(refused.value)
+
+
+def test_bias_correction_of_a_mixed_group_is_refused_before_training() -> None:
+    """Not at the first reset, after hours."""
+    (message,) = run(1, bias_correction_in_a_mixed_group)
+    assert "relora.reset.restart_bias_correction=True: the LoRA factors share an optimizer group" in message
 
 
 def initialised(kind: str, trained_for: int) -> dict[str, Any]:

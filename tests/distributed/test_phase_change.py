@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import weakref
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import relora_ds
 from relora_ds.config import Optimizer, parse
 from relora_ds.engine.initialize import adamw
 from relora_ds.engine.release import release
+from relora_ds.errors import EXIT_DONE
 from relora_ds.launch import places
 from relora_ds.method import lora
 from relora_ds.training import phases
@@ -23,6 +25,7 @@ from relora_ds.training.preflight import check
 from relora_ds.training.trainer import Trainer
 from tests.distributed import common
 from tests.distributed.pool import run
+from tests.distributed.test_training import train_here
 from tests.memory import live_bytes
 
 CPU = torch.device("cpu")
@@ -203,3 +206,22 @@ def test_a_script_of_ones_own_can_go_on_with_the_module() -> None:
     for result in run(2, own_warm_start):
         assert not result["alive"]
         assert result["losses"][-1] < result["losses"][0]
+
+
+def test_a_model_of_which_only_factors_go_on(content: dict[str, Any]) -> None:
+    """OLMo's norms have no weights, and its vocabulary gets factors here: nothing is carried over, and no other rate is logged."""
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    tokens = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    content["model"]["config"] = {"model_type": "olmo", **sizes, **tokens}
+    content["relora"] |= {"targets": common.WITH_VOCABULARY, "keep_moments": True, "restart_every": 2}
+    content["train"]["updates"] = WARM_START + 3
+    assert run(1, train_here, content) == [EXIT_DONE]
+    lines = (json.loads(line) for line in (Path(content["run"]["dir"]) / "metrics.jsonl").read_text().splitlines())
+    (*_, last) = (line for line in lines if "loss" in line)
+    assert last["restarts"] == 1 and last["lr"] == last["lora_lr"] == 0.0

@@ -110,3 +110,32 @@ def test_other_commands_name_the_way_out(tmp_path: Path) -> None:
         locate(tmp_path / "script")
     with pytest.raises(ConfigError, match=r"model\.weights=.*in factors.*relora-ds export.*model\.path"):
         deepspeed_weights(tmp_path / "script", common.tiny_llama(), trust=False)
+
+
+def losses_after_a_load(folder: str, how: dict[str, Any]) -> list[float]:
+    """Of a fixed batch, when the checkpoint was written, loaded into a model of other weights, and after a restart there that changes
+    nothing."""
+    relora = {"restart_every": 2, "restart_warmup": 0, "frozen": {"master": "sharded"}}
+    first = common.build(common.tiny_llama(), relora)
+    for index in range(3):
+        common.train_update(first, index)
+    first.save_checkpoint(folder)
+    seen = [common.fixed_loss(first)]
+    common.end(first)
+    second = common.build(common.tiny_llama(seed=5), relora, lr=0.0)
+    second.load_checkpoint(folder, **how)
+    seen.append(common.fixed_loss(second))
+    for index in range(2):
+        common.train_update(second, index)
+    assert second.optimizer.last_restart is not None
+    seen.append(common.fixed_loss(second))
+    common.end(second)
+    return seen
+
+
+@pytest.mark.parametrize("how", [{"load_module_only": True}, {"load_optimizer_states": False}], ids=["module", "no states"])
+def test_a_load_without_optimizer_states_brings_the_frozen_weights_master(tmp_path: Path, how: dict[str, bool]) -> None:
+    """Else the next restart would merge into the weights that were there before, and put these into the module."""
+    written, loaded, restarted = run(2, losses_after_a_load, str(tmp_path), how)[0]
+    assert loaded == pytest.approx(written, abs=1e-5)
+    assert restarted == pytest.approx(written, abs=1e-5)

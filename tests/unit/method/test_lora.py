@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from typing import Any
@@ -135,6 +136,14 @@ def test_dropout_only_in_training_and_only_before_A() -> None:
     fill_factors(layer)
     torch.testing.assert_close(layer.eval()(x), base(x) + F.linear(x, layer.delta(layer.lora_A, layer.lora_B)))
     assert not torch.allclose(layer.train()(x), layer.eval()(x), atol=1e-3)
+
+
+@pytest.mark.parametrize("stored", ["int8", "fp32"])
+def test_who_asks_for_the_dtype_of_the_weight_is_told_that_of_the_factors(stored: str) -> None:
+    """DeepSeek-V3.2 casts what goes into a layer to it."""
+    layer = ReLoRALinear(nn.Linear(8, 8), rank=2, alpha=4.0, frozen=Frozen(dtype=stored)).bfloat16()
+    assert layer.weight.dtype == copy.deepcopy(layer).weight.dtype == torch.bfloat16
+    assert set(dict(layer.named_parameters())) == {"lora_A", "lora_B", "bias"}
 
 
 def test_factors_have_the_dtype_of_the_weight() -> None:
@@ -307,6 +316,14 @@ def test_rank_larger_than_a_layer_is_refused_and_changes_nothing() -> None:
         wrap(model, rank=33, alpha=ALPHA)
     assert list(relora_layers(model)) == []
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_narrowest_layer_says_what_rank_there_can_be() -> None:
+    """Qwen2-MoE has a gate with one output among its linear layers, for which no rank is worth its while."""
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 1))
+    way_out = r"larger than layer '1' of \(1, 6\); use at most 1, or name only wider layers in relora\.targets"
+    with pytest.raises(ConfigError, match=way_out):
+        wrap(model, rank=7, alpha=ALPHA)
 
 
 # Shared modules and shared weights
