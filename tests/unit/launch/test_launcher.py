@@ -196,10 +196,7 @@ LAUNCHERS = {
     "a rank's own program": ("subprocess.run(launcher.tied([sys.executable, 'train']))", 1),
 }
 """What is run, and how many children it has."""
-LAUNCHER = (
-    "import subprocess, sys, threading; "
-    "from relora_ds.launch import launcher; sys.executable = sys.argv[1]; "
-)
+LAUNCHER = "import subprocess, sys, threading; from relora_ds.launch import launcher; sys.executable = sys.argv[1]; "
 
 
 def wait_until(holds: Callable[[], bool], timeout_s: float = 20.0) -> None:

@@ -210,9 +210,10 @@ def test_inline_configuration_may_use_the_architectures_own_names_or_the_common_
 
 def test_inline_configuration_may_have_what_only_the_models_code_asks_for() -> None:
     """Configurations of Qwen3's MoE models name ``head_dim``, of which their class in transformers says nothing."""
-    content = {"model_type": "qwen3_moe", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    content = {"model_type": "qwen3_moe", "hidden_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     small = {"intermediate_size": 16, "moe_intermediate_size": 16, "num_experts": 2, "num_experts_per_tok": 1}
-    config = models.hf_config(Model(config={**content, **small, "head_dim": 16}), VOCAB_SIZE)
+    config = models.hf_config(Model(config={**content, **heads, **small}), VOCAB_SIZE)
     attention = models.build_meta(config).model.layers[0].self_attn
     assert attention.q_proj.weight.shape == (4 * 16, 32) and attention.k_proj.weight.shape == (2 * 16, 32)
 
