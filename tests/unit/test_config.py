@@ -468,35 +468,6 @@ def test_a_configuration_cannot_be_changed_afterwards(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kept", "every", "words"),
-    [
-        ("300", "500", "only multiples of 1,500 have a checkpoint to keep"),
-        ("300", "null", "no checkpoint is written on the way without train.checkpoint_every"),
-        ("600", "300", None),
-        ("250", "500", None),
-        ("null", "500", None),
-    ],
-)
-def test_checkpoints_that_are_to_stay_are_written(recipe: Path, kept: str, every: str, words: str | None) -> None:
-    line = config.load(recipe, [f"train.keep_every={kept}", f"train.checkpoint_every={every}"]).never_kept()
-    assert line is None if words is None else line is not None and words in line
-
-
-@pytest.mark.parametrize(
-    ("override", "way_out"),
-    [
-        ("run.dir=2026-11-27", """write dir: "…", or run.dir='"…"' in a shell"""),
-        ("train.tokens=5000", "leave one out: train.updates=null or train.tokens=null"),
-        ("deepspeed.zero_optimization.stage=1", "change a copy of that file, or write its content into the recipe"),
-    ],
-)
-def test_what_is_refused_names_a_way_out(recipe: Path, override: str, way_out: str) -> None:
-    """``recipe`` gives ``train.updates``, and DeepSpeed's file by its name."""
-    with pytest.raises(ConfigError, match=re.escape(way_out)):
-        config.load(recipe, ["train.updates=9", "deepspeed=ds.json", override])
-
-
-@pytest.mark.parametrize(
     ("overrides", "told"),
     [
         (["relora.restart_every=6"], "after update 18 of 20, is followed by 2 updates"),
