@@ -302,6 +302,16 @@ class Config(Section):
                 return f"{key}={every} does nothing: it is not shorter than the LoRA phase, which has {updates:,} updates"
         return None
 
+    def never_kept(self) -> str | None:
+        """A line on checkpoints that are to stay and that nothing writes; None where what is written meets what is to stay."""
+        kept, every = self.train.keep_every, self.train.checkpoint_every
+        if kept is None or (every is not None and (kept % every == 0 or every % kept == 0)):
+            return None
+        written = "no checkpoint is written on the way without train.checkpoint_every"
+        if every is not None:
+            written = f"with train.checkpoint_every={every} only multiples of {math.lcm(kept, every):,} have a checkpoint to keep"
+        return f"train.keep_every={kept} does not keep what it says: {written}"
+
     def never_at_its_peak(self) -> str | None:
         """A line on phases that are over before their learning rate has climbed; None where it reaches its peak in all."""
         warmup, total = self.optimizer.warmup, self.total_updates
@@ -337,7 +347,9 @@ def _apply(content: dict[str, Any], override: str) -> None:
             place[name] = {}
         place = place[name]
         if not isinstance(place, dict):
-            raise ConfigError(key, text, f"{'.'.join(sections[: depth + 1])} is a value, not a section")
+            is_file = sections[: depth + 1] == ["deepspeed"]
+            way_out = "change a copy of that file, or write its content into the recipe" if is_file else ""
+            raise ConfigError(key, text, f"{'.'.join(sections[: depth + 1])} is a value, not a section", way_out)
     place[last] = read_yaml(text, key)
 
 
@@ -386,6 +398,10 @@ def explain(error: ValidationError, model: type[BaseModel], content: Any, prefix
         return ConfigError(key, first["input"], "must be a section with keys of its own")
     if first["type"] == "string_pattern_mismatch" and (examples := section.model_fields[named[-1]].examples):
         return ConfigError(key, first["input"], f"is not of the form {' or '.join(map(str, examples))}")
+    if first["type"] == "string_type" and first["input"] is not None and not isinstance(first["input"], (dict, list)):
+        return ConfigError(
+            key, first["input"], "input should be a valid string", f'write {named[-1]}: "…", or {key}=\'"…"\' in a shell'
+        )
     said = str(first.get("ctx", {}).get("error") or first["msg"])  # a check of our own, or pydantic's
     return ConfigError(key, first["input"], said[0].lower() + said[1:])
 
@@ -394,7 +410,8 @@ def _check_contradictions(config: Config) -> None:
     """What two settings say together and cannot both hold."""
     train, relora, total = config.train, config.relora, 0
     if (train.updates is None) == (train.tokens is None):
-        raise ConfigError("train.updates", train.updates, f"give either this or train.tokens (now {train.tokens!r})")
+        way_out = "" if train.updates is None else "leave one out: train.updates=null or train.tokens=null"
+        raise ConfigError("train.updates", train.updates, f"give either this or train.tokens (now {train.tokens!r})", way_out)
     total = config.total_updates
     sources = {key: getattr(config.model, key) for key in ("preset", "path", "config")}
     given = [key for key, source in sources.items() if source is not None]

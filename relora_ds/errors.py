@@ -126,14 +126,14 @@ def refuse_below(key: str, value: float | None, least: float) -> None:
         raise ConfigError(key, value, f"must be at least {least:g}")
 
 
-def refuse_rest(rest: Sequence[str], known: Sequence[str] = ()) -> None:
+def refuse_rest(rest: Sequence[str], known: Sequence[str]) -> None:
     """Raises ConfigError for the first of the words that the command line has no place for, with the nearest of ``known``."""
     if rest:
         raise ConfigError(
             rest[0].partition("=")[0],
             rest[0].partition("=")[2] or None,
             "unknown option",
-            nearest(rest[0], known) if known else "",
+            nearest(rest[0], known),
         )
 
 

@@ -25,7 +25,7 @@ def add_command(parent: Any) -> None:
 
 def run_checkpoints(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Prints the table; exit code 1 when something is damaged."""
-    refuse_rest(rest, ["--verify"])
+    refuse_rest(rest, options.known())
     libraries.quiet_libraries()
     from relora_ds.checkpoint.listing import listing
     from relora_ds.run.folder import RunFolder

@@ -37,7 +37,7 @@ def add_command(parent: Any) -> None:
 
 
 def run_eval(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    refuse_rest(rest)
+    refuse_rest(rest, options.known())
     refuse_below("--max-tokens", options.max_tokens, 1)
     refuse_below("--batch-size", options.batch_size, 1)
     libraries.quiet_libraries()

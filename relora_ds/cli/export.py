@@ -35,7 +35,7 @@ scripts (engine.save_checkpoint) are exported in the same way.""",
 
 
 def run_export(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    refuse_rest(rest)
+    refuse_rest(rest, options.known())
     libraries.quiet_libraries()
     from relora_ds.ds_config.fit import DTYPES
     from relora_ds.models.export import export_adapter, export_model

@@ -31,6 +31,12 @@ class Parser(argparse.ArgumentParser):
         usual = {"allow_abbrev": False, "add_help": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
         super().__init__(*args, **{**usual, **kwargs})
         self.add_argument("-h", "--help", action="help", help="Show this help and exit.")
+        self.set_defaults(known=self.names)
+
+    def names(self) -> list[str]:
+        """Of the options that a user may give, for the error on one that there is not."""
+        actions = self._option_string_actions.items()
+        return [name for name, action in actions if name.startswith("--") and action.help != argparse.SUPPRESS]
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("argument COMMAND: "):  # the help lists them, without those that scripts alone call

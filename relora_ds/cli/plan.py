@@ -64,9 +64,7 @@ lines say whether the recipe fits, and which settings would.""",
 
 
 def run_plan(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    overrides = with_rest(
-        options.overrides, rest, ["--gpus", "--gpus-per-node", "--link", "--gpu", "--gpu-memory", "--tflops", "--mfu", "--json"]
-    )
+    overrides = with_rest(options.overrides, rest, options.known())
     for key, value, most in (("--gpus", options.gpus, 10_000), ("--gpus-per-node", options.gpus_per_node, 10_000)):
         if value is not None and not 1 <= value <= most:
             raise ConfigError(key, value, f"must be 1 to {most:,}")

@@ -53,7 +53,7 @@ A share of the documents is held out for validation.""",
 
 
 def run_prepare(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    refuse_rest(rest)
+    refuse_rest(rest, options.known())
     from relora_ds.data.prepare import prepare, tell_left_out
 
     index = prepare(

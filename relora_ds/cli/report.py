@@ -28,7 +28,7 @@ def add_command(parent: Any) -> None:
 
 
 def run_report(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    refuse_rest(rest)
+    refuse_rest(rest, options.known())
     from relora_ds.reports.report import report
 
     page = report(options.places, options.out)

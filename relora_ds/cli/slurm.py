@@ -178,7 +178,7 @@ def read_place(place: Path) -> Config:
 
 
 def run_submit(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    overrides = with_rest(options.overrides, rest, [option_name(name) for name in Settings.model_fields])
+    overrides = with_rest(options.overrides, rest, options.known())
     site = options.site or Path.home() / SITE_FILE
     if options.site is not None and not site.is_file():
         raise ConfigError("--site", str(site), "no such file", "name a YAML file, or leave it out")
@@ -230,7 +230,7 @@ def check_sizes(config: Config, found: Settings, options: argparse.Namespace) ->
 
 
 def run_status(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    refuse_rest(rest)
+    refuse_rest(rest, options.known())
     from relora_ds.slurm import commands as slurm
 
     for line in slurm.status(read_place(options.place)):
@@ -239,7 +239,7 @@ def run_status(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def run_logs(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    refuse_rest(rest)
+    refuse_rest(rest, options.known())
     refuse_below("--lines", options.lines, 0)
     from relora_ds.slurm import client as slurm_client
     from relora_ds.slurm import commands as slurm
@@ -261,7 +261,7 @@ def run_logs(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def run_cancel(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    refuse_rest(rest)
+    refuse_rest(rest, options.known())
     refuse_below("--wait", options.wait, 0)
     from relora_ds.slurm import commands as slurm
 
@@ -272,7 +272,7 @@ def run_cancel(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def run_hostfile(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Prints it; redirect it into the file that ``deepspeed --hostfile`` gets."""
-    refuse_rest(rest)
+    refuse_rest(rest, options.known())
     refuse_below("--slots", options.slots, 1)
     from relora_ds.slurm.nodes import hostfile, hosts, nodes_of_job
 
@@ -286,7 +286,7 @@ def run_hostfile(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def run_before(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Prints the number of nodes for the step, and how often the job was requeued; all else goes to the standard error."""
-    refuse_rest(rest)
+    refuse_rest(rest, options.known())
     environment = process_environment()
     _refuse_shape(environment)
     from relora_ds.slurm import job as slurm_job
@@ -341,7 +341,7 @@ def try_container(command: str, environment: Mapping[str, str]) -> None:
 
 def run_after(options: argparse.Namespace, rest: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM ends this script as soon as the job is requeued
-    refuse_rest(rest)
+    refuse_rest(rest, options.known())
     from relora_ds.slurm import job as slurm_job
 
     if options.code not in (EXIT_DONE, EXIT_BAD_CONFIG, EXIT_STOPPED):
@@ -380,7 +380,7 @@ def this_attempt() -> Any:
 
 def run_torchrun(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Runs torchrun's agent of this node, of as many as srun started."""
-    refuse_rest(rest)
+    refuse_rest(rest, options.known())
     from relora_ds.launch.torchrun_agent import run_agent
 
     node = places.discover()

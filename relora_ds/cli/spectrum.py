@@ -53,7 +53,7 @@ train.keep_first_base=true keeps it. Full-rank runs need --from.""",
 
 
 def run_spectrum(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    refuse_rest(rest, ["--from", "--to", "--all", "--exact-side", "--out", "--trust"])
+    refuse_rest(rest, options.known())
     refuse_below("--exact-side", options.exact_side, 1)
     libraries.quiet_libraries()
     from relora_ds.spectra.pages import spectrum

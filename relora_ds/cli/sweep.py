@@ -55,7 +55,7 @@ def add_command(parent: Any) -> None:
 
 
 def run_sweep(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    refuse_rest(rest, ["--jobs", "--dry-run", "--table", "--allow-changed", "--trust", "--slurm"])
+    refuse_rest(rest, options.known())
     refuse_below("--jobs", options.jobs, 1)
     sweep = read_sweep(options.sweep)
     if options.dry_run:

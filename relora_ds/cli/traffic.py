@@ -62,8 +62,7 @@ and batch, and no run is written. Like train, it also runs under torchrun, srun 
 
 def run_traffic(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """In the launching process: check, then start the ranks. In a rank: check, join the others, measure."""
-    known = ["--nproc", "--updates", "--arms", "--link", "--out", "--trust"]
-    overrides = options.overrides = with_rest(options.overrides, rest, known)
+    overrides = options.overrides = with_rest(options.overrides, rest, options.known())
     libraries.quiet_libraries()
     place = places.launched()
     num_processes = _num_processes(options, place)

@@ -74,7 +74,7 @@ def add_command(parent: Any) -> None:
 
 def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """In the launching process: check, then start the ranks. In a rank: check, join the others, train."""
-    overrides = with_rest(options.overrides, rest, ["--nproc", "--under", "--profile", "--allow-changed", "--trust"])
+    overrides = with_rest(options.overrides, rest, options.known())
     libraries.quiet_libraries()
     place = places.launched(options.under)
     launcher.check_nproc(options.nproc, place)

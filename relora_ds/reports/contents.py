@@ -57,8 +57,9 @@ RESTART_COLUMNS |= {
     "change": "+.4f",
     f"{WINDOW + 1} to {REACH} after": ".4f",
 }
-RESTART_NOTE = """Training loss: means over so many updates before and after the restart, none across another one. After it the
-learning rate climbs from 0 again, so that the last column is the fairer one."""
+RESTART_NOTE = f"""Training loss: means over so many updates before and after the restart, none across another one. The last
+column's are the last {WINDOW} before the next restart, or the newest ones, where that comes sooner than {REACH}."""
+CLIMB_NOTE = "After a restart the learning rate climbs from 0 again, so that the last column is the fairer one."
 MERGE_COLUMNS = {
     "restart": "d",
     "pruned fraction": ".4f",
@@ -183,7 +184,8 @@ def _restarts(run: Run) -> Section:
     rows = restart_table(run.updates, run.restarts)
     blocks: list[Block] = [verdict(rows)]
     if rows:
-        blocks += [RESTART_NOTE, table(RESTART_COLUMNS, map(_loss_row, rows))]
+        note = f"{RESTART_NOTE} {CLIMB_NOTE}" if run.climbs_after_restarts else RESTART_NOTE
+        blocks += [note, table(RESTART_COLUMNS, map(_loss_row, rows))]
     if rows and run.evals:
         blocks += [EVALUATION_NOTE, Table([EVALUATION_COLUMNS, *evaluations_around(run)])]
     if rows:
@@ -225,6 +227,8 @@ def _traffic(run: Run) -> list[Block]:
 def _recipe(run: Run) -> Section:
     ranks = facts.world_size(run)
     command = f"relora-ds train {shlex.quote(str(run.folder.config))} --nproc {ranks} run.dir=runs/again"
+    if isinstance(run.setting("deepspeed"), str) and run.folder.deepspeed.is_file():  # a file that lay beside another recipe
+        command += f" {shlex.quote(f'deepspeed={run.folder.deepspeed}')}"
     told = (
         "The recipe as the run was started, with every setting that was replaced on the command line. To train it again, "
         f"from the folder in which relora_ds and its data lie (on several nodes by their launcher): `{command}`"

@@ -117,14 +117,22 @@ def _factors(run: Run) -> dict[str, str]:
         "rank": _text(run, "relora.rank"),
         "alpha": f"{alpha:g} (B·A counts {alpha / rank:g} times)" if is_known else UNKNOWN,
     }
+    if run.setting("relora.trainable_scaling") is True:
+        facts["alpha"] = "not used: B·A counts by a trained number of each layer"
+    if run.method == "low_rank":  # whatever its recipe, which other arms of a sweep share, says of these
+        return facts | {"warm start": "none", "frozen weights stored in": "none: a layer is B·A alone"}
     facts["warm start"] = _updates(run, "relora.warm_start", "{} updates at full rank")
     if run.method == "relora":
         growth = run.setting("relora.restart_growth")
         grows = f", each interval {growth:g} times the one before" if isinstance(growth, (int, float)) and growth != 1 else ""
         facts["restart"] = _updates(run, "relora.restart_every", "every {} updates" + grows)
+        every = run.setting("relora.reset.every")
+        if isinstance(every, int) and run.setting("relora.restart_every") is None:
+            facts["restart"] = "never"
         whose = ", of the factors alone" if run.setting("relora.rewarm") == "factors" else ""
-        facts["learning rate climbs again over"] = _updates(run, "relora.restart_warmup", "{} updates" + whose)
-        facts["optimizer at a restart"] = _reset(run)
+        climb = _updates(run, "relora.restart_warmup", "{} updates" + whose)
+        facts["learning rate climbs again over"] = climb if run.has_teeth else "nothing, by this schedule"
+        facts[f"optimizer every {every:,} updates" if isinstance(every, int) else "optimizer at a restart"] = _reset(run)
     facts["frozen weights stored in"] = stored_dtype(run) or UNKNOWN
     return facts
 

@@ -282,7 +282,7 @@ def learning_rate(runs: Sequence[Run]) -> Picture:
         colour_of_others = colour + 1 if has_lora and len(runs) == 1 else colour
         series.append(Series(f"{name}{others}", at, values, colour_of_others, "dashed" if has_lora else "line"))
     caption = "How large the steps are."
-    if has_lora:
+    if has_lora and any(run.climbs_after_restarts for run in runs):
         caption += " After a restart the fresh factors begin with small steps: the learning rate climbs from 0 again."
     drawn, marks, limits = tuple(series), _marks(runs), _from_zero(series)
     return Picture("learning_rate", "Learning rate", "learning rate", caption, drawn, marks, limits=limits)

@@ -62,6 +62,16 @@ class Run:
         return [record["update"] for record in self.restarts]
 
     @property
+    def has_teeth(self) -> bool:
+        """Whether the learning rate climbs from 0 again after a reset of the factors' optimizer."""
+        return self.setting("optimizer.schedule") in (None, "jagged")
+
+    @property
+    def climbs_after_restarts(self) -> bool:
+        """Whether it does so after every restart; resets may have an interval of their own."""
+        return self.has_teeth and self.setting("relora.reset.every") is None
+
+    @property
     def tokens_of_updates(self) -> list[float]:
         """How many tokens each update trained on; NaN where the log does not say."""
         totals = column(self.updates, "tokens")

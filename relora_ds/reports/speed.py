@@ -103,8 +103,8 @@ def behind_checkpoints(run: Run) -> list[float]:
     Updates that follow a restart, too, are left out, and so are those after which the phase changes.
     """
     every = run.setting("train.checkpoint_every")
-    if not isinstance(every, int) or every < 1:
-        return []
+    if not isinstance(every, int) or every < 1 or run.setting("checkpoint.async") is False:
+        return []  # no update has a checkpoint beside it
     usual: dict[str, list[float]] = {}
     for record, seconds in zip(run.updates, run.seconds, strict=True):
         usual.setdefault(str(record.get("phase")), []).append(seconds)

@@ -81,13 +81,15 @@ class CheckpointWeights(Weights):
     ) -> None:
         super().__init__(content.update, base)
         self.restarts, self.is_full = content.restarts, content.phase == "full"
-        self.has_factors = factors and not self.is_full
         model = model_beside_base(run, checkpoint, trust=trust)
         if base is None:
             refuse_unfilled(model, checkpoint)
         targets = run.read_config().lora_settings.targets
         self.layers: dict[str, nn.Module] = {**(lora.find_targets(model, targets) if self.is_full else {})}
         self.layers |= lora.relora_layers(model)
+        # Right behind a restart B is 0: such factors have no product yet, and add no rank to what comes.
+        wrapped = [layer for layer in self.layers.values() if isinstance(layer, lora.ReLoRALayer)]
+        self.has_factors = factors and not self.is_full and any(bool(layer.lora_B.any()) for layer in wrapped)
 
     def names(self) -> list[str]:
         return list(self.layers)
@@ -197,27 +199,30 @@ class RunWeights:
             return Weights(last_full, self._base(folder))
         if last_full in found:
             return self._of_checkpoint(found[last_full])
+        is_alone = self.config.lora_settings.frozen.dtype == "none"  # there never is a base, and B·A begins at random
         for path in found.values():
             content = checkpoints.read_manifest(path)
-            if content.phase == "lora" and content.restarts == 0 and self.config.lora_settings.frozen.dtype != "none":
+            if content.phase == "lora" and content.restarts == 0 and not is_alone:
                 weights = CheckpointWeights(self.run, path, content, None, trust=self.trust, factors=False)
                 weights.update = last_full
                 return weights
+        kept = "keep_every" if is_alone else "keep_first_base=true"
         raise ConfigError(
             "RUN_DIR",
             str(self.run.path),
             f"the weights with which its LoRA phase began are not kept ({folder.relative_to(self.run.path)})",
-            f"compare checkpoints with --from ({_listed(found)}), and set train.keep_first_base=true in the next run",
+            f"compare checkpoints with --from ({_listed(found)}), and set train.{kept} in the next run",
         )
 
     def bound(self, before: Weights, now: Weights) -> int | None:
         """The rank that the factors allow the change of a layer; None where full-rank training has a part in it.
 
-        A change of factors that have a product already is of twice their rank, as is one of residual factors.
+        A change of factors that have a product already is of twice their rank, as is any one of residual factors.
         """
         if now.is_full or (before.is_full and before.update < self.config.full_updates):
             return None
-        return self.config.lora_settings.rank_after(now.restarts - before.restarts + before.has_factors)
+        settings = self.config.lora_settings
+        return settings.rank_after(now.restarts - before.restarts + (before.has_factors and settings.init != "residual"))
 
     def _of_checkpoint(self, path: Path) -> Weights:
         content = checkpoints.read_manifest(path)

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 MASK = "***"
 _NAME = r"(?:(?:api|access|private|secret|wandb|comet)[_-]?key|secret|password|passwd|(?:auth|access|hf|api)[_-]?token)"
 _SECTION = re.compile(rf"""({_NAME}['"]?[ \t]*[=:][ \t]*)("[^"]*"|'[^']*'|[^\s,}}'"]+)""", re.IGNORECASE)
+_LINE = re.compile(rf"^([ \t]*(?:- )?[\w.-]*{_NAME}[ \t]*:[ \t]+)\S.*", re.IGNORECASE | re.MULTILINE)
+"""Of YAML, whose values have blanks and commas without quotes around them."""
 _WORD = re.compile(rf"([\w.-]*{_NAME}=).*", re.IGNORECASE | re.DOTALL)
 _OPTION = re.compile(rf"--[\w.-]*{_NAME}", re.IGNORECASE)
 
 
 def masked(text: str) -> str:
     """YAML, JSON or a command line with three stars in the place of each value whose name says that it is secret."""
-    return _SECTION.sub(rf"\1{MASK}", text)
+    return _SECTION.sub(rf"\1{MASK}", _LINE.sub(rf"\1{MASK}", text))
 
 
 def masked_words(words: Sequence[str]) -> list[str]:

@@ -171,23 +171,26 @@ def test_flags_cannot_be_abbreviated(refused: Refused, spawned: list, recipe: Pa
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "hint"),
     [
-        ("train", "RECIPE", "--nprocs=2"),
-        ("train", "RECIPE", "--verbose"),
-        ("report", "RUN", "--outt=x"),
-        ("spectrum", "RUN", "--al"),
-        ("export", "RUN", "OUT", "--dty", "fp32"),
-        ("eval", "RUN", "--max-token", "5"),
-        ("prepare", "SOURCE", "OUT", "--vocab", "300"),
+        (("train", "RECIPE", "--nprocs=2"), "did you mean '--nproc'?"),
+        (("train", "RECIPE", "--quick"), "valid names: --allow-changed, --help, --nproc, --profile, --trust, --under"),
+        (("plan", "RECIPE", "--vocab-sise=5", "--gpus", "1"), "did you mean '--vocab-size'?"),
+        (("report", "RUN", "--outt=x"), "did you mean '--out'?"),
+        (("spectrum", "RUN", "--al"), "did you mean '--all'?"),
+        (("export", "RUN", "OUT", "--dty", "fp32"), "did you mean '--dtype'?"),
+        (("eval", "RUN", "--max-token", "5"), "did you mean '--max-tokens'?"),
+        (("prepare", "SOURCE", "OUT", "--vocab", "300"), "did you mean '--vocab-size'?"),
+        (("slurm", "submit", "RECIPE", "--no-chek"), "did you mean '--no-check'?"),
+        (("slurm", "logs", "RUN", "--line", "3"), "did you mean '--lines'?"),
     ],
-    ids=" ".join,
+    ids=str,
 )
-def test_unknown_options_are_refused_before_any_work(refused: Refused, arguments: tuple[str, ...]) -> None:
+def test_unknown_options_are_refused_before_any_work(refused: Refused, arguments: tuple[str, ...], hint: str) -> None:
     option = next(word for word in arguments if word.startswith("--")).partition("=")[0]
     line = refused(*arguments)
     assert option in line
-    assert "unknown option" in line
+    assert f"unknown option; {hint}" in line
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,25 @@ def test_whose_learning_rate_climbs_again(tmp_path: Path) -> None:
     assert facts.what(read_run(folder))["learning rate climbs again over"] == "30 updates, of the factors alone"
 
 
+def test_what_a_setting_makes_of_another(tmp_path: Path) -> None:
+    """A trained scaling takes alpha's place, only one schedule climbs again, and resets may have an interval of their own."""
+    relora = SETTINGS["relora"] | {"trainable_scaling": True, "restart_every": None, "reset": {"kind": "full", "every": 20}}
+    settings = SETTINGS | {"relora": relora, "optimizer": {"schedule": "cosine"}}
+    found = facts.what(read_run(write_run(tmp_path / "run", relora_records(), settings=yaml.safe_dump(settings))))
+    assert found["alpha"] == "not used: B·A counts by a trained number of each layer"
+    assert found["restart"] == "never" and "optimizer at a restart" not in found
+    assert found["optimizer every 20 updates"] == "all moments are set to 0"
+    assert found["learning rate climbs again over"] == "nothing, by this schedule"
+
+
+def test_factors_alone_have_no_warm_start_whatever_the_recipe_says(tmp_path: Path) -> None:
+    """Of a recipe that other arms of a sweep share; ``low_rank`` leaves these settings out."""
+    settings = yaml.safe_dump(SETTINGS | {"method": "low_rank"})
+    records = [update(number, 3.0, phase="lora") for number in (1, 2)]
+    found = facts.what(read_run(write_run(tmp_path / "run", records, settings=settings)))
+    assert found["warm start"] == "none" and found["frozen weights stored in"] == "none: a layer is B·A alone"
+
+
 def test_several_starts_on_other_machines(tmp_path: Path) -> None:
     folder = whole_run(tmp_path / "run")
     gpu = {"cpu": "B", "cores": 8, "memory_bytes": 1e11, "gpu": "NVIDIA H100", "gpu_memory_bytes": 8e10}

@@ -13,7 +13,7 @@ import pytest
 
 from relora_ds.errors import ConfigError
 from relora_ds.reports.report import report
-from tests.unit.reports.run_folders import begun, falling, pages, words, write_run, write_starts
+from tests.unit.reports.run_folders import begun, falling, pages, relora_records, restart, words, write_run, write_starts
 
 
 def cells(text: str, first: str) -> list[str]:
@@ -117,6 +117,22 @@ def test_a_report_tells_no_secret(run_dir: Path) -> None:
     for text in pages(run_dir):
         assert "sesame" not in text and "api_key=***" in text
     assert "sesame" in (run_dir / "config.yaml").read_text()
+
+
+def test_the_command_that_trains_again_finds_deepspeeds_file(tmp_path: Path) -> None:
+    """The recipe names a file that lay beside it; the run's own is there."""
+    folder = write_run(tmp_path / "a run", falling(3), settings="method: full\ndeepspeed: mine.json\n")
+    (folder / "deepspeed.json").write_text("{}")
+    config, deepspeed = (f"'{text}'" for text in (folder / "config.yaml", f"deepspeed={folder / 'deepspeed.json'}"))
+    assert f"`relora-ds train {config} --nproc 1 run.dir=runs/again {deepspeed}`" in words(folder)
+
+
+@pytest.mark.parametrize(("schedule", "climbs"), [("jagged", True), ("cosine", False)])
+def test_only_a_jagged_schedule_is_said_to_climb_again(tmp_path: Path, schedule: str, climbs: bool) -> None:
+    settings = f"method: relora\noptimizer: {{schedule: {schedule}}}\n"
+    text = words(write_run(tmp_path / "run", relora_records(), [restart(1, 100)], settings=settings))
+    assert [note in text for note in ("the last column is the fairer one", "climbs from 0 again")] == [climbs] * 2
+    assert "the last 50 before the next restart, or the newest ones, where that comes sooner than 100" in " ".join(text.split())
 
 
 def test_what_cannot_be_written_is_one_line_and_leaves_the_old_report(run_dir: Path, tmp_path: Path) -> None:

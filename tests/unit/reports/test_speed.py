@@ -71,6 +71,8 @@ def test_time_behind_checkpoints(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", records, [restart(1, 8)], settings="train: {checkpoint_every: 4}\n"))
     assert behind_checkpoints(run) == [pytest.approx(0.2)]
     assert "the 1 updates right behind one took 0.20 s longer together" in lost_time(run)
+    run.folder.config.write_text("train: {checkpoint_every: 4}\ncheckpoint: {async: false}\n")
+    assert "while training goes on" not in lost_time(read_run(run.folder.path)), "it waited until the files were written"
 
 
 def test_durations() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from relora_ds.method.lora import ReLoRALinear
+from relora_ds.errors import ConfigError
+from relora_ds.method.lora import ReLoRALinear, relora_layers
+from relora_ds.models.export import model_beside_base
 from relora_ds.spectra.weights import CheckpointWeights, RunWeights, Weights, change
 
 
@@ -84,3 +87,28 @@ def test_the_rank_that_factors_allow(good: Path) -> None:
     residual = run.config.relora.model_copy(update={"init": "residual"})
     run.config = run.config.model_copy(update={"relora": residual})
     assert run.bound(start, later) == 32
+    assert run.bound(run.at(2, "--from"), later) == 32, "such a product is one of twice the rank in any interval"
+
+
+def test_factors_right_behind_a_restart_add_no_rank(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """B is 0 in the checkpoint: what follows is one product, not the difference of two."""
+
+    def restarted(*given: Any, **more: Any) -> nn.Module:
+        model = model_beside_base(*given, **more)
+        for _, layer in relora_layers(model):
+            nn.init.zeros_(layer.lora_B)
+        return model
+
+    monkeypatch.setattr("relora_ds.spectra.weights.model_beside_base", restarted)
+    run = RunWeights(good / "run")
+    assert run.bound(run.at(2, "--from"), Fixed(None)) == 4
+
+
+def test_without_frozen_weights_no_first_base_is_asked_for(place: Path) -> None:
+    """B·A alone begins at random, and a base/ never holds it: what keeps such a start is a checkpoint."""
+    run = RunWeights(place / "run")
+    run.config = run.config.model_copy(update={"method": "low_rank"})
+    assert list(run.updates) == [2]
+    shutil.rmtree(place / "run" / "base")
+    with pytest.raises(ConfigError, match=r"compare checkpoints with --from \(2\), and set train\.keep_every in the next run"):
+        run.start()

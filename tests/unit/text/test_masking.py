@@ -12,6 +12,7 @@ from relora_ds.text.masking import masked, masked_words
     [
         ("  comet: {enabled: true, api_key: abc}\n", "  comet: {enabled: true, api_key: ***}\n"),
         ("comet:\n  api_key:\n  enabled: true\n", "comet:\n  api_key:\n  enabled: true\n"),
+        ("- api_key: a b,c\n  password: 'it''s: d'\n  keep: 2\n", "- api_key: ***\n  password: ***\n  keep: 2\n"),
         ('"api_key": "a b", "x": 1', '"api_key": ***, "x": 1'),
         ("relora-ds train deepspeed.comet.api_key=abc run.dir=r", "relora-ds train deepspeed.comet.api_key=*** run.dir=r"),
         ("train:\n  tokens: 5\n  eval_tokens: 7\nkeep: 2\n", "train:\n  tokens: 5\n  eval_tokens: 7\nkeep: 2\n"),

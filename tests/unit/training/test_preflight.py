@@ -283,3 +283,21 @@ def test_restarts_that_never_come_are_told_of(recipe: Path, overrides: list[str]
 def test_a_warmup_that_a_phase_is_too_short_for_is_told_of(recipe: Path, overrides: list[str], told: str) -> None:
     lines = [line for line in judge(recipe, *overrides).remarks if line.startswith("the learning rate does not reach its peak")]
     assert len(lines) == bool(told) and all(line.endswith(told) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("kept", "every", "words"),
+    [
+        ("300", "500", "with train.checkpoint_every=500 only multiples of 1,500 have a checkpoint to keep"),
+        ("300", "null", "no checkpoint is written on the way without train.checkpoint_every"),
+        ("600", "300", None),
+        ("250", "500", None),
+        ("null", "500", None),
+    ],
+)
+def test_checkpoints_that_are_to_stay_and_never_written_are_told_of(
+    recipe: Path, kept: str, every: str, words: str | None
+) -> None:
+    remarks = judge(recipe, f"train.keep_every={kept}", f"train.checkpoint_every={every}").remarks
+    lines = [line for line in remarks if "keep_every" in line]
+    assert lines == ([] if words is None else [f"train.keep_every={kept} does not keep what it says: {words}"])
