@@ -43,7 +43,7 @@ def unit_for(largest: Tensor, bits: int) -> Tensor:
 
 def whole(values: Tensor, unit: Tensor) -> Tensor:
     """``values``, of any floating dtype, as the nearest whole numbers of ``unit``: fp64."""
-    return values.to(torch.float64).div(unit).round_()
+    return values.to(torch.float64, copy=True).div_(unit).round_()  # in place: fresh pages cost more than the arithmetic
 
 
 def rows(left: Tensor) -> Whole:

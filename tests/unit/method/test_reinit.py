@@ -52,12 +52,12 @@ def test_a_low_rank_matrix_is_held_whole() -> None:
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
 def test_of_a_rounding_error_as_much_as_an_exact_svd_holds(dtype: str) -> None:
-    """Its spectrum is flat: the hardest case. Within 5% of the best that any factors of this rank could hold."""
+    """Its spectrum is flat: the hardest case. Within 2% of the best that any factors of this rank could hold."""
     weight = 0.02 * normal(384, 256)
     residual = weight - FrozenWeight(weight, dtype).read()
     rows = principal(residual, initial_A(64, 256, name="layer", seed=0, restart=0), 5)
     best = torch.linalg.svdvals(residual.double())[:64].square().sum() / residual.double().square().sum()
-    assert 0.95 * float(best) < energy(residual, rows) <= float(best) * 1.0001
+    assert 0.98 * float(best) < energy(residual, rows) <= float(best) * 1.0001
     assert float(best) > 0.3
 
 
