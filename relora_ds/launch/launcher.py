@@ -59,16 +59,16 @@ def tied(command: Sequence[str]) -> list[str]:
 def spawn(arguments: Sequence[str], num_processes: int, stop_signal: str = "USR2", module: str = "relora_ds") -> int:
     """Runs ``python -m MODULE ARGUMENTS`` in ``num_processes`` processes on this machine; returns the job's exit code.
 
-    What asks a run to stop is passed on (from the main thread: no other hears it), so that the run can write its checkpoint. When one
-    process fails, the others are stopped. When this one dies, however it does, all die at once.
+    What asks a run to stop is passed on as SIGTERM (from the main thread: no other hears it), so that the run can write its checkpoint.
+    When one process fails, the others are stopped. When this one dies, however it does, all die at once.
     """
-    port, num_cores, of_terminal = network.free_port(), cores.usable(), (signal.SIGINT, signal.SIGHUP)
+    port, num_cores = network.free_port(), cores.usable()
     processes: list[subprocess.Popen[Any]] = []
 
-    def pass_on(number: int, _frame: Any) -> None:
+    def pass_on(_number: int, _frame: Any) -> None:
         for process in processes:
             if process.poll() is None:
-                process.send_signal(signal.SIGTERM if number in of_terminal else number)
+                process.terminate()  # whatever came: the ranks hear this one alike
 
     heard = stop.signals(stop_signal) if threading.current_thread() is threading.main_thread() else set()
     previous = {number: signal.signal(number, pass_on) for number in heard}

@@ -140,7 +140,7 @@ def test_spawn_runs_another_module(stand_in: Callable[[str], Path]) -> None:
     assert (folder / "arguments.0").read_text() == "-m benchmarks.peers --rounds 2\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2])
 def test_spawn_passes_a_signal_on_once_and_returns_the_code(stand_in: Callable[[str], Path], number: signal.Signals) -> None:
     folder = stand_in('trap \'echo stopped >> "stopped.$RANK"; exit 75\' TERM\ntouch "ready.$RANK"\nwhile :; do sleep 0.02; done')
     before = signal.getsignal(number)
