@@ -117,7 +117,8 @@ def test_two_at_once(sweep: Sweep, fake: Fake, tmp_path: Path) -> None:
     assert set(states(sweep).values()) == {"done"}
 
 
-def test_a_signal_is_passed_on_and_the_sweep_goes_on_later(sweep: Sweep, fake: Fake) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_is_passed_on_and_the_sweep_goes_on_later(sweep: Sweep, fake: Fake, number: signal.Signals) -> None:
     fake('import signal; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); print("ready", flush=True); time.sleep(60)')
 
     def interrupt() -> None:
@@ -127,15 +128,15 @@ def test_a_signal_is_passed_on_and_the_sweep_goes_on_later(sweep: Sweep, fake: F
             if output.is_file() and "ready" in output.read_text():
                 break
             time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
     told: list[str] = []
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(number)
     thread = threading.Thread(target=interrupt)
     thread.start()
     assert train_all(sweep, jobs=1, insisted=[], say=told.append) == 75
     thread.join()
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
     assert told[-1] == "stopped by a signal: run the same command to go on"
     assert len([line for line in told if " begins " in line]) == 1, "no other was started"
     assert Events(sweep.folder).newest[sweep.runs[0].name]["state"] == "stopped"
