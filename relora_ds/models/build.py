@@ -7,9 +7,10 @@ import copy
 import inspect
 import json
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +161,10 @@ def _inline_config(content: dict[str, Any], vocab_size: int) -> PretrainedConfig
 
 def _optional_keys(config: PretrainedConfig) -> set[str]:
     """What an architecture's code takes from its configuration if it is there: no attribute of the class tells of it."""
-    module = inspect.getmodule(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
-    return set(re.findall(r'getattr\((?:self\.)?config, "(\w+)"', inspect.getsource(module))) if module else set()
+    with suppress(OSError):  # an installation without sources: such keys are refused there
+        source = inspect.getsource(sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__module__])
+        return set(re.findall(r'getattr\((?:self\.)?config, "(\w+)"', source))
+    return set()
 
 
 SUPPORT = {"sdpa": ("_supports_sdpa",), "flash_attention_2": ("_supports_flash_attn", "_supports_flash_attn_2")}
