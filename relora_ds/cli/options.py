@@ -35,8 +35,7 @@ class Parser(argparse.ArgumentParser):
 
     def names(self) -> list[str]:
         """Of the options that a user may give, for the error on one that there is not."""
-        actions = self._option_string_actions.items()
-        return [name for name, action in actions if name.startswith("--") and action.help != argparse.SUPPRESS]
+        return [name for name in self._option_string_actions if name.startswith("--")]
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("argument COMMAND: "):  # the help lists them, without those that scripts alone call
