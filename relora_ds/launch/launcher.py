@@ -59,8 +59,8 @@ def tied(command: Sequence[str]) -> list[str]:
 def spawn(arguments: Sequence[str], num_processes: int, stop_signal: str = "USR2", module: str = "relora_ds") -> int:
     """Runs ``python -m MODULE ARGUMENTS`` in ``num_processes`` processes on this machine; returns the job's exit code.
 
-    What asks a run to stop is passed on as SIGTERM (from the main thread: no other hears it), so that the run can write its checkpoint.
-    When one process fails, the others are stopped. When this one dies, however it does, all die at once.
+    What asks a run to stop is passed on as SIGTERM (from the main thread: no other hears it), so that the run can write its
+    checkpoint. When one process fails, the others are stopped. When this one dies, however it does, all die at once.
     """
     port, num_cores = network.free_port(), cores.usable()
     processes: list[subprocess.Popen[Any]] = []
