@@ -24,7 +24,7 @@ from relora_ds.method.linear import Form, Kept
 from relora_ds.models import build as models
 from relora_ds.models.cross_entropy import is_plain
 from relora_ds.models.loss import head_tokens
-from relora_ds.planning import footprint, rehearsal
+from relora_ds.planning import footprint, rehearsal, restarts
 from relora_ds.planning import phase_change as change_footprint
 from relora_ds.planning.footprint import Engine, Peak
 from relora_ds.units import human_bytes
@@ -420,11 +420,22 @@ class Planner:
         settings = self.phase("lora", frozen=frozen).settings
         return None if settings is None or settings.frozen.dtype == "none" else settings.frozen.dtype
 
+    def restart_hints(self) -> list[str]:
+        """What to change about restarts; nothing where there are none."""
+        settings, updates = self.config.lora_settings, self.config.total_updates
+        if "lora" not in self.names() or settings.restart_every is None:
+            return []
+        return restarts.hints(
+            settings.restart_every, settings.rank, min(self.phase("lora").sides()),
+            updates=updates, lora_updates=updates - self.config.full_updates,
+        )  # fmt: skip
+
     def hints(self, choices: Sequence[Mapping[str, Any]]) -> list[str]:
         """What to change, in words."""
         engine, hints = self.engine(), []
         if "lora" in self.names() and (said := full_rank_line(models.build_meta(self.target))):
             hints.append(said)
+        hints += self.restart_hints()
         most = max(self.phase(name).trainable for name in self.names())
         spare = (engine.bucket - most) * engine.width * (2 if engine.overlap else 1)
         if spare > SPARE * self.machine.memory:

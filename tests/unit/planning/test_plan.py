@@ -73,6 +73,7 @@ def test_both_phases_and_what_rules(recipe: Path, capsys: pytest.CaptureFixture[
     assert answer["restart"]["every"] == 10
     count, rank, of = (answer["restart"][key] for key in ("count", "rank", "of"))
     assert (count, rank, of) == (8, 36, 32), "keys and values are 32 wide"
+    assert any("relora.restart_every=10 is 10% of the run" in hint for hint in answer["advice"]["hints"])
 
 
 def test_gradients_of_an_older_deepspeed_are_counted_as_they_go_there(
@@ -108,6 +109,21 @@ def test_what_can_get_no_factors_is_told(recipe: Path, capsys: pytest.CaptureFix
     hints = plan(capsys, str(recipe), mixture, "--gpus", "2", "relora.warm_start=0")["advice"]["hints"]
     assert any("can get no factors and stay full-rank: 3-D parameters (model.layers.*.mlp.experts" in hint for hint in hints)
     assert not any("full-rank:" in hint for hint in plan(capsys, str(recipe), "--gpus", "2")["advice"]["hints"])
+
+
+def test_restarts_that_come_often_or_at_a_large_rank_are_told(recipe: Path) -> None:
+    def hints(*overrides: str) -> list[str]:
+        machine = Machine(gpus=2, gpus_per_node=2, link=1e9, memory=1e9, flops=1e12)
+        return Planner(load(recipe, overrides), recipe, machine, None).restart_hints()
+
+    (often,) = hints()
+    assert "relora.restart_every=10 is 10% of the run" in often
+    assert "relora.restart_every=23 " in often, "a quarter of the 90 updates after the warm start"
+    assert not hints("relora.restart_every=23")
+    (large,) = hints("relora.restart_every=23", "relora.rank=12")
+    assert "relora.rank=12 is 19% of the narrowest layer's 64" in large
+    assert not hints("method=lora", "relora.rank=12"), "has no restarts"
+    assert not hints("method=full", "relora.rank=12")
 
 
 def test_a_model_that_cannot_be_rehearsed_is_one_line(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -352,7 +368,8 @@ def test_the_bucket_of_the_recipes_of_this_project_is_as_plan_advises(name: str)
     machine = Machine(gpus=2, gpus_per_node=2, link=1.0, memory=80e9, flops=1.0, on_cuda=name != "demo")
     small = dataclasses.replace(machine, memory=0.5e9)
     for given in (machine, small):
-        assert Planner(load(str(recipe)), recipe, given, 32100).hints([{"micro_batch": 1}]) == []
+        planner = Planner(load(str(recipe)), recipe, given, 32100)
+        assert planner.hints([{"micro_batch": 1}]) == planner.restart_hints()
     larger = load(str(recipe), ["deepspeed={zero_optimization: {stage: 2, overlap_comm: true, reduce_bucket_size: 500000000}}"])
     assert any("reduce_bucket_size" in hint for hint in Planner(larger, recipe, small, 32100).hints([{"micro_batch": 1}]))
 
