@@ -106,8 +106,8 @@ def losses(folder: Path) -> dict[int, float]:
     ("before", "after", "stage", "frozen", "contained"),
     [
         common.long(4, 2, 2, {}, False),
-        (2, 3, 2, INT8 | {"master": "sharded", "targets": common.WITH_VOCABULARY}, False),
-        common.long(2, 1, 1, INT8, False),
+        common.long(2, 3, 2, INT8 | {"master": "sharded", "targets": common.WITH_VOCABULARY}, False),
+        (2, 1, 1, INT8, False),
         common.long(1, 2, 2, {"dtype": "bf16", "master": "sharded"}, True),
         common.long(1, 4, 1, {"master": "sharded"}, False),
         common.long(3, 4, 2, INT8 | {"master": "sharded", "init": "residual"}, True),

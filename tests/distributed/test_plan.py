@@ -196,8 +196,8 @@ def test_memory_of_the_change_of_phase(of: dict[str, Any]) -> None:
         case(relora=None, dtype="fp32"),
         case(relora=INT8, accumulation=3),
         case(world_size=2, relora=INT8, checkpointing=True),
-        case(world_size=2, stage=1, accumulation=3),
-        case(world_size=2, relora=None, zero={"overlap_comm": True}),
+        common.long(case(world_size=2, stage=1, accumulation=3)),
+        common.long(case(world_size=2, relora=None, zero={"overlap_comm": True})),
         case(world_size=2, dtype="fp32", accumulation=3, relora={**LORA, "frozen": {"dtype": "int8", "master": "sharded"}}),
         case(world_size=2, relora=None, as_on_gpus=True, length=8, bucket=1_000_000),  # the exchange rules
     ],

@@ -114,11 +114,11 @@ def losses(own_way: bool, model: str, changes: dict[str, Any]) -> dict[str, Any]
     ("world_size", "model", "changes"),
     [
         (1, "llama", {"stage": 2, "accumulation": 3}),
-        (2, "llama", {"stage": 1, "accumulation": 3}),
+        common.long(2, "llama", {"stage": 1, "accumulation": 3}),
         (2, "llama", {"stage": 2, "accumulation": 3, "overlap_comm": True}),
         common.long(2, "llama", {"stage": 2, "accumulation": 3, "contiguous_gradients": False}),
         common.long(2, "llama", {"stage": 1, "accumulation": 1, "contiguous_gradients": False}),
-        (2, "llama", {"stage": 2, "accumulation": 1, "contiguous_gradients": False, "overlap_comm": True}),
+        common.long(2, "llama", {"stage": 2, "accumulation": 1, "contiguous_gradients": False, "overlap_comm": True}),
         (2, "llama", {"stage": 2, "accumulation": 3, "offload_optimizer": {"device": "cpu", "pin_memory": False}}),
         common.long(2, "llama", {"stage": 1, "accumulation": 3, "offload_optimizer": {"device": "cpu", "pin_memory": False}}),
         common.long(2, "llama", {"stage": 2, "accumulation": 3, "reduce_bucket_size": 700}),
@@ -128,10 +128,10 @@ def losses(own_way: bool, model: str, changes: dict[str, Any]) -> dict[str, Any]
         (2, "llama", {"stage": 2, "accumulation": 3, "dtype": "bf16"}),
         (2, "llama", {"stage": 2, "accumulation": 3, "dtype": "bf16", "accumulates_in": "fp32"}),
         common.long(2, "llama", {"stage": 2, "accumulation": 1, "dtype": "bf16", "accumulates_in": "fp32"}),
-        (2, "llama", {
+        common.long(2, "llama", {
             "stage": 2, "accumulation": 3, "dtype": "bf16", "accumulates_in": "fp32", "contiguous_gradients": False,
         }),
-        (2, "llama", {
+        common.long(2, "llama", {
             "stage": 2, "accumulation": 3, "dtype": "bf16", "accumulates_in": "fp32",
             "offload_optimizer": {"device": "cpu", "pin_memory": False},
         }),

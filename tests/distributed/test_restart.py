@@ -153,10 +153,14 @@ RESETS = {
 
 
 CASES: list[Any] = [
-    *(pytest.param(kind, "fp32", {}, "kaiming", marks=[pytest.mark.long] * (kind in ("random", "none"))) for kind in RESETS),
+    *(
+        pytest.param(kind, "fp32", {}, "kaiming", marks=[pytest.mark.long] * (kind in ("random", "full", "none")))
+        for kind in RESETS
+    ),
     ("magnitude, joint", "bf16", {}, "kaiming"),  # masters and moments are fp32 in either dtype: one kind in bf16 says it for all
     ("full", "fp32", {"dtype": "int8", "group_size": 16}, "orthonormal"),
-    *(("full", "fp32", {"dtype": stored, "master": "sharded"}, "kaiming") for stored in ("fp32", "bf16", "int8")),
+    ("full", "fp32", {"dtype": "int8", "master": "sharded"}, "kaiming"),
+    *(common.long("full", "fp32", {"dtype": stored, "master": "sharded"}, "kaiming") for stored in ("fp32", "bf16")),
     *(
         common.long("full", "fp32", {"dtype": stored, "master": "sharded", "group_size": 16}, "residual")
         for stored in ("bf16", "int8")

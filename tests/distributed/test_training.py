@@ -120,8 +120,8 @@ def test_an_error_of_a_rank_is_recorded(content: dict[str, Any], tmp_path: Path)
         common.long("fp32", 2, True, {}),
         common.long("bf16", 2, False, {"master": "sharded", "targets": WITH_VOCABULARY}),
         common.long("fp32", 1, False, INT8),
-        ("fp32", 2, False, {**INT8, "master": "sharded", "init": "residual", "targets": WITH_VOCABULARY}),
-        common.long("fp32", 2, False, {"dtype": "bf16"}),
+        common.long("fp32", 2, False, {**INT8, "master": "sharded", "init": "residual", "targets": WITH_VOCABULARY}),
+        ("fp32", 2, False, {"dtype": "bf16"}),
         common.long("fp32", 2, False, {"dtype": "fp32", "master": "sharded", "master_device": "device"}),
     ],
 )
@@ -359,10 +359,10 @@ def test_weights_that_are_not_finite_stop_the_run(
     ("dtype", "stored", "master"),
     [
         ("bf16", "auto", "none"),
-        ("fp32", "fp32", "none"),
+        common.long("fp32", "fp32", "none"),
         common.long("fp32", "fp32", "sharded"),
         common.long("fp32", "bf16", "none"),
-        ("fp32", "bf16", "sharded"),
+        common.long("fp32", "bf16", "sharded"),
         common.long("fp32", "int8", "none"),
         ("fp32", "int8", "sharded"),
     ],
@@ -433,7 +433,7 @@ def test_a_run_that_was_moved_goes_on(content: dict[str, Any], tmp_path: Path, c
     assert cli.main(["export", str(tmp_path / "after" / "run"), str(tmp_path / "exported")]) == 0
 
 
-@pytest.mark.parametrize("method", ["full", common.long("control"), "lora", common.long("low_rank")])
+@pytest.mark.parametrize("method", ["full", *map(common.long, ("control", "lora", "low_rank"))])
 def test_the_other_arms_of_the_paper(content: dict[str, Any], tmp_path: Path, method: str) -> None:
     """On the recipe of a ReLoRA run: killed, resumed to the last digit, no restarts; the export has the run's perplexity."""
     content["relora"] |= {"trainable_scaling": True, "init": "orthonormal", "targets": WITH_VOCABULARY}

@@ -46,6 +46,7 @@ def run_sample(folder: Path, launcher: list[str]) -> str:
     return result.stderr
 
 
+@pytest.mark.long
 def test_alone(tmp_path: Path) -> None:
     told = run_sample(tmp_path, ["python"])
     restarts = [line for line in told.splitlines() if line.startswith("[relora-ds] ")]

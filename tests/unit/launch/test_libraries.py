@@ -79,6 +79,7 @@ assert compiled(torch.ones(1)).item() == 2.0 and counted == [1]
 """
 
 
+@pytest.mark.long
 def test_muon_is_not_compiled_and_the_rest_still_is() -> None:
     done = subprocess.run([sys.executable, "-c", STARTS_FASTER], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

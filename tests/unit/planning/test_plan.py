@@ -18,6 +18,7 @@ from relora_ds.bandwidth.formulas import Bytes
 from relora_ds.cli import main as cli
 from relora_ds.cli import plan as cli_plan
 from relora_ds.config import Frozen, Model, ReLoRA, load
+from relora_ds.errors import ConfigError
 from relora_ds.method import lora
 from relora_ds.models import cross_entropy
 from relora_ds.models.build import build, hf_config, preset_config
@@ -52,6 +53,12 @@ def recipe(tmp_path: Path) -> Path:
 def plan(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     assert cli.main(["plan", *words, "--json"]) == 0, capsys.readouterr().err
     return json.loads(capsys.readouterr().out)
+
+
+def planner(recipe: Path, *overrides: str, **machine: Any) -> Planner:
+    """For two GPUs of a node, or what ``machine`` says."""
+    fields = {"gpus": 2, "gpus_per_node": 2, "link": 1e9, "memory": 80e9, "flops": 1e12, **machine}
+    return Planner(load(recipe, overrides), recipe, Machine(**fields), None)
 
 
 def test_both_phases_and_what_rules(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,18 +110,17 @@ def test_methods(method: str, phases: set[str], recipe: Path, capsys: pytest.Cap
     assert ("frozen weights" in str(answer["memory"])) == (method == "lora")
 
 
-def test_what_can_get_no_factors_is_told(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_can_get_no_factors_is_told(recipe: Path) -> None:
     few = "model.config={model_type: mixtral, vocab_size: 512, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, "
     mixture = f"{few}num_attention_heads: 4, num_key_value_heads: 4, num_local_experts: 4}}"
-    hints = plan(capsys, str(recipe), mixture, "--gpus", "2", "relora.warm_start=0")["advice"]["hints"]
+    hints = planner(recipe, mixture, "relora.warm_start=0").hints([])
     assert any("can get no factors and stay full-rank: 3-D parameters (model.layers.*.mlp.experts" in hint for hint in hints)
-    assert not any("full-rank:" in hint for hint in plan(capsys, str(recipe), "--gpus", "2")["advice"]["hints"])
+    assert not any("full-rank:" in hint for hint in planner(recipe).hints([]))
 
 
 def test_restarts_that_come_often_or_at_a_large_rank_are_told(recipe: Path) -> None:
     def hints(*overrides: str) -> list[str]:
-        machine = Machine(gpus=2, gpus_per_node=2, link=1e9, memory=1e9, flops=1e12)
-        return Planner(load(recipe, overrides), recipe, machine, None).restart_hints()
+        return planner(recipe, *overrides).restart_hints()
 
     (often,) = hints()
     assert "relora.restart_every=10 is 10% of the run" in often
@@ -138,56 +144,53 @@ def test_a_model_that_cannot_be_rehearsed_is_one_line(recipe: Path, capsys: pyte
     assert re.fullmatch(r"relora-ds: error: model='mixtral': its pass on tensors without data fails \(.*\); measure .*\n", told)
 
 
-def test_a_model_without_attention_has_none_to_compute(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_without_attention_has_none_to_compute(recipe: Path) -> None:
     rwkv = "model.config={model_type: rwkv, vocab_size: 512, hidden_size: 32, attention_hidden_size: 32, num_hidden_layers: 2}"
-    words = [rwkv, "data.sequence_length=4"]  # it goes through a sequence token by token
-    assert plan(capsys, str(recipe), *words, "--gpus", "2")["update"]["lora"]["compute_s"] > 0
+    planned = planner(recipe, rwkv, "data.sequence_length=4")  # it goes through a sequence token by token
+    assert planned.cost(planned.phase("lora"), "owner")["compute_s"] > 0
+    assert planned.phase("lora").peaks(planned.engine(), 1)["backward pass"].total > 0
 
 
-def test_ten_thousand_gpus_hold_less_each(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    few = plan(capsys, str(recipe), "--gpus", "1", "train.global_batch=10000", "train.micro_batch=1", "method=full")
-    many = plan(capsys, str(recipe), "--gpus", "10000", "train.global_batch=10000", "train.micro_batch=1", "method=full")
+def test_ten_thousand_gpus_hold_less_each(recipe: Path) -> None:
+    few, many = (
+        planned.phase("full").peaks(planned.engine(), 1)["step"].parts
+        for planned in (
+            planner(recipe, "train.global_batch=10000", "train.micro_batch=1", "method=full", gpus=gpus) for gpus in (1, 10_000)
+        )
+    )
     for part in ("fp32 masters", "moments"):
-        assert many["memory"]["full"]["step"][part] < few["memory"]["full"]["step"][part] / 1000
+        assert many[part] < few[part] / 1000
 
 
-def test_advice_is_the_largest_that_fits(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_advice_is_the_largest_that_fits(recipe: Path) -> None:
     """A GPU that is just large enough for four samples gets four, and one byte less, two."""
-    words = [str(recipe), "--gpus", "2", "relora.warm_start=0", "relora.frozen.dtype=int8", "train.micro_batch=4"]
-    needed = plan(capsys, *words)["peak"]["bytes"] / 0.9
-    for memory, expected in ((needed * 1.0001, 4), (needed * 0.9999, 2)):
-        choices = plan(capsys, *words, "--gpu-memory", f"{memory / 1e3:.6f}KB")["advice"]["choices"]
+    words = ["relora.warm_start=0", "relora.frozen.dtype=int8"]
+    peak = planner(recipe, *words).peak(4, 2, None, checkpointing=False)
+    for memory, expected in ((peak / 0.9 * 1.0001, 4), (peak / 0.9 * 0.9999, 2)):
+        choices = planner(recipe, *words, memory=memory).advice(peak)["choices"]
         assert next(c["micro_batch"] for c in choices if c["stage"] == 2 and not c["gradient_checkpointing"]) == expected
 
 
 def test_a_recipe_fits_only_when_its_change_of_phase_does(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On a CPU, where what waits is in the same memory: with moments and exact rows to carry over, the change needs the most."""
-    words = [
-        str(recipe),
-        "--gpus",
-        "1",
-        "--device",
-        "cpu",
-        "train.micro_batch=1",
-        "data.sequence_length=4",
-        "deepspeed.bf16.enabled=false",
-    ]
-    words += ["relora.keep_moments=true", "relora.frozen={dtype: int8, master: sharded}"]
-    answer = plan(capsys, *words)
-    assert (answer["peak"]["phase"], answer["peak"]["moment"]) == ("lora", "change of phase")
+    words = ["train.micro_batch=1", "data.sequence_length=4", "deepspeed.bf16.enabled=false", "relora.keep_moments=true"]
+    words.append("relora.frozen={dtype: int8, master: sharded}")
+    answer = plan(capsys, str(recipe), "--gpus", "1", "--device", "cpu", *words)
+    peak = answer["peak"]
+    assert (peak["phase"], peak["moment"]) == ("lora", "change of phase")
     others = max(
         sum(parts.values())
         for moments in answer["memory"].values()
         for moment, parts in moments.items()
         if moment != "change of phase"
     )
-    assert others < answer["peak"]["bytes"]
-    for memory, fits in ((others * 1.001, False), (answer["peak"]["bytes"] * 1.001, True)):
-        advice = plan(capsys, *words, "--gpu-memory", f"{memory / 0.9 / 1e3:.6f}KB")["advice"]
-        assert advice["fits"] == fits
-        choice = next(c for c in advice["choices"] if c["stage"] == 2 and not c["gradient_checkpointing"])
-        assert (choice["micro_batch"] is not None) == fits
-    assert "change of phase" not in plan(capsys, *words, "relora.warm_start=0")["memory"]["lora"]
+    assert others < peak["bytes"]
+    for most, fits in ((others, False), (peak["bytes"], True)):
+        planned = planner(recipe, *words, gpus=1, on_cuda=False, memory=most * 1.001 / 0.9)
+        assert planned.advice(peak["bytes"])["fits"] == fits
+        assert (planned.largest(2, None, checkpointing=False) is not None) == fits
+    without = planner(recipe, *words, "relora.warm_start=0", gpus=1, on_cuda=False)
+    assert without.peak(1, 2, None, checkpointing=False) < peak["bytes"]
 
 
 def test_where_nothing_fits_it_says_what_to_change(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -319,17 +322,17 @@ def test_a_rehearsal_forms_the_loss_as_the_run_does(targets: list[str] | None, m
     assert peaks["auto"] < peaks["torch"] - 0.5 * logits
 
 
-def test_a_plan_without_all_logits(recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_without_all_logits(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In 16 bits, fp32 and as a gradient they are most of a small model's activations."""
     monkeypatch.setattr(cross_entropy, "CHUNK", 16 * MODEL["vocab_size"])
-    words = [str(recipe), "--gpus", "2", "relora.warm_start=0", "data.sequence_length=64"]
+    words = ["relora.warm_start=0", "data.sequence_length=64"]
     whole, default = (
-        plan(capsys, *words, *more)["memory"]["lora"]["backward pass"]["activations"] for more in (["model.loss=torch"], [])
+        planned.phase("lora").peaks(planned.engine(), 2)["backward pass"].parts["activations"]
+        for planned in (planner(recipe, *words, "model.loss=torch"), planner(recipe, *words))
     )
-    micro_batch = load(str(recipe)).train.micro_batch
-    assert default < whole - (4 + 2) * micro_batch * 64 * MODEL["vocab_size"]
-    assert cli.main(["plan", *words, "model.loss=chunked", "model.config.model_type=gemma2"]) == 2
-    assert "model.loss='chunked': gemma2 does more with its logits" in capsys.readouterr().err
+    assert default < whole - (4 + 2) * 2 * 64 * MODEL["vocab_size"], "of a micro batch of 2"
+    with pytest.raises(ConfigError, match="model.loss='chunked': gemma2 does more with its logits"):
+        planner(recipe, *words, "model.loss=chunked", "model.config.model_type=gemma2").phase("lora")
 
 
 def test_operations_of_a_loss_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
