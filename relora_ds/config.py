@@ -302,6 +302,21 @@ class Config(Section):
                 return f"{key}={every} does nothing: it is not shorter than the LoRA phase, which has {updates:,} updates"
         return None
 
+    def never_rewarms(self) -> str | None:
+        """A line on a re-warmup that was asked for and that the schedule does not have; None where there is none, or it has."""
+        given, usual = self.relora.rewarmup, self.relora.model_copy(update={"restart_warmup": None}).rewarmup
+        if (
+            self.optimizer.schedule == "jagged"
+            or given in (0, usual)
+            or not self.has_lora_phase
+            or not self.lora_settings.resets.every
+        ):
+            return None
+        return (
+            f"relora.restart_warmup={given} does nothing: optimizer.schedule={self.optimizer.schedule} has no re-warmup; "
+            "jagged is a cosine that has"
+        )
+
     def never_kept(self) -> str | None:
         """A line on checkpoints that are to stay and that nothing writes; None where what is written meets what is to stay."""
         kept, every = self.train.keep_every, self.train.checkpoint_every

@@ -25,6 +25,11 @@ from relora_ds.method.reinit import InitName, initial_A, initial_B
 ALL_LINEAR = "all-linear"
 ROLES = {"output-head": "get_output_embeddings", "input-embedding": "get_input_embeddings"}
 """Targets that mean a layer by what it is for, whatever the architecture calls it, and transformers' way to ask for it."""
+HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
+)  # fmt: skip
+"""Where torch keeps what a user hung on a module's forward and backward pass."""
 LORA_GROUP = "lora"
 DENSE_GROUP = "dense"
 NO_DECAY_GROUP = "no_decay"
@@ -339,6 +344,8 @@ def obstacle(module: Target, owner: nn.Module | None = None) -> tuple[str, str] 
     an ``owner`` that reads the weight itself.
     """
     kind, leave_out = type(module).__name__, "leave it out"
+    if "forward" in vars(module):
+        return f"is a {kind} whose forward pass was put in the place of its own", "take that back, or leave it out"
     if "weight" not in module._parameters:
         return f"is a {kind} whose weight is computed from others", "leave it out, or make it a parameter of its own"
     if not module.weight.is_floating_point() or module.weight.itemsize < 2:
@@ -449,8 +456,15 @@ def wrap_layers(
         else:
             layer = ReLoRALinear(module, rank, alpha, dropout, linear, **how)
         layer.reset(name, seed, restart=0, init=init)
+        _hand_over_hooks(module, layer)
         wrapped[id(module)] = layer.train(model.training)
     _replace(model, wrapped)
+
+
+def _hand_over_hooks(old: nn.Module, new: nn.Module) -> None:
+    """The same dictionaries, so that the handles that their owners hold can still remove them."""
+    for kind in HOOKS:
+        setattr(new, kind, getattr(old, kind))
 
 
 def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:

@@ -179,10 +179,11 @@ def _machines(run: Run) -> str:
 
 def progress(run: Run) -> str:
     """How far a run has come: updates, of how many, and tokens."""
-    wanted = run.setting("train.updates")
+    wanted, wanted_tokens = run.setting("train.updates"), run.setting("train.tokens")
     of = f" of {wanted:,}" if isinstance(wanted, int) else ""
+    of_tokens = f" of {wanted_tokens:,}" if isinstance(wanted_tokens, int) else ""
     tokens = last([record["tokens"] for record in run.updates if isinstance(record.get("tokens"), int)])
-    return f"{run.updates[-1]['update']:,}{of}" + ("" if math.isnan(tokens) else f", {tokens:,} tokens")
+    return f"{run.updates[-1]['update']:,}{of}" + ("" if math.isnan(tokens) else f", {tokens:,}{of_tokens} tokens")
 
 
 def world_size(run: Run) -> int:

@@ -108,6 +108,7 @@ def check(
         ds_config.idle(content),
         full_rank,
         config.never_restarts(),
+        config.never_rewarms(),
         config.never_kept(),
         config.never_at_its_peak(),
         config.short_last_interval(),

@@ -341,6 +341,31 @@ class Shared(nn.Module):
         return self.second(torch.tanh(self.first(x)))
 
 
+def test_what_a_user_hung_on_a_layer_hangs_on_the_wrapped_one() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 6), nn.Linear(6, 2))
+    seen: list[str] = []
+    handles = [
+        model[1].register_forward_pre_hook(lambda module, args: seen.append("before")),
+        model[1].register_forward_hook(lambda module, args, kwargs, out: seen.append("after"), with_kwargs=True),
+        model[1].register_full_backward_hook(lambda module, inside, outside: seen.append("backward")),
+    ]
+    lora.wrap(model, rank=1, alpha=1.0, targets=["0", "1"])
+    model(torch.ones(1, 6)).sum().backward()
+    assert seen == ["before", "after", "backward"]
+    for handle in handles:
+        handle.remove()
+    model(torch.ones(1, 6)).sum().backward()
+    assert len(seen) == 3
+
+
+def test_a_forward_pass_that_was_put_in_the_place_of_a_layers_own_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 6))
+    model[0].forward = lambda x: 2 * nn.Linear.forward(model[0], x)  # as libraries that offload weights do
+    with pytest.raises(ConfigError, match="relora.targets='0': is a Linear whose forward pass was put in the place of its own"):
+        lora.find_targets(model, ["0"])
+    assert list(lora.find_targets(model, "all-linear")) == ["1"]
+
+
 def test_a_module_in_two_places_is_wrapped_once() -> None:
     model = Shared()
     x = random(3, 6)

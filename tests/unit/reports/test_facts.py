@@ -97,6 +97,12 @@ def test_on_what(tmp_path: Path) -> None:
     }
 
 
+def test_a_run_by_tokens_says_how_many_of_how_many(tmp_path: Path) -> None:
+    run = read_run(whole_run(tmp_path / "run"))
+    run.settings["train"] = {"updates": None, "tokens": 9000}
+    assert facts.progress(run) == "200, 2,000 of 9,000 tokens"
+
+
 def test_a_full_rank_run_trains_all_and_has_no_factors(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", falling(80), method="full")
     write_traffic(folder, start(last_update=80, trainable_parameters=1000))

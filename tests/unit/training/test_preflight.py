@@ -269,6 +269,25 @@ def test_restarts_that_never_come_are_told_of(recipe: Path, overrides: list[str]
 
 
 @pytest.mark.parametrize(
+    ("overrides", "is_told"),
+    [
+        (["relora.restart_warmup=3"], False),
+        (["relora.restart_warmup=3", "optimizer.schedule=cosine"], True),
+        (["relora.restart_warmup=0", "optimizer.schedule=cosine"], False),
+        (["relora.restart_warmup=null", "optimizer.schedule=cosine"], False),
+        (["relora.restart_warmup=3", "optimizer.schedule=cosine", "relora.restart_every=null", "relora.reset.every=9"], True),
+        (["relora.restart_warmup=3", "optimizer.schedule=cosine", "method=lora"], False),
+        (["relora.restart_warmup=3", "optimizer.schedule=cosine", "method=full"], False),
+    ],
+    ids=str,
+)
+def test_a_re_warmup_that_the_schedule_does_not_have_is_told_of(recipe: Path, overrides: list[str], is_told: bool) -> None:
+    lines = [line for line in judge(recipe, "relora.restart_every=9", *overrides).remarks if "restart_warmup" in line]
+    assert len(lines) == is_told
+    assert all(line.startswith("relora.restart_warmup=3 does nothing: optimizer.schedule=cosine has no") for line in lines)
+
+
+@pytest.mark.parametrize(
     ("overrides", "told"),
     [
         (["relora.warm_start=3", "optimizer.warmup=2"], ""),
