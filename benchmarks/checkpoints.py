@@ -19,6 +19,7 @@ from relora_ds.checkpoint import writer as saver
 from relora_ds.checkpoint.listing import readable
 from relora_ds.launch import libraries, places, process_group
 from relora_ds.method import lora
+from relora_ds.method.targets import find_targets
 from relora_ds.models import build as models
 from relora_ds.run.folder import RunFolder
 from relora_ds.training.loop import train
@@ -31,7 +32,7 @@ VOCABULARY = 32_100
 def sizes(architecture: Any, rank: int) -> tuple[int, int]:
     """Trainable and frozen parameters in the LoRA phase."""
     model = models.build_meta(architecture)
-    layers = lora.find_targets(model, "all-linear")
+    layers = find_targets(model, "all-linear")
     trainable = lora.num_trainable(model, layers, rank)
     return trainable, sum(module.weight.numel() for module in layers.values())
 

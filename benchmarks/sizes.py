@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from relora_ds.bandwidth import formulas
 from relora_ds.method import lora
+from relora_ds.method.targets import find_targets
 from relora_ds.models.build import PRESETS, build_meta, preset_config
 
 VOCABULARY = 32_100
@@ -28,7 +29,7 @@ def row(name: str, rank: int) -> list[str]:
     config = preset_config(name, VOCABULARY)
     model = build_meta(config)
     full = sum(p.numel() for p in model.parameters())
-    trainable = lora.num_trainable(model, lora.find_targets(model, lora.ALL_LINEAR), rank)
+    trainable = lora.num_trainable(model, find_targets(model, lora.ALL_LINEAR), rank)
     words = 2 * VOCABULARY * config.hidden_size
     low_rank_words = trainable - words + 2 * rank * (VOCABULARY + config.hidden_size)
     own = {accumulation: sent(trainable, "owner", accumulation) for accumulation in (1, 8)}

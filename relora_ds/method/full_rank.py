@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from relora_ds.method import lora
+from relora_ds.method.targets import ROLES, in_role, obstacle
 
 WORTH_SAYING = 0.1
 """Share of all parameters above which a run says it."""
@@ -64,9 +64,9 @@ def full_rank_line(model: nn.Module) -> str | None:
 
 def _is_served(module: nn.Module, model: nn.Module) -> bool:
     """Whether the module can be wrapped, or is an embedding or the head."""
-    if isinstance(module, nn.Embedding) or any(module is lora.in_role(model, role) for role in lora.ROLES):
+    if isinstance(module, nn.Embedding) or any(module is in_role(model, role) for role in ROLES):
         return True
-    return isinstance(module, (nn.Linear, Conv1D)) and not lora.obstacle(module)
+    return isinstance(module, (nn.Linear, Conv1D)) and not obstacle(module)
 
 
 def _trained_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:

@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 from relora_ds.config import Loss
 from relora_ds.errors import ConfigError
 from relora_ds.method import lora
+from relora_ds.method.targets import in_role
 from relora_ds.models.cross_entropy import IGNORED, chunk_tokens, chunked_cross_entropy, is_plain, num_chunks
 
 
@@ -124,7 +125,7 @@ def head_tokens(model: PreTrainedModel, tokens: int) -> int:
 
 
 def _head(model: nn.Module) -> Any:
-    return lora.in_role(model, "output-head")
+    return in_role(model, "output-head")
 
 
 def _liger(head: Any, hidden: Tensor, labels: Tensor, divisor: Tensor | int | None = None) -> Tensor:

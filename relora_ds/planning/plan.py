@@ -21,6 +21,7 @@ from relora_ds.errors import ConfigError
 from relora_ds.method import lora
 from relora_ds.method.full_rank import full_rank_line
 from relora_ds.method.linear import Form, Kept
+from relora_ds.method.targets import find_targets
 from relora_ds.models import build as models
 from relora_ds.models.cross_entropy import is_plain
 from relora_ds.models.loss import head_tokens
@@ -241,7 +242,7 @@ class Planner:
         if self.config.method != "control":
             return self.target
         model = models.build_meta(self.target)
-        layers = lora.find_targets(model, self.config.relora.targets)
+        layers = find_targets(model, self.config.relora.targets)
         return models.control_config(self.target, lora.num_trainable(model, layers, self.config.relora.rank))
 
     def names(self) -> list[str]:

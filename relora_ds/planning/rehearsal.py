@@ -25,6 +25,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from relora_ds.config import Loss, ReLoRA
 from relora_ds.errors import ConfigError
 from relora_ds.method import lora
+from relora_ds.method.targets import check_rank, find_targets
 from relora_ds.models import build as models
 from relora_ds.models.loss import attach as attach_loss
 from relora_ds.models.packing import none_packed
@@ -172,17 +173,17 @@ def build(
         on_cuda: whether dropout works as on a GPU.
 
     Raises:
-        ConfigError: as :func:`relora_ds.models.build.skeleton` and :func:`relora_ds.method.lora.find_targets` raise it, for too
+        ConfigError: as :func:`relora_ds.models.build.skeleton` and :func:`relora_ds.method.targets.find_targets` raise it, for too
         large a rank, and for a model that cannot compute on tensors without data.
     """
     implementation = "auto" if attention == "flash_attention_2" else attention
     model = models.skeleton(architecture, attention=implementation, dtype=dtype, device=torch.device("cpu")).train()
-    layers = {} if settings is None else lora.find_targets(model, settings.targets)
+    layers = {} if settings is None else find_targets(model, settings.targets)
     mode = FakeTensorMode()
     with mode:
         _make_fake(model, dtype)
         if settings is not None:
-            lora.check_rank(layers, settings.rank)
+            check_rank(layers, settings.rank)
             lora.wrap_layers(
                 model, layers, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout,
                 frozen=settings.frozen, trainable_scaling=settings.trainable_scaling,

@@ -16,6 +16,7 @@ from relora_ds.console import say
 from relora_ds.errors import ConfigError
 from relora_ds.method import lora
 from relora_ds.method.frozen_weights import spacing
+from relora_ds.method.targets import find_targets
 from relora_ds.models.export import model_beside_base, refuse_unfilled
 from relora_ds.run import manifest as manifests
 from relora_ds.run.folder import RunFolder
@@ -85,7 +86,7 @@ class CheckpointWeights(Weights):
         if base is None:
             refuse_unfilled(model, checkpoint)
         targets = run.read_config().lora_settings.targets
-        self.layers: dict[str, nn.Module] = {**(lora.find_targets(model, targets) if self.is_full else {})}
+        self.layers: dict[str, nn.Module] = {**(find_targets(model, targets) if self.is_full else {})}
         self.layers |= lora.relora_layers(model)
         # Right behind a restart B is 0: such factors have no product yet, and add no rank to what comes.
         wrapped = [layer for layer in self.layers.values() if isinstance(layer, lora.ReLoRALayer)]

@@ -17,6 +17,7 @@ from relora_ds.engine.initialize import adamw, initialize, wrapping
 from relora_ds.engine.release import collect, release
 from relora_ds.method import lora
 from relora_ds.method.frozen_weights import own_rows
+from relora_ds.method.targets import find_targets
 from relora_ds.models import build as models
 from relora_ds.models.adapters import deepspeed_weights, is_peft, peft_base, peft_weights
 from relora_ds.models.compiling import compile_blocks, is_wanted
@@ -85,7 +86,7 @@ def _first_weights(checked: Checked, model: PreTrainedModel) -> str | Source | N
 def _wrap_units(model: nn.Module, checked: Checked) -> Callable[[str], None]:
     """Wraps the target layers of one unit of the model at a time."""
     settings = checked.config.lora_settings
-    targets = lora.find_targets(model, settings.targets)
+    targets = find_targets(model, settings.targets)
     how = wrapping(settings, checked.config.run.seed, ds_config.precision(checked.deepspeed))
 
     def wrap(unit: str) -> None:
@@ -143,7 +144,7 @@ def end_full_rank(engine: Any, checked: Checked, device: torch.device) -> HandOv
     ``relora.keep_moments`` says so, and start from zero otherwise, as in the paper.
     """
     settings, model = checked.config.relora, engine.module
-    targets = lora.find_targets(model, settings.targets)
+    targets = find_targets(model, settings.targets)
     carried = _take_along(engine, targets, device, moments=settings.keep_moments)
     exact_rows = _exact_rows(engine, targets, device) if settings.frozen.master == "sharded" else None
     release(engine, keep_on="cpu")
@@ -166,7 +167,7 @@ def _wrap_from_host(before: HandOver, checked: Checked, device: torch.device) ->
     """Wraps the target layers of a model in host memory; of the exact rows each layer gets its own."""
     settings = checked.config.lora_settings
     how = wrapping(settings, checked.config.run.seed, ds_config.precision(checked.deepspeed))
-    targets = list(lora.find_targets(before.model, settings.targets).items())
+    targets = list(find_targets(before.model, settings.targets).items())
     while targets:
         name, module = targets.pop()
         lora.wrap_layers(before.model, {name: module.to(device)}, **how)

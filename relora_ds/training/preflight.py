@@ -19,6 +19,7 @@ from relora_ds.ds_config import fit as ds_config
 from relora_ds.errors import ConfigError, nearest
 from relora_ds.method import lora
 from relora_ds.method.full_rank import full_rank_line
+from relora_ds.method.targets import check_rank, find_targets, in_role
 from relora_ds.models import adapters, compiling, generation, loss
 from relora_ds.models import build as models
 from relora_ds.run import unpickle
@@ -90,13 +91,13 @@ def check(
     full_rank, model, layers = None, models.build_meta(architecture), {}
     models.refuse_encoder(model, "model.config" if config.model.path is None else "model.path")
     if config.method != "full":
-        layers = lora.find_targets(model, config.relora.targets)
-        lora.check_rank(layers, config.relora.rank)
+        layers = find_targets(model, config.relora.targets)
+        check_rank(layers, config.relora.rank)
         full_rank = full_rank_line(model) if config.has_lora_phase else None
         if config.method == "control":
             architecture = models.control_config(architecture, lora.num_trainable(model, layers, config.relora.rank))
     if config.model.loss == "liger":
-        gets_factors = config.has_lora_phase and lora.in_role(model, "output-head") in layers.values()
+        gets_factors = config.has_lora_phase and in_role(model, "output-head") in layers.values()
         _check_liger(ds_config.precision(fitted), device, gets_factors)
     if resumed is not None and resumed.precision != ds_config.precision(fitted):
         _refuse_changes([("deepspeed", resumed.precision, ds_config.precision(fitted))], config.run.dir, allow_changed)

@@ -20,6 +20,7 @@ from relora_ds.engine.release import release
 from relora_ds.errors import EXIT_DONE
 from relora_ds.launch import places
 from relora_ds.method import lora
+from relora_ds.method.targets import find_targets
 from relora_ds.training import phases
 from relora_ds.training.preflight import check
 from relora_ds.training.trainer import Trainer
@@ -96,7 +97,7 @@ def full_weights_left(content: dict[str, Any]) -> list[str]:
     trainer = trainer_of(content)
     for update in range(1, WARM_START + 1):
         trainer.update(update, False)
-    refs = {name: weakref.ref(layer.weight) for name, layer in lora.find_targets(trainer.engine.module, "all-linear").items()}
+    refs = {name: weakref.ref(layer.weight) for name, layer in find_targets(trainer.engine.module, "all-linear").items()}
     alive: list[str] = []
     build, wrap_layers = phases.lora_engine, lora.wrap_layers
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from relora_ds.config import Model
 from relora_ds.method.full_rank import full_rank_line, full_rank_share
-from relora_ds.method.lora import find_targets
+from relora_ds.method.targets import find_targets
 from relora_ds.models import build as models
 from tests.conftest import TINY_LLAMA, VOCAB_SIZE
 

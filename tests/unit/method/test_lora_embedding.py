@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from relora_ds.config import Frozen
 from relora_ds.errors import ConfigError
 from relora_ds.method import lora
-from relora_ds.method.lora import ReLoRAEmbedding, find_targets, relora_layers, wrap
+from relora_ds.method.lora import ReLoRAEmbedding, relora_layers, wrap
+from relora_ds.method.targets import find_targets
 from tests.conftest import VOCAB_SIZE
 from tests.unit.method.test_lora import ALPHA, ARCHITECTURES, LAYERS, LINEARS, RANK, build, fill_factors, logits, random
 

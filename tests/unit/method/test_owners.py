@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM
 
 from relora_ds.errors import ConfigError
-from relora_ds.method.lora import find_targets, relora_layers, wrap
+from relora_ds.method.lora import relora_layers, wrap
 from relora_ds.method.owners import multiplies_itself
+from relora_ds.method.targets import find_targets
 
 
 class Mamba(nn.Module):

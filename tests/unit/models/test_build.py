@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from relora_ds.config import Model
 from relora_ds.errors import ConfigError
 from relora_ds.method import lora
+from relora_ds.method.targets import find_targets
 from relora_ds.models import build as models
 from tests.conftest import TINY_LLAMA, VOCAB_SIZE
 
@@ -102,7 +103,7 @@ def test_control_has_the_papers_trainable_parameters(name: str, trainable: float
     """At rank 128 the paper gives 43, 72, 99 and 125 million trainable parameters; the control has that many in all."""
     target = models.preset_config(name, PAPER_VOCABULARY)
     model = models.build_meta(target)
-    wanted = lora.num_trainable(model, lora.find_targets(model, "all-linear"), 128)
+    wanted = lora.num_trainable(model, find_targets(model, "all-linear"), 128)
     assert wanted == pytest.approx(trainable, rel=0.01)
     control = models.control_config(target, wanted)
     assert models.num_parameters(control) == pytest.approx(wanted, rel=1e-3)

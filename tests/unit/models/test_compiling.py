@@ -14,6 +14,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 from relora_ds.errors import ConfigError
 from relora_ds.method import lora
+from relora_ds.method.targets import find_targets
 from relora_ds.models.compiling import compile_blocks, is_wanted, obstacle
 from relora_ds.models.weights import blocks
 from relora_ds.training.phases import _compiled
@@ -87,7 +88,7 @@ def test_a_compiled_model_trains_as_before_and_is_compiled_once(checkpointing: b
     for compiles in (False, True):
         model = tiny_llama().train()
         model.config.use_cache = False
-        lora.wrap_layers(model, lora.find_targets(model, "all-linear"), rank=3, alpha=6.0)
+        lora.wrap_layers(model, find_targets(model, "all-linear"), rank=3, alpha=6.0)
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         names = list(model.state_dict())

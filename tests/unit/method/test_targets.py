@@ -1,4 +1,4 @@
-"""Layers that a target passes over: frozen ones, and those that factors cannot stand for."""
+"""Which layers targets name, which they pass over (frozen ones, and those that factors cannot stand for), and what is refused."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from transformers.pytorch_utils import Conv1D
 
 from relora_ds.config import Model
 from relora_ds.errors import ConfigError
-from relora_ds.method.lora import find_targets, obstacle, param_groups, relora_layers, wrap
+from relora_ds.method.lora import param_groups, relora_layers, wrap
+from relora_ds.method.targets import find_targets, obstacle
 from relora_ds.models import build as models
 from tests.conftest import TINY_LLAMA, VOCAB_SIZE
-from tests.unit.method.test_lora import ARCHITECTURES, LAYERS, build
+from tests.unit.method.test_lora import ALPHA, ARCHITECTURES, LAYERS, LINEARS, RANK, build
 
 FROZEN = "model.layers.0.self_attn.q_proj"
 
@@ -26,6 +27,105 @@ def frozen_llama(*names: str, **changes: Any) -> nn.Module:
     for name in names or (FROZEN,):
         model.get_submodule(name).requires_grad_(False)
     return model
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_all_linear_is_all_but_the_head(architecture: str) -> None:
+    model = wrap(build(architecture), rank=RANK, alpha=ALPHA)
+    expected = {f"{LAYERS[architecture]}.{i}.{name}" for i in range(2) for name in LINEARS[architecture]}
+    assert {name for name, _ in relora_layers(model)} == expected
+    left = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    assert len(left) == 1
+    assert model.get_submodule(left.pop()) is model.get_output_embeddings()
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("q_proj", {"0.self_attn.q_proj", "1.self_attn.q_proj"}),
+        (["q_proj", "down_proj"], {f"{i}.{name}" for i in range(2) for name in ("self_attn.q_proj", "mlp.down_proj")}),
+        (["mlp"], {f"{i}.mlp.{name}_proj" for i in range(2) for name in ("gate", "up", "down")}),
+        (["layers.1.self_attn.k_proj"], {"1.self_attn.k_proj"}),
+        (["layers.0.mlp", "gate_proj"], {"0.mlp.gate_proj", "0.mlp.up_proj", "0.mlp.down_proj", "1.mlp.gate_proj"}),
+    ],
+    ids=str,
+)
+def test_targets_by_dotted_parts_of_the_name(targets: str | list[str], expected: set[str]) -> None:
+    chosen = find_targets(build("llama"), targets)
+    assert set(chosen) == {f"model.layers.{name}" for name in expected}
+
+
+@pytest.mark.parametrize(
+    ("targets", "hint"),
+    [
+        (["q_pro"], "did you mean 'q_proj'?"),
+        (["q_proj", "proj"], "did you mean"),
+        (["embeds_token"], "did you mean 'embed_tokens'?"),
+        (["all-linear", "all-linears"], "did you mean 'all-linear'?"),
+        (["norm"], ""),
+    ],
+    ids=str,
+)
+def test_target_that_matches_no_layer(targets: list[str], hint: str) -> None:
+    with pytest.raises(ConfigError, match="matches no linear layer or embedding of the model") as caught:
+        find_targets(build("llama"), targets)
+    assert str(caught.value).startswith(f"relora.targets={targets[-1]!r}: ")
+    assert hint in str(caught.value)
+
+
+def test_an_empty_list_of_targets_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"relora\.targets=\[\]: names no layer"):
+        find_targets(nn.Sequential(nn.Linear(4, 4)), [])
+
+
+def test_head_can_be_named() -> None:
+    assert set(find_targets(build("llama"), ["lm_head"])) == {"lm_head"}
+
+
+def test_model_without_linear_layers() -> None:
+    with pytest.raises(ConfigError, match="no linear layer"):
+        find_targets(nn.Sequential(nn.Embedding(4, 4)), "all-linear")
+
+
+def test_rank_larger_than_a_layer_is_refused_and_changes_nothing() -> None:
+    model = build("llama")
+    with pytest.raises(
+        ConfigError, match=r"relora\.rank=33: larger than layer 'model.layers.0.self_attn.q_proj'.*use at most 32"
+    ):
+        wrap(model, rank=33, alpha=ALPHA)
+    assert list(relora_layers(model)) == []
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_narrowest_layer_says_what_rank_there_can_be() -> None:
+    """Qwen2-MoE has a gate with one output among its linear layers, for which no rank is worth its while."""
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 1))
+    way_out = r"larger than layer '1' of \(1, 6\); use at most 1, or name only wider layers in relora\.targets"
+    with pytest.raises(ConfigError, match=way_out):
+        wrap(model, rank=7, alpha=ALPHA)
+
+
+def test_a_forward_pass_that_was_put_in_the_place_of_a_layers_own_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 6))
+    model[0].forward = lambda x: 2 * nn.Linear.forward(model[0], x)  # as libraries that offload weights do
+    with pytest.raises(ConfigError, match="relora.targets='0': is a Linear whose forward pass was put in the place of its own"):
+        find_targets(model, ["0"])
+    assert list(find_targets(model, "all-linear")) == ["1"]
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["first"], ["second"]], ids=str)
+def test_two_modules_with_one_weight_are_refused(targets: str | list[str]) -> None:
+    model = nn.ModuleDict({"first": nn.Linear(6, 6), "second": nn.Linear(6, 6), "third": nn.Linear(6, 6)})
+    model["second"].weight = model["first"].weight
+    with pytest.raises(ConfigError, match=r"relora\.targets='(first|second)': shares its weight with '(first|second)'"):
+        wrap(model, rank=2, alpha=4.0, targets=targets)
+    assert list(relora_layers(model)) == []
+    assert set(find_targets(model, ["third"])) == {"third"}
+
+
+def test_tied_head_cannot_be_a_target() -> None:
+    with pytest.raises(ConfigError, match="'lm_head': shares its weight with 'transformer.wte'"):
+        find_targets(build("gpt2"), ["lm_head"])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
