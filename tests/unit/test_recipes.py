@@ -43,5 +43,6 @@ def test_the_sweeps_of_this_project_are_valid(path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(path.parent)  # the recipe is found from anywhere
     sweep = read_sweep(path)
     assert {recipe.resolve().parent for recipe in sweep.recipes} == {ROOT / "recipes"} and len(sweep.arms) > 1
+    asks_when = path.stem == "when_small"  # its question is what a late restart costs
     for run in sweep.runs:
-        assert run.config.short_last_interval() is None
+        assert asks_when or run.config.short_last_interval() is None
