@@ -163,6 +163,7 @@ def test_zero_equals_a_plain_loop_in_the_papers_way() -> None:
         assert result["losses"][: 2 * EVERY] == pytest.approx(plain["losses"][: 2 * EVERY], rel=1e-5)
 
 
+@pytest.mark.long
 def test_world_size_and_accumulation_change_nothing() -> None:
     """A user's loop with accumulation 1 and 4 (3 rows a micro batch), at 1, 2 and 4 ranks: the same losses."""
     losses = [
