@@ -207,6 +207,16 @@ class CountedGroup:
         if target is not out:
             out.copy_(target)
 
+    def gather(self, mine: Tensor, owner: int, purpose: str) -> Tensor | None:
+        """All ranks' ``mine``, (rows, columns) on :attr:`device`, on the rank ``owner``: (world_size · rows, columns); else None."""
+        if self.world_size == 1:
+            return mine
+        out = mine.new_empty(self.world_size * mine.shape[0], mine.shape[1]) if owner == self.rank else None
+        target = owner if self.group is None else dist.get_global_rank(self.group, owner)
+        with COUNTER.purpose(purpose):
+            dist.gather(mine, None if out is None else list(out.chunk(self.world_size)), dst=target, group=self.group)
+        return out
+
     def broadcast(self, tensor: Tensor, owner: int, purpose: str) -> Tensor:
         """Sends ``tensor`` (on :attr:`device`) from the rank ``owner`` of this group to all others, in place."""
         if self.world_size > 1:

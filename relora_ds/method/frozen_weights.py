@@ -363,6 +363,14 @@ class ShardedMaster:
         for rows, mine in self._pieces(name):
             yield rows, self.rows[name][mine].to(weight.values.device) - weight.read(rows)
 
+    def residual_share(self, name: str) -> Tensor:
+        """All of :meth:`residual`, (share, in) fp32: every rank's are as many rows, and zero behind those that it owns."""
+        weight, own = self.weights[name], self.own(name)
+        share = torch.zeros(-(-weight.shape[0] // self.world_size), weight.shape[1], device=weight.values.device)
+        for rows, piece in self.residual(name):
+            share[rows.start - own.start : rows.stop - own.start] = piece
+        return share
+
     def hold(self, name: str, left: Tensor, right: Tensor) -> None:
         """Notes that the factors hold left · right, (own rows, r) and (r, in), of this rank's rows of the residual."""
         device = self.rows[name].device

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from relora_ds.method import exact
+from relora_ds.method.frozen_weights import pieces
 
 InitName = Literal["kaiming", "orthonormal", "residual"]
 ITERATIONS = 8
 """Of the subspace iteration: even on the flat spectrum of a rounding error it then holds over 98% of what an exact SVD would."""
 KEPT_BITS = 24
-"""Of the whole numbers that stand for the matrix: as many as fp32 holds, in which they are kept over the iterations."""
+"""Of the whole numbers that stand for the matrix: as many as fp32 holds, in which they lie."""
 
 
 def initial_A(rank: int, in_features: int, *, name: str, seed: int, restart: int, kind: InitName = "kaiming") -> Tensor:
@@ -66,51 +67,46 @@ def _orthonormal_columns(matrix: Tensor) -> Tensor:
         torch.set_num_threads(num_threads)
 
 
-def principal_inputs(
-    residual: Callable[[], Iterable[Tensor]],
-    start: Tensor,
-    num_rows: int,
-    sum_over_ranks: Callable[[Tensor], Tensor],
-    max_over_ranks: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """The rank-r row space that holds most of a matrix whose rows are split over ranks: its leading right singular vectors.
+def principal_inputs(matrix: Tensor, start: Tensor) -> Tensor:
+    """The rank-r row space that holds most of a matrix: its leading right singular vectors.
 
-    Subspace iteration in float64 (Golub and Van Loan, Matrix Computations, 8.2.4), Q = orth(Rᵀ R Q). Only sums of (in, r) matrices
-    travel. R, Q and R Q are rounded to whole numbers of so few bits that all sums are exact (:mod:`relora_ds.method.exact`):
-    whoever holds which rows, the result is the same bits. Rounding Q and R Q matters less than what the iteration leaves out.
+    Subspace iteration in float64 (Golub and Van Loan, Matrix Computations, 8.2.4), Q = orth(Rᵀ R Q). R, Q and R Q are rounded to
+    whole numbers of so few bits that all sums are exact (:mod:`relora_ds.method.exact`): with any number of threads the result is the
+    same bits. Rounding Q and R Q matters less than what the iteration leaves out.
 
     Args:
-        residual: gives this rank's rows at every call, in pieces (rows, in); they are kept in 4 bytes an entry.
+        matrix: R, (out, in) float32. It is overwritten, so that no second one of its size is needed.
         start: (r, in) float32, the subspace to begin with.
-        num_rows: of the matrix, over all ranks.
-        sum_over_ranks, max_over_ranks: of a float64 tensor, entry by entry.
 
     Returns:
         (r, in) float32 with orthonormal rows; ``start`` itself where the matrix is zero.
     """
     columns = start.shape[1]
-    bits = min(KEPT_BITS, exact.bits_for(max(num_rows, columns)))
-    largest = max_over_ranks(_largest(residual(), start.device))
+    bits = min(KEPT_BITS, exact.bits_for(max(matrix.shape)))
+    low, high = matrix.aminmax()
+    largest = torch.maximum(-low, high).to(torch.float64)
     if not bool(largest):
         return start
     unit = exact.unit_for(largest, bits)
-    kept = [exact.whole(piece, unit).to(torch.float32) for piece in residual()]
+    parts = [matrix[rows] for rows in pieces(slice(0, matrix.shape[0]), columns)]
+    for part in parts:
+        part.copy_(exact.whole(part, unit))
     basis = start.t().to(torch.float64)
     for _ in range(ITERATIONS):
         numbers, basis_unit = exact.columns(basis)
-        # No entry of R·q exceeds the longest row that R may have, times the length of q: a bound that no rank's rows change.
+        # No entry of R·q exceeds the longest row that R may have, times the length of q.
         product_unit = exact.unit_for(math.sqrt(columns) * 2.0**bits * numbers.square().sum(0).sqrt(), bits)
-        product = torch.zeros_like(basis)
-        for piece in kept:
-            own = piece.to(torch.float64)
-            product += own.t() @ exact.whole(own @ numbers, product_unit)
-        product = sum_over_ranks(product) * product_unit * basis_unit
+        product = normal_product(parts, numbers, product_unit) * product_unit * basis_unit
         if not bool(product.any()):
             return start
         basis = _orthonormal_columns(product / product.abs().max())
     return basis.t().to(torch.float32).contiguous()
 
 
-def _largest(pieces: Iterable[Tensor], device: torch.device) -> Tensor:
-    """The largest magnitude: 0-d fp64; 0 where there are no pieces."""
-    return torch.stack([torch.zeros((), device=device), *(piece.abs().max() for piece in pieces)]).max().to(torch.float64)
+def normal_product(parts: Sequence[Tensor], numbers: Tensor, unit: Tensor) -> Tensor:
+    """Rᵀ (R Q), where R Q is rounded to whole numbers of ``unit``: (in, r) fp64 from rows of R and from Q, whole numbers both."""
+    product = torch.zeros_like(numbers)
+    for part in parts:
+        own = part.to(torch.float64)
+        product += own.t() @ exact.whole(own @ numbers, unit)
+    return product

@@ -15,13 +15,12 @@ from __future__ import annotations
 import functools
 import operator
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from relora_ds.comm.counter import COUNTER, RESTART, VERIFY
@@ -38,9 +37,8 @@ from relora_ds.supervision import parts
 from relora_ds.zero.state import ZeroProxy, ZeroState, data_parallel_group
 
 STATE_KEY = "relora_ds"
-
-
 PARTS = ("merge", "reset", "verify")
+Layers: TypeAlias = Sequence[tuple[str, ReLoRALayer]]
 
 
 @dataclass(frozen=True)
@@ -126,8 +124,8 @@ class ReLoRAOptimizer(ZeroProxy):
         self.saves_frozen = True
         self.tell: Callable[[str], None] | None = None
         if settings.init == "residual":
-            for name, layer in relora_layers(model):
-                self._reinitialise(name, layer)
+            for layers in self._batches():
+                self._reinitialise(layers)
 
     def _replicate_frozen(self) -> None:
         """Rank 0's frozen weights for all, as DeepSpeed does with parameters: these are buffers, which it leaves alone."""
@@ -255,12 +253,18 @@ class ReLoRAOptimizer(ZeroProxy):
     def _merge_and_reinitialise(self) -> dict[str, MergeStats]:
         """Layer by layer, so that no more than one layer's change exists in fp32 at a time. Returns the figures by layer type."""
         stats: dict[str, MergeStats] = {}
-        for name, layer in relora_layers(self.model):
-            figures = self._merge(name, layer, {key: self.masters.gather(f"{name}.{key}") for key in layer.factors()})
-            kind = name.rpartition(".")[2]
-            stats[kind] = stats[kind] + figures if kind in stats else figures
-            self._reinitialise(name, layer)
+        for layers in self._batches():
+            for name, layer in layers:
+                figures = self._merge(name, layer, {key: self.masters.gather(f"{name}.{key}") for key in layer.factors()})
+                kind = name.rpartition(".")[2]
+                stats[kind] = stats[kind] + figures if kind in stats else figures
+            self._reinitialise(layers)
         return stats if self.frozen_master is None else self._sum_over_ranks(stats)
+
+    def _batches(self) -> Iterator[Layers]:
+        """The layers that begin anew together: one a rank where that takes a decomposition, which one rank does; else one."""
+        layers, num = list(relora_layers(self.model)), self.comm.world_size if self.settings.init == "residual" else 1
+        yield from (layers[at : at + num] for at in range(0, len(layers), num))
 
     def _merge(self, name: str, layer: ReLoRALayer, factors: dict[str, Tensor]) -> MergeStats:
         """Merges one layer, from its factors' masters: all of it here, or this rank's rows into the master of W, whose rounding
@@ -269,40 +273,50 @@ class ReLoRAOptimizer(ZeroProxy):
         change = layer.change(**factors)
         return layer.weight.merge(change) if self.frozen_master is None else self.frozen_master.merge(name, change)
 
-    def _reinitialise(self, name: str, layer: ReLoRALayer) -> None:
-        """Fresh factors for one layer, in the masters and in the module's copies."""
-        device, kind = layer.lora_A.device, self.settings.init
-        fresh = initial_A(layer.rank, layer.in_features, name=name, seed=self.seed, restart=self.restarts, kind=kind)
-        lora_A, lora_B = fresh.to(device), torch.zeros(layer.out_features, layer.rank, device=device)
+    def _reinitialise(self, layers: Layers) -> None:
+        """Fresh factors for some layers, in the masters and in the module's copies."""
+        kind = self.settings.init
+        fresh = []
+        for name, layer in layers:
+            first = initial_A(layer.rank, layer.in_features, name=name, seed=self.seed, restart=self.restarts, kind=kind)
+            fresh.append(first.to(layer.lora_A.device))
         if kind == "residual":
-            lora_A, lora_B = self._residual_factors(name, layer, lora_A)
-        self.masters.write(f"{name}.lora_A", lora_A)
-        self.masters.write(f"{name}.lora_B", lora_B)
-        if layer.lora_scaling is not None:
-            # The reference sets it to 0 at a merge; with B = 0 neither of the two would have a gradient from then on.
-            self.masters.write(f"{name}.lora_scaling", torch.ones_like(layer.lora_scaling, dtype=torch.float32))
+            self._find_principal_rows(layers, fresh)
+        for (name, layer), lora_A in zip(layers, fresh, strict=True):
+            lora_B = torch.zeros(layer.out_features, layer.rank, device=lora_A.device)
+            if kind == "residual":
+                self._fit_to_residual(name, layer, lora_A, lora_B)
+            self.masters.write(f"{name}.lora_A", lora_A)
+            self.masters.write(f"{name}.lora_B", lora_B)
+            if layer.lora_scaling is not None:
+                # The reference sets it to 0 at a merge; with B = 0 neither of the two would have a gradient from then on.
+                self.masters.write(f"{name}.lora_scaling", torch.ones_like(layer.lora_scaling, dtype=torch.float32))
 
-    def _residual_factors(self, name: str, layer: ReLoRALayer, start: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors whose product is the rank-r part of what rounding lost of this layer; the master notes that they hold it."""
+    def _find_principal_rows(self, layers: Layers, fresh: Sequence[Tensor]) -> None:
+        """Each A becomes the rows that hold most of what rounding lost of its layer. The k-th is found by rank k, at the same time as
+        the others by other ranks, and reaches all from there: the same bits, also where the ranks' machines differ."""
+        assert self.frozen_master is not None, "refused with the settings"
+        residual = None
+        for owner, (name, _) in enumerate(layers):
+            gathered = self.comm.gather(self.frozen_master.residual_share(name), owner, RESTART)
+            residual = gathered if gathered is not None else residual
+        if residual is not None:
+            own = fresh[self.comm.rank]
+            own.copy_(principal_inputs(residual[: layers[self.comm.rank][1].out_features], own))
+        for owner, lora_A in enumerate(fresh):
+            self.comm.broadcast(lora_A, owner, RESTART)
+
+    def _fit_to_residual(self, name: str, layer: ReLoRALayer, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Fills B, zeros so far, so that s·B·A is the part of what rounding lost that A's rows hold; the master notes it."""
         master = self.frozen_master
         assert master is not None, "refused with the settings"
-        lora_A = principal_inputs(
-            lambda: (piece for _, piece in master.residual(name)),
-            start,
-            layer.out_features,
-            lambda total: self.comm.all_reduce(total, "restart"),
-            lambda largest: self.comm.all_reduce(largest, "restart", dist.ReduceOp.MAX),
-        )
-        self.comm.broadcast(lora_A, 0, "restart")  # the same bits, also where the ranks' machines differ
         scale = float(layer.scale(None if layer.lora_scaling is None else torch.ones(1)))
-        lora_B = torch.zeros(layer.out_features, layer.rank, device=start.device)
         right = exact.columns(lora_A.t())
         for rows, piece in master.residual(name):
             lora_B[rows] += exact.product(piece, right).div_(scale).to(torch.float32)
-        self.comm.all_reduce(lora_B, "restart")  # every row has one owner: the sum is exact
+        self.comm.all_reduce(lora_B, RESTART)  # every row has one owner: the sum is exact
         if bool(lora_B.any()):
             master.hold(name, scale * lora_B[master.own(name)], lora_A)
-        return lora_A, lora_B
 
     def reset(self) -> float:
         """Prunes the factors' moments and, if asked, restarts their bias correction; returns the share that was zeroed."""

@@ -17,12 +17,13 @@ import torch
 from torch import nn
 
 from relora_ds.config import Frozen
-from relora_ds.method import lora
+from relora_ds.method import frozen_weights, lora
 from relora_ds.method.frozen_weights import ShardedMaster, checksum, own_rows, stored_tensors
+from relora_ds.method.reinit import normal_product
 from relora_ds.planning.rehearsal import Rehearsed, Trace, num_bytes
 from relora_ds.zero.gradient_reduction import ROUND, rounds
 
-FP32 = 4
+FP32, FP64 = 4, 8
 NORM_WIDTH = 8
 """Gradient norms are taken in fp64, one parameter's at a time."""
 PRUNE_KEYS, PRUNE_WORK = 4, 16
@@ -345,8 +346,10 @@ def start(layout: Layout, engine: Engine, parts: Mapping[str, int], sharded: int
     return Peak({part: size for part, size in peak.parts.items() if size})
 
 
-def restart(rehearsed: Rehearsed, layout: Layout, engine: Engine, parts: Mapping[str, int], frozen: Frozen) -> Peak:
-    """The most at a restart: merging one layer, choosing which moments stay, or comparing checksums."""
+def restart(
+    rehearsed: Rehearsed, layout: Layout, engine: Engine, parts: Mapping[str, int], frozen: Frozen, *, from_residual: bool
+) -> Peak:
+    """The most at a restart: merging one layer, finding its factors, choosing which moments stay, or comparing checksums."""
     work, seen = [0], set()
     for _, layer in lora.relora_layers(rehearsed.model):
         if layer.weight is not None and (kind := (layer.weight.shape, layer.rank)) not in seen:
@@ -354,6 +357,8 @@ def restart(rehearsed: Rehearsed, layout: Layout, engine: Engine, parts: Mapping
             gathered = sum(factor.numel() for factor in layer.factors().values())
             work.append(FP32 * gathered + rehearsed.peak_of(_merge(rehearsed, layer, engine, frozen)))
             work.append(rehearsed.peak_of(partial(_checksums, layer)))
+            if from_residual:
+                work.append(_residual_factors(rehearsed, layer, engine))
     factors = next((group for group in layout.groups if any("lora_" in name for name in group.numels)), None)
     if factors is not None:
         work.append(PRUNE_KEYS * factors.partition + PRUNE_WORK * min(max(factors.numels.values()), factors.partition))
@@ -380,12 +385,28 @@ def _merge(rehearsed: Rehearsed, layer: lora.ReLoRALayer, engine: Engine, frozen
     return work
 
 
+def _residual_factors(rehearsed: Rehearsed, layer: lora.ReLoRALayer, engine: Engine) -> int:
+    """Bytes of finding the factors of one layer, whose residual is gathered here, beside the first A of the others in its batch."""
+    share, columns = -(-layer.out_features // engine.world_size), layer.in_features
+    with rehearsed.mode:
+        parts = [
+            torch.empty(rows.stop - rows.start, columns) for rows in frozen_weights.pieces(slice(0, layer.out_features), columns)
+        ]
+        numbers, unit = torch.empty(columns, layer.rank, dtype=torch.float64), torch.ones(layer.rank, dtype=torch.float64)
+    held = FP32 * engine.world_size * (share + layer.rank) * columns
+    # Beside a product are Q, its whole numbers, and the product before.
+    iteration = 3 * FP64 * numbers.numel() + rehearsed.peak_of(lambda: normal_product(parts, numbers, unit))
+    return held + max(FP32 * share * columns if engine.world_size > 1 else 0, iteration)
+
+
 def _checksums(layer: lora.ReLoRALayer) -> None:
     for _, tensor in stored_tensors("", layer.weight):
         checksum(tensor)
 
 
-def peaks(rehearsed: Rehearsed, engine: Engine, trace: Trace, frozen: Frozen | None, *, restarts: bool) -> dict[str, Peak]:
+def peaks(
+    rehearsed: Rehearsed, engine: Engine, trace: Trace, frozen: Frozen | None, *, restarts: bool, from_residual: bool = False
+) -> dict[str, Peak]:
     """The most that one GPU holds in a phase, by moment: start, backward pass, exchange, step, restart.
 
     Args:
@@ -394,6 +415,7 @@ def peaks(rehearsed: Rehearsed, engine: Engine, trace: Trace, frozen: Frozen | N
         trace: of a micro batch.
         frozen: how frozen weights are kept; None in the full-rank phase.
         restarts: whether factors are merged in this phase.
+        from_residual: whether they then begin with what rounding lost.
     """
     layout = Layout.of(rehearsed.model, engine.world_size)
     parts = held(rehearsed, layout, engine, frozen)
@@ -403,5 +425,5 @@ def peaks(rehearsed: Rehearsed, engine: Engine, trace: Trace, frozen: Frozen | N
         for moment, peak in Replay(seen, engine, dict(parts)).update(trace).items():
             found[moment] = max(peak, found.get(moment, peak), key=lambda candidate: candidate.total)
     if restarts and frozen is not None:
-        found["restart"] = restart(rehearsed, layout, engine, parts, frozen)
+        found["restart"] = restart(rehearsed, layout, engine, parts, frozen, from_residual=from_residual)
     return found

@@ -153,7 +153,7 @@ class Phase:
         restarts = self.settings is not None and self.settings.restart_every is not None
         found = footprint.peaks(
             self.rehearsed, engine, self.trace(micro_batch, engine.accumulation), frozen,
-            restarts=restarts and self.restart is None,
+            restarts=restarts and self.restart is None, from_residual=self.settings is not None and self.settings.init == "residual",
         )  # fmt: skip
         self.restart = found.get("restart", self.restart)
         all_found = found if self.restart is None else {**found, "restart": self.restart}

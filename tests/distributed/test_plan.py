@@ -200,6 +200,11 @@ def test_memory_of_the_change_of_phase(of: dict[str, Any]) -> None:
         common.long(case(world_size=2, relora=None, zero={"overlap_comm": True})),
         case(world_size=2, dtype="fp32", accumulation=3, relora={**LORA, "frozen": {"dtype": "int8", "master": "sharded"}}),
         case(world_size=2, relora=None, as_on_gpus=True, length=8, bucket=1_000_000),  # the exchange rules
+        common.long(
+            case(
+                world_size=2, dtype="fp32", relora={**LORA, "init": "residual", "frozen": {"dtype": "int8", "master": "sharded"}}
+            )
+        ),
     ],
     ids=[
         "full",
@@ -209,6 +214,7 @@ def test_memory_of_the_change_of_phase(of: dict[str, Any]) -> None:
         "full, overlap",
         "sharded, accumulation",
         "full, exchanged as on GPUs",
+        "sharded, from the residual",
     ],
 )
 def test_memory_at_most(of: dict[str, Any]) -> None:

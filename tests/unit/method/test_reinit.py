@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from relora_ds.method import frozen_weights, reinit
 from relora_ds.method.frozen_weights import FrozenWeight
 from relora_ds.method.reinit import ITERATIONS, initial_A, initial_B, principal_inputs
 from tests.products import ExactProducts
@@ -38,14 +40,13 @@ def energy(matrix: Tensor, rows: Tensor) -> float:
     return float((matrix @ rows.t()).square().sum() / matrix.square().sum())
 
 
-def principal(matrix: Tensor, start: Tensor, num: int = 1) -> Tensor:
-    """Of a matrix whose rows come in so many pieces."""
-    return principal_inputs(lambda: matrix.chunk(num), start, matrix.shape[0], lambda total: total, lambda largest: largest)
+def principal(matrix: Tensor, start: Tensor) -> Tensor:
+    return principal_inputs(matrix.clone(), start)
 
 
 def test_a_low_rank_matrix_is_held_whole() -> None:
     matrix = normal(60, 4) @ normal(4, 40, seed=1)
-    rows = principal(matrix, initial_A(4, 40, name="layer", seed=0, restart=0), 3)
+    rows = principal(matrix, initial_A(4, 40, name="layer", seed=0, restart=0))
     torch.testing.assert_close(rows @ rows.t(), torch.eye(4), rtol=0, atol=1e-6)
     torch.testing.assert_close(matrix @ rows.t() @ rows, matrix, rtol=0, atol=1e-5)
 
@@ -55,32 +56,36 @@ def test_of_a_rounding_error_as_much_as_an_exact_svd_holds(dtype: str) -> None:
     """Its spectrum is flat: the hardest case. Within 2% of the best that any factors of this rank could hold."""
     weight = 0.02 * normal(384, 256)
     residual = weight - FrozenWeight(weight, dtype).read()
-    rows = principal(residual, initial_A(64, 256, name="layer", seed=0, restart=0), 5)
+    rows = principal(residual, initial_A(64, 256, name="layer", seed=0, restart=0))
     best = torch.linalg.svdvals(residual.double())[:64].square().sum() / residual.double().square().sum()
     assert 0.98 * float(best) < energy(residual, rows) <= float(best) * 1.0001
     assert float(best) > 0.3
 
 
-@pytest.mark.parametrize("num", [2, 3, 61])
-def test_the_split_of_the_rows_changes_no_bit(num: int) -> None:
-    """By construction: all sums that a split could reorder are exact."""
+@pytest.mark.parametrize("num", [1, 3, 61])
+def test_in_pieces_of_rows_it_is_the_same_bits(num: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By construction: all sums that pieces, or threads, could reorder are exact."""
     matrix, start = normal(61, 40), initial_A(8, 40, name="layer", seed=0, restart=0)
+    whole = principal(matrix, start)
+    monkeypatch.setattr(frozen_weights, "PIECE", 40 * -(-61 // num))
     with ExactProducts() as asked:
-        split = principal(matrix, start, num)
+        assert torch.equal(principal(matrix, start), whole)
     assert asked.num == ITERATIONS * 2 * num
-    assert torch.equal(split, principal(matrix, start))
 
 
-def test_sums_over_all_rows_are_exact() -> None:
-    """The largest there can be: whole numbers of one sign, up to their bound; what ranks add up stays within 2**53."""
+def test_sums_over_all_rows_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest there can be: whole numbers of one sign, up to their bound; what pieces add up stays within 2**53."""
     sums: list[float] = []
+    product = reinit.normal_product
 
-    def largest_so_far(total: Tensor) -> Tensor:
+    def seen(*args: Any) -> Tensor:
+        total = product(*args)
         sums.append(float(total.abs().max()))
         return total
 
-    matrix, start = torch.full((512, 8), 2 - 2**-23), torch.full((1, 8), 8**-0.5)
-    principal_inputs(lambda: matrix.split(3), start, 512, largest_so_far, lambda largest: largest)
+    monkeypatch.setattr(reinit, "normal_product", seen)
+    monkeypatch.setattr(frozen_weights, "PIECE", 3 * 8)
+    principal(torch.full((512, 8), 2 - 2**-23), torch.full((1, 8), 8**-0.5))
     assert 2**49 < max(sums) <= 2**53
 
 
@@ -105,5 +110,12 @@ def test_the_number_of_threads_changes_no_bit(of: Callable[[], Tensor] | None, m
 
 def test_of_nothing_the_start_is_kept() -> None:
     start = initial_A(3, 10, name="layer", seed=0, restart=0)
-    assert torch.equal(principal(torch.zeros(7, 10), start, 2), start)
-    assert torch.equal(principal_inputs(tuple, start, 0, lambda total: total, lambda largest: largest), start), "no rows at all"
+    assert torch.equal(principal(torch.zeros(7, 10), start), start)
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (1, 9), (9, 1)])
+def test_small_matrices_stay_within_what_fp32_holds(shape: tuple[int, int]) -> None:
+    """Exact sums of few terms would allow more than its 24 bits."""
+    matrix, start = normal(*shape), initial_A(1, shape[1], name="layer", seed=0, restart=0)
+    best = torch.linalg.svdvals(matrix.double())[0].square() / matrix.double().square().sum()
+    assert energy(matrix, principal(matrix, start)) == pytest.approx(float(best), rel=0.02)

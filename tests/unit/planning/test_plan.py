@@ -19,11 +19,12 @@ from relora_ds.cli import main as cli
 from relora_ds.cli import plan as cli_plan
 from relora_ds.config import Frozen, Model, ReLoRA, load
 from relora_ds.errors import ConfigError
-from relora_ds.method import lora
+from relora_ds.method import frozen_weights, lora
+from relora_ds.method.reinit import principal_inputs
 from relora_ds.models import cross_entropy
 from relora_ds.models.build import build, hf_config, preset_config
 from relora_ds.models.loss import attach
-from relora_ds.planning import rehearsal
+from relora_ds.planning import footprint, rehearsal
 from relora_ds.planning.footprint import Engine
 from relora_ds.planning.plan import Machine, Phase, Planner
 from tests.memory import PeakMemory
@@ -271,6 +272,20 @@ def test_what_is_kept_is_foretold() -> None:
     assert all(part not in peak.parts for peak in per_pass.values())
     phase.trace(2, 2)
     assert sum(phase.trace(2, 2).sizes) < sum(phase.trace(2, 1).sizes) - size, "forward and backward"
+
+
+@pytest.mark.parametrize(("piece", "rank"), [(1 << 20, 4), (1 << 20, 32), (4096, 4), (4096, 32)])
+def test_what_residual_factors_need_is_foretold(piece: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a layer whose rows go in one piece or in several; what a test over ranks is too small to see beside a merge."""
+    monkeypatch.setattr(frozen_weights, "PIECE", piece)
+    settings = ReLoRA(rank=rank, init="residual", frozen=Frozen(dtype="int8", master="sharded"))
+    built = rehearsal.build(hf_config(Model(config=MODEL), 1), dtype=torch.float32, settings=settings, on_cuda=False)
+    layer = dict(lora.relora_layers(built.model))["model.layers.0.mlp.up_proj"]
+    assert isinstance(layer, lora.ReLoRALayer)
+    engine = Engine(1, 2, accumulation=1, width=4, wire=4, bucket=1000, overlap=False, on_cuda=False)
+    with PeakMemory() as memory:
+        principal_inputs(torch.randn(layer.out_features, layer.in_features), torch.randn(rank, layer.in_features))
+    assert footprint._residual_factors(built, layer, engine) == pytest.approx(memory.peak, rel=0.05)
 
 
 def test_a_rehearsal_is_exact_and_a_line() -> None:
