@@ -10,7 +10,7 @@ from torch import nn
 from relora_ds.bandwidth import formulas
 from relora_ds.config import ReLoRA
 from relora_ds.ds_config import fit as ds_config
-from relora_ds.method.lora import relora_layers
+from relora_ds.method.lora import ReLoRALayer, relora_layers
 from relora_ds.zero import versions
 
 
@@ -31,7 +31,13 @@ def restart(model: nn.Module, settings: ReLoRA, world_size: int) -> float:
         choices=_choices(settings),
         world_size=world_size,
         gathered_bytes=sum(layer.weight.stored_bytes for layer in layers if layer.weight is not None) if is_sharded else 0,
+        residual_bytes=sum(_residual_bytes(layer, world_size) for layer in layers) if settings.init == "residual" else 0,
     )
+
+
+def _residual_bytes(layer: ReLoRALayer, world_size: int) -> int:
+    rows = -(-layer.out_features // world_size)
+    return formulas.MASTER_BYTES * (rows * layer.in_features + layer.lora_A.numel() + 2 * layer.lora_B.numel())
 
 
 def _choices(settings: ReLoRA) -> int:

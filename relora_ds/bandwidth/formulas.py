@@ -84,7 +84,9 @@ def update_bytes(
     )
 
 
-def restart_bytes(lora_numel: int, *, num_tensors: int, choices: int, world_size: int, gathered_bytes: float = 0.0) -> float:
+def restart_bytes(
+    lora_numel: int, *, num_tensors: int, choices: int, world_size: int, gathered_bytes: float = 0.0, residual_bytes: float = 0.0
+) -> float:
     """What one rank sends in one restart, on the mean over the ranks.
 
     Args:
@@ -93,9 +95,11 @@ def restart_bytes(lora_numel: int, *, num_tensors: int, choices: int, world_size
         choices: how often what survives is chosen by counting: 1 for joint masks, 2 for independent ones, 0 where nothing is ranked.
         world_size: number of ranks N.
         gathered_bytes: of the stored frozen weights with their scales, where a sharded master is rounded into them.
+        residual_bytes: of this rank's rows of the residual, of A, and of B twice, where factors begin with the residual: rows go to
+            the rank that finds A, which is broadcast, and B is all-reduced.
     """
     reduced = RESTART_SCALARS + choices * (CHOICE_SCALARS + COUNTS_BYTES * num_tensors)
-    return share(world_size) * (2 * reduced + MASTER_BYTES * lora_numel + gathered_bytes)
+    return share(world_size) * (2 * reduced + MASTER_BYTES * lora_numel + gathered_bytes + residual_bytes)
 
 
 def update_flops(

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import relora_ds
+from relora_ds.bandwidth import estimates
+from relora_ds.comm.counter import COUNTER, RESTART
 from relora_ds.method.frozen_weights import stored_tensors
 from relora_ds.method.lora import relora_layers
 from relora_ds.zero.state import ZeroState
@@ -81,6 +84,28 @@ def test_a_restart_sends_its_bound_at_most(world_size: int, dtype: str) -> None:
         assert sent >= masters
         for one in by_rank:
             assert one["recorded"] == one["payload"]
+
+
+def bytes_from_the_residual() -> tuple[float, float]:
+    """(counted as rings send, estimated) of one restart whose factors begin with what int8 lost."""
+    frozen = {"dtype": "int8", "group_size": 16, "master": "sharded"}
+    relora = {"rank": 8, "restart_every": 1000, "restart_warmup": 0, "init": "residual", "frozen": frozen}
+    engine = common.build(common.tiny_llama(**WIDE), relora)
+    common.train_update(engine, 0)
+    before = COUNTER.wire_bytes((RESTART,))
+    engine.optimizer.restart()
+    counted = COUNTER.wire_bytes((RESTART,)) - before
+    told = estimates.restart(engine.module, engine.optimizer.settings, dist.get_world_size())
+    common.end(engine)
+    return counted, told
+
+
+@pytest.mark.parametrize("world_size", [2, common.long(3)])
+def test_what_residual_factors_send_is_foretold(world_size: int) -> None:
+    """All but the selection's scalars and the comparison."""
+    results = run(world_size, bytes_from_the_residual)
+    counted, told = (sum(one) / world_size for one in zip(*results, strict=True))
+    assert counted == pytest.approx(told, rel=0.01)
 
 
 def awkward(shape: torch.Size, seed: int) -> Tensor:
