@@ -150,10 +150,10 @@ class Phase:
 
     def peaks(self, engine: Engine, micro_batch: int) -> dict[str, Peak]:
         frozen = None if self.settings is None else self.settings.frozen
-        restarts = self.settings is not None and self.settings.restart_every is not None
+        merges = self.settings is not None and self.settings.restart_every is not None
         found = footprint.peaks(
             self.rehearsed, engine, self.trace(micro_batch, engine.accumulation), frozen,
-            restarts=restarts and self.restart is None, from_residual=self.settings is not None and self.settings.init == "residual",
+            restarts=merges and self.restart is None, from_residual=self.settings is not None and self.settings.init == "residual",
         )  # fmt: skip
         self.restart = found.get("restart", self.restart)
         all_found = found if self.restart is None else {**found, "restart": self.restart}

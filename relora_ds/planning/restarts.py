@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 SHORTEST = Fraction(1, 5)
-"""The shortest interval that paid, as a share of the run: a tenth gained nothing, a fifteenth lost."""
+"""The shortest interval, as a share of the run, that paid at every rank and length; a tenth gained nothing."""
 MOST = 3
 """More restarts gained no more."""
 LARGE_RANK = Fraction(1, 6)
@@ -40,10 +40,12 @@ def hints(every: int, rank: int, side: int, *, updates: int, lora_updates: int) 
     said = []
     if every < SHORTEST * updates and every < lora_updates:
         advised = interval(updates, lora_updates)
-        way_out = "method=lora, or a shorter relora.warm_start" if advised is None else f"relora.restart_every={advised}"
+        way_out = f"relora.restart_every={advised} is one"
+        if advised is None:
+            way_out = "the LoRA phase is too short for one, without a shorter relora.warm_start; try method=lora beside it"
         said.append(
-            f"relora.restart_every={every} is {every / updates:.0%} of the run: on a small model restarts paid at a fifth or more, "
-            f"as {way_out} ({RECORD})"
+            f"relora.restart_every={every} is {every / updates:.0%} of the run, and on a small model intervals of a fifth or more "
+            f"paid best: {way_out} ({RECORD})"
         )
     if rank >= LARGE_RANK * side:
         said.append(

@@ -37,7 +37,7 @@ def test_short_intervals_get_the_one_that_paid() -> None:
     assert not restarts.hints(150, 4, 64, updates=750, lora_updates=600), "a fifth"
     assert not restarts.hints(149, 4, 64, updates=750, lora_updates=149), "comes too late to be a restart"
     (said,) = restarts.hints(50, 4, 64, updates=750, lora_updates=250)
-    assert "method=lora, or a shorter relora.warm_start" in said, "no interval of a fifth is left"
+    assert "too short for one, without a shorter relora.warm_start" in said, "no interval of a fifth is left"
 
 
 def test_at_a_large_rank_restarts_are_to_be_compared() -> None:
