@@ -15,8 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from relora_ds.method import exact, frozen_weights
-from relora_ds.method.frozen_weights import FrozenWeight, pieces
+from relora_ds.method import exact
+from relora_ds.method.frozen_weights import PIECE, FrozenWeight, pieces
 
 ROWS, COLUMNS, RANK, TURNS = 5461, 2048, 128, 5
 
@@ -47,7 +47,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     lora_b, lora_a = (torch.randn(*shape, generator=generator) * 0.01 for shape in ((ROWS, RANK), (RANK, COLUMNS)))
     weight = FrozenWeight(torch.randn(ROWS, COLUMNS, generator=generator) * 0.02, "bf16")
-    rows = list(pieces(slice(0, ROWS), COLUMNS))
+    rows = list(pieces(slice(0, ROWS), COLUMNS, PIECE))
 
     def merge_exact() -> None:
         right = exact.columns(lora_a)
@@ -78,7 +78,6 @@ def main() -> None:
 def by_pieces() -> None:
     """Merges of layers of several sizes, a sixteenth of the layer or so many entries at a time."""
     torch.set_num_threads(1)
-    kept = frozen_weights.PIECE
     print("| layer, rank, store | a sixteenth | 2^16 | 2^18 | 2^20 | 2^22 |\n" + "|---" * 6 + "|")
     for rows, columns, rank in ((64, 64, 4), (512, 256, 8), (768, 2048, 128), (ROWS, COLUMNS, RANK)):
         for dtype in ("bf16", "int8"):
@@ -86,11 +85,9 @@ def by_pieces() -> None:
             lora_b, right = torch.randn(rows, rank) * 1e-3, exact.columns(torch.randn(rank, columns))
 
             def merge(size: int, weight: FrozenWeight = weight, lora_b: Tensor = lora_b, right: exact.Whole = right) -> None:
-                frozen_weights.PIECE = size
-                weight.merge(lambda piece: exact.product(lora_b[piece], right).to(torch.float32))
+                weight.merge(lambda rows: exact.product(lora_b[rows], right).to(torch.float32), piece=size)
 
             sizes = {str(size): size for size in (rows * columns // 16, 1 << 16, 1 << 18, 1 << 20, 1 << 22)}
             times = best_ms({name: partial(merge, size) for name, size in sizes.items()})
             cells = " | ".join(f"{milliseconds:.2f}" for milliseconds in times.values())
             print(f"| {rows} x {columns}, {rank}, {dtype} | {cells} |")
-    frozen_weights.PIECE = kept

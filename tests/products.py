@@ -23,6 +23,22 @@ def _added_product(_into: tuple[int, int], left: tuple[int, int], right: tuple[i
     return 2 * left[0] * left[1] * right[1]
 
 
+class Operations(TorchDispatchMode):
+    """Counts what a GPU would be launched for: every operation but those that only look at a tensor in another way.
+
+    Attributes:
+        num: operations so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
 class ExactProducts(TorchDispatchMode):
     """Fails where a product is asked for whose sums may round, so that its bits may depend on who forms it, and how.
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from relora_ds.method import exact as exactly
-from relora_ds.method.frozen_weights import FrozenWeight, ShardedMaster, own_rows, pieces, spacing
+from relora_ds.method.frozen_weights import FrozenWeight, ShardedMaster, own_rows, piece_on, pieces, spacing
 from relora_ds.method.lora import relora_layers
 from relora_ds.optimizer.wrapper import ReLoRAOptimizer
 from relora_ds.run import manifest as manifests
@@ -138,7 +138,7 @@ class Base:
                 self._load_master(master, name)
                 continue
             same = self.layers[name]["dtype"] == weight.dtype_name and self.layers[name]["group_size"] == weight.group_size
-            for rows in pieces(slice(0, weight.shape[0]), weight.shape[1]):
+            for rows in pieces(slice(0, weight.shape[0]), weight.shape[1], piece_on(weight.device)):
                 stored = self._stored(name, rows)
                 if not same:
                     stored = weight.round(FrozenWeight.exact(*stored, self.layers[name]["group_size"]))

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from relora_ds.method import exact as exactly
 
-CHUNK = 1 << 20
-"""Elements hashed at a time: bounds each of the int64 copies that a checksum makes to 8 MiB."""
 PIECE = 1 << 20
-"""Elements merged at a time: a merge makes some six fp32 tensors of that size."""
+"""Elements merged or hashed at a time on a CPU: some six fp32 tensors of that size, or four int64 ones, stay within reach of caches."""
+PIECE_ON_GPU = 1 << 23
+"""The same elsewhere, where each of the thirty operations of a piece costs a launch, however little there is to do."""
 Change = Callable[[slice], Tensor]
 """Gives rows of a change to a weight: (rows, in) fp32 on the weight's device."""
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -102,7 +102,7 @@ class FrozenWeight(nn.Module):
             num_groups = -(-weight.shape[1] // group_size)
             self.register_buffer("values", torch.empty(weight.shape, dtype=torch.int8, device=weight.device))
             self.register_buffer("scales", torch.empty(weight.shape[0], num_groups, device=weight.device))
-            for rows in pieces(slice(0, weight.shape[0]), weight.shape[1]):
+            for rows in pieces(slice(0, weight.shape[0]), weight.shape[1], piece_on(weight.device)):
                 self.store(*self.round(weight[rows].to(torch.float32)), rows)
         else:
             self.register_buffer("values", weight.to(FLOATS[dtype]).contiguous())
@@ -155,10 +155,13 @@ class FrozenWeight(nn.Module):
             self.scales[rows].copy_(scales)
 
     @torch.no_grad()
-    def merge(self, change: Change) -> MergeStats:
-        """Adds a change through fp32, rounded once; a few rows at a time, so that little memory is needed beside the store."""
+    def merge(self, change: Change, piece: int | None = None) -> MergeStats:
+        """Adds a change through fp32, rounded once; a few rows at a time, so that little memory is needed beside the store.
+
+        ``piece``: elements at a time; None: what :func:`piece_on` says, as in all that has this argument.
+        """
         stats = MergeStats.nothing(self.values.device)
-        for rows in pieces(slice(0, self.shape[0]), self.shape[1]):
+        for rows in pieces(slice(0, self.shape[0]), self.shape[1], piece or piece_on(self.device)):
             before, delta = self.read(rows), change(rows)
             exact = before + delta
             stored = self.round(exact)
@@ -239,9 +242,14 @@ class MergeStats:
         return float((self.lost / self.change.clamp(min=1e-30)).sqrt())
 
 
-def pieces(rows: slice, columns: int) -> Iterator[slice]:
-    """``rows`` cut into pieces of about :data:`PIECE` elements."""
-    step = max(1, PIECE // columns)
+def piece_on(device: torch.device) -> int:
+    """How many elements are worked on at a time where these lie on ``device``."""
+    return PIECE if device.type == "cpu" else PIECE_ON_GPU
+
+
+def pieces(rows: slice, columns: int, piece: int) -> Iterator[slice]:
+    """``rows`` cut into pieces of about ``piece`` elements."""
+    step = max(1, piece // columns)
     for start in range(rows.start, rows.stop, step):
         yield slice(start, min(start + step, rows.stop))
 
@@ -292,19 +300,19 @@ class ShardedMaster:
     def own(self, name: str) -> slice:
         return own_rows(self.weights[name].shape[0], self.rank, self.world_size)
 
-    def _pieces(self, name: str) -> Iterator[tuple[slice, slice]]:
+    def _pieces(self, name: str, piece: int | None = None) -> Iterator[tuple[slice, slice]]:
         """This rank's rows of a weight, a few at a time: where they are in the weight, and in the master."""
-        own = self.own(name)
-        for rows in pieces(own, self.weights[name].shape[1]):
+        own, weight = self.own(name), self.weights[name]
+        for rows in pieces(own, weight.shape[1], piece or piece_on(weight.device)):
             yield rows, slice(rows.start - own.start, rows.stop - own.start)
 
     @torch.no_grad()
-    def merge(self, name: str, change: Change) -> MergeStats:
+    def merge(self, name: str, change: Change, piece: int | None = None) -> MergeStats:
         """Adds this rank's rows of a change and publishes; returns the figures of these rows alone. Every rank must call it."""
         weight, master = self.weights[name], self.rows[name]
         stats, parts = MergeStats.nothing(weight.values.device), self._parts(name)
         held = self._held_change(name)
-        for rows, mine in self._pieces(name):
+        for rows, mine in self._pieces(name, piece):
             before, delta = weight.read(rows), change(rows)
             master[mine] += delta.to(master.device)
             if held is not None:
@@ -408,7 +416,7 @@ def stored_tensors(name: str, weight: FrozenWeight | None) -> Iterator[tuple[str
 
 
 @torch.no_grad()
-def checksum(tensor: Tensor) -> Tensor:
+def checksum(tensor: Tensor, piece: int | None = None) -> Tensor:
     """A 64-bit hash of the bits of ``tensor``: a 0-d int64 tensor on its device.
 
     The sum of the elements' bit patterns, each times an odd number made from its position, modulo 2**64: any single changed element
@@ -417,8 +425,8 @@ def checksum(tensor: Tensor) -> Tensor:
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     bits = tensor.detach().contiguous().view(integer).flatten()
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for start in range(0, bits.numel(), CHUNK):
-        part = bits[start : start + CHUNK].to(torch.int64)
-        position = torch.arange(start, start + part.numel(), device=tensor.device, dtype=torch.int64)
-        total += (part * (position * 0x9E3779B1 * 2 + 1)).sum()
+    for elements in pieces(slice(0, bits.numel()), 1, piece or piece_on(tensor.device)):
+        part = bits[elements].to(torch.int64)
+        position = torch.arange(elements.start, elements.stop, device=tensor.device, dtype=torch.int64)
+        total += part.sum() + 2 * 0x9E3779B1 * position.mul_(part).sum()  # part * (2 * 0x9E3779B1 * position + 1)
     return total

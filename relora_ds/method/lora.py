@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from relora_ds.config import Frozen, LinearForm
 from relora_ds.method import exact
-from relora_ds.method.frozen_weights import FLOATS, Change, FrozenWeight, own_rows, pieces
+from relora_ds.method.frozen_weights import FLOATS, Change, FrozenWeight, own_rows, piece_on, pieces
 from relora_ds.method.linear import Form, Kept, Merged, Split, choose
 from relora_ds.method.reinit import InitName, initial_A, initial_B
 from relora_ds.method.targets import ALL_LINEAR, Target, check_rank, find_targets
@@ -106,7 +106,7 @@ class ReLoRALayer(nn.Module):
         """W + s·B·A, (out, in) fp32."""
         change = self.change(self.lora_A, self.lora_B, self.lora_scaling)
         merged = torch.empty(self.out_features, self.in_features, device=self.lora_A.device)
-        for rows in pieces(slice(0, self.out_features), self.in_features):
+        for rows in pieces(slice(0, self.out_features), self.in_features, piece_on(merged.device)):
             merged[rows] = change(rows) if self.weight is None else self.weight.read(rows) + change(rows)
         return merged
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from relora_ds.method import exact
-from relora_ds.method.frozen_weights import pieces
+from relora_ds.method.frozen_weights import piece_on, pieces
 
 InitName = Literal["kaiming", "orthonormal", "residual"]
 ITERATIONS = 8
@@ -34,11 +36,38 @@ def initial_A(rank: int, in_features: int, *, name: str, seed: int, restart: int
         kind: ``kaiming`` (uniform with a = sqrt 5, so in ±1/sqrt(in), as in the paper) or ``orthonormal`` rows (the QR
             decomposition of a normal matrix, in float64). ``residual`` starts from the former, see :func:`principal_inputs`.
     """
-    generator = _generator(f"{seed}/{restart}/{name}")
+    return _finished(_drawn(rank, in_features, f"{seed}/{restart}/{name}", kind), kind)
+
+
+def initial_As(
+    layers: Iterable[tuple[str, int, int]], *, seed: int, restart: int, kind: InitName = "kaiming"
+) -> Iterator[Tensor]:
+    """:func:`initial_A` of one layer after another, given as (name, rank, in_features).
+
+    Other threads draw the numbers, some layers ahead of the caller: a generator fills one matrix by one thread, ten nanoseconds an
+    entry, which for a large model is as long as all else that a restart does on a GPU.
+    """
+    num_threads = torch.get_num_threads()
+    with ThreadPoolExecutor(num_threads) as pool:
+        ahead: deque[Future[Tensor]] = deque()
+        for name, rank, in_features in layers:
+            ahead.append(pool.submit(_drawn, rank, in_features, f"{seed}/{restart}/{name}", kind))
+            if len(ahead) > num_threads:
+                yield _finished(ahead.popleft().result(), kind)
+        while ahead:
+            yield _finished(ahead.popleft().result(), kind)
+
+
+def _drawn(rank: int, in_features: int, draw: str, kind: InitName) -> Tensor:
+    """The random numbers that A is made of."""
     if kind == "orthonormal":
-        normal = torch.randn(in_features, rank, dtype=torch.float64, device="cpu", generator=generator)
-        return _orthonormal_columns(normal).t().to(torch.float32).contiguous()
-    return _kaiming(rank, in_features, generator)
+        return torch.randn(in_features, rank, dtype=torch.float64, device="cpu", generator=_generator(draw))
+    return _kaiming(rank, in_features, _generator(draw))
+
+
+def _finished(drawn: Tensor, kind: InitName) -> Tensor:
+    """A, (rank, in) float32; in the caller's thread, because a QR decomposition sets how many threads all have."""
+    return _orthonormal_columns(drawn).t().to(torch.float32).contiguous() if kind == "orthonormal" else drawn
 
 
 def initial_B(out_features: int, rank: int, *, name: str, seed: int) -> Tensor:
@@ -88,7 +117,7 @@ def principal_inputs(matrix: Tensor, start: Tensor) -> Tensor:
     if not bool(largest):
         return start
     unit = exact.unit_for(largest, bits)
-    parts = [matrix[rows] for rows in pieces(slice(0, matrix.shape[0]), columns)]
+    parts = [matrix[rows] for rows in pieces(slice(0, matrix.shape[0]), columns, piece_on(matrix.device))]
     for part in parts:
         part.copy_(exact.whole(part, unit))
     basis = start.t().to(torch.float64)

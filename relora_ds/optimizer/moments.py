@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,25 +32,39 @@ def prune(masters: ZeroState, reset: Reset, comm: Any, draw: str) -> float:
                 if (fragment := masters.fragment(name, key)) is not None:
                     fragment.zero_()
         return 1.0
-    shared = _keep_masks(masters, reset, comm, draw, keys[0]) if reset.mask == "joint" else None
     kept = torch.zeros((), dtype=torch.int64, device=comm.device)
-    for key in keys:
-        for name, mask in (shared if shared is not None else _keep_masks(masters, reset, comm, draw, key)).items():
-            fragment = masters.fragment(name, key)
-            assert fragment is not None, "masks exist only for fragments"
-            fragment.masked_fill_(~mask, 0.0)
-            kept += mask.sum().to(kept.device)
+    for together in [keys] if reset.mask == "joint" else [[key] for key in keys]:
+        for name, mask in _keep_masks(masters, reset, comm, draw, together[0]).items():
+            kept += mask.sum().to(kept.device) * len(together)
+            pruned = ~mask
+            for key in together:
+                fragment = masters.fragment(name, key)
+                assert fragment is not None, "masks exist only for fragments"
+                fragment.masked_fill_(pruned, 0.0)
     comm.all_reduce(kept, "restart")
     return 1.0 - int(kept) / (len(keys) * sum(p.numel() for p in masters.params.values()))
 
 
 def _keep_masks(masters: ZeroState, reset: Reset, comm: Any, draw: str, key: str) -> dict[str, Tensor]:
     """Which entries of this rank's fragments survive, chosen over all ranks: {parameter: (n,) bool}."""
-    names = list(masters.params)
     if reset.kind == "random" and reset.scope == "tensor":
         return _random_masks(masters, reset, draw, key)
-    fragments = []
-    for index, name in enumerate(names):
+    masks = pruning.select_largest(
+        _key_fragments(masters, reset, draw, key),
+        [p.numel() for p in masters.params.values()],
+        reset.ratio,
+        lambda counts: comm.all_reduce(counts, "restart"),
+        pieces=masters.pieces(),
+        across_tensors=reset.scope == "global",
+        device=comm.device,
+    )
+    names = list(masters.params)
+    return {names[tensor]: mask for tensor, mask in masks.items()}
+
+
+def _key_fragments(masters: ZeroState, reset: Reset, draw: str, key: str) -> Iterator[pruning.KeyFragment]:
+    """What this rank's fragments of a moment are sorted by; one after another, so that those in use alone are held."""
+    for index, name in enumerate(masters.params):
         values = masters.fragment(name, key)
         if values is None:
             continue
@@ -59,17 +74,7 @@ def _keep_masks(masters: ZeroState, reset: Reset, comm: Any, draw: str, key: str
         else:
             everything = pruning.random_keys(masters.params[name].numel(), _random_seed(draw, name, key))
             keys = everything[own.start : own.start + own.numel].to(values.device)
-        fragments.append(pruning.KeyFragment(index, own.start, keys))
-    masks = pruning.select_largest(
-        fragments,
-        [p.numel() for p in masters.params.values()],
-        reset.ratio,
-        lambda counts: comm.all_reduce(counts, "restart"),
-        pieces=masters.pieces(),
-        across_tensors=reset.scope == "global",
-        device=comm.device,
-    )
-    return {names[fragment.tensor]: mask for fragment, mask in zip(fragments, masks, strict=True)}
+        yield pruning.KeyFragment(index, own.start, keys)
 
 
 def _random_masks(masters: ZeroState, reset: Reset, draw: str, key: str) -> dict[str, Tensor]:

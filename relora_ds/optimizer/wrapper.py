@@ -29,7 +29,7 @@ from relora_ds.method import exact
 from relora_ds.method.frozen_weights import MergeStats, ShardedMaster, stored_tensors
 from relora_ds.method.linear import Kept
 from relora_ds.method.lora import LORA_GROUP, ReLoRALayer, ReLoRALinear, relora_layers
-from relora_ds.method.reinit import initial_A, principal_inputs
+from relora_ds.method.reinit import initial_As, principal_inputs
 from relora_ds.optimizer import moments
 from relora_ds.optimizer.replicas import Replicas
 from relora_ds.schedule import rewarmup_factor
@@ -124,8 +124,9 @@ class ReLoRAOptimizer(ZeroProxy):
         self.saves_frozen = True
         self.tell: Callable[[str], None] | None = None
         if settings.init == "residual":
+            first_values = self._first_values()
             for layers in self._batches():
-                self._reinitialise(layers)
+                self._reinitialise(layers, first_values)
 
     def _replicate_frozen(self) -> None:
         """Rank 0's frozen weights for all, as DeepSpeed does with parameters: these are buffers, which it leaves alone."""
@@ -253,12 +254,13 @@ class ReLoRAOptimizer(ZeroProxy):
     def _merge_and_reinitialise(self) -> dict[str, MergeStats]:
         """Layer by layer, so that no more than one layer's change exists in fp32 at a time. Returns the figures by layer type."""
         stats: dict[str, MergeStats] = {}
+        first_values = self._first_values()
         for layers in self._batches():
             for name, layer in layers:
                 figures = self._merge(name, layer, {key: self.masters.gather(f"{name}.{key}") for key in layer.factors()})
                 kind = name.rpartition(".")[2]
                 stats[kind] = stats[kind] + figures if kind in stats else figures
-            self._reinitialise(layers)
+            self._reinitialise(layers, first_values)
         return stats if self.frozen_master is None else self._sum_over_ranks(stats)
 
     def _batches(self) -> Iterator[Layers]:
@@ -273,13 +275,15 @@ class ReLoRAOptimizer(ZeroProxy):
         change = layer.change(**factors)
         return layer.weight.merge(change) if self.frozen_master is None else self.frozen_master.merge(name, change)
 
-    def _reinitialise(self, layers: Layers) -> None:
-        """Fresh factors for some layers, in the masters and in the module's copies."""
+    def _first_values(self) -> Iterator[Tensor]:
+        """Of each layer's A, in the order of :meth:`_batches`."""
+        layers = ((name, layer.rank, layer.in_features) for name, layer in relora_layers(self.model))
+        return initial_As(layers, seed=self.seed, restart=self.restarts, kind=self.settings.init)
+
+    def _reinitialise(self, layers: Layers, first_values: Iterator[Tensor]) -> None:
+        """Fresh factors for some layers, whose first values come next, in the masters and in the module's copies."""
         kind = self.settings.init
-        fresh = []
-        for name, layer in layers:
-            first = initial_A(layer.rank, layer.in_features, name=name, seed=self.seed, restart=self.restarts, kind=kind)
-            fresh.append(first.to(layer.lora_A.device))
+        fresh = [first.to(layer.lora_A.device) for (_, layer), first in zip(layers, first_values, strict=False)]
         if kind == "residual":
             self._find_principal_rows(layers, fresh)
         for (name, layer), lora_A in zip(layers, fresh, strict=True):

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from relora_ds.config import Frozen
-from relora_ds.method import frozen_weights, lora
-from relora_ds.method.frozen_weights import ShardedMaster, checksum, own_rows, stored_tensors
+from relora_ds.method import lora
+from relora_ds.method.frozen_weights import ShardedMaster, checksum, own_rows, piece_on, pieces, stored_tensors
+from relora_ds.method.pruning import batch_on
 from relora_ds.method.reinit import normal_product
 from relora_ds.planning.rehearsal import Rehearsed, Trace, num_bytes
 from relora_ds.zero.gradient_reduction import ROUND, rounds
@@ -26,8 +27,9 @@ from relora_ds.zero.gradient_reduction import ROUND, rounds
 FP32, FP64 = 4, 8
 NORM_WIDTH = 8
 """Gradient norms are taken in fp64, one parameter's at a time."""
-PRUNE_KEYS, PRUNE_WORK = 4, 16
-"""Bytes an entry of the selection of moments: of the keys of all that this rank owns, and of what comes and goes for one tensor."""
+PRUNE_KEYS, PRUNE_WORK = 6, 15
+"""Bytes an entry of the selection of moments: of keys, candidates and masks of all that this rank owns, and of what comes and goes for
+the tensors that are worked on together."""
 
 
 @dataclass(frozen=True)
@@ -356,13 +358,19 @@ def restart(
             seen.add(kind)
             gathered = sum(factor.numel() for factor in layer.factors().values())
             work.append(FP32 * gathered + rehearsed.peak_of(_merge(rehearsed, layer, engine, frozen)))
-            work.append(rehearsed.peak_of(partial(_checksums, layer)))
+            work.append(rehearsed.peak_of(partial(_checksums, layer, piece_on(_device(engine)))))
             if from_residual:
                 work.append(_residual_factors(rehearsed, layer, engine))
     factors = next((group for group in layout.groups if any("lora_" in name for name in group.numels)), None)
     if factors is not None:
-        work.append(PRUNE_KEYS * factors.partition + PRUNE_WORK * min(max(factors.numels.values()), factors.partition))
+        together = max(*factors.numels.values(), batch_on(_device(engine)))
+        work.append(PRUNE_KEYS * factors.partition + PRUNE_WORK * min(together, factors.partition))
     return Peak({**parts, "restart": max(work)})
+
+
+def _device(engine: Engine) -> torch.device:
+    """Where the engine runs; what is rehearsed lies elsewhere, so that it has to be told how much a restart works on at a time."""
+    return torch.device("cuda" if engine.on_cuda else "cpu")
 
 
 def _merge(rehearsed: Rehearsed, layer: lora.ReLoRALayer, engine: Engine, frozen: Frozen) -> Callable[[], object]:
@@ -380,7 +388,7 @@ def _merge(rehearsed: Rehearsed, layer: lora.ReLoRALayer, engine: Engine, frozen
         factors = {name: torch.empty(factor.shape) for name, factor in layer.factors().items()}
 
     def work() -> None:
-        merge(layer.change(**factors))
+        merge(layer.change(**factors), piece=piece_on(_device(engine)))
 
     return work
 
@@ -389,9 +397,8 @@ def _residual_factors(rehearsed: Rehearsed, layer: lora.ReLoRALayer, engine: Eng
     """Bytes of finding the factors of one layer, whose residual is gathered here, beside the first A of the others in its batch."""
     share, columns = -(-layer.out_features // engine.world_size), layer.in_features
     with rehearsed.mode:
-        parts = [
-            torch.empty(rows.stop - rows.start, columns) for rows in frozen_weights.pieces(slice(0, layer.out_features), columns)
-        ]
+        cut = pieces(slice(0, layer.out_features), columns, piece_on(_device(engine)))
+        parts = [torch.empty(rows.stop - rows.start, columns) for rows in cut]
         numbers, unit = torch.empty(columns, layer.rank, dtype=torch.float64), torch.ones(layer.rank, dtype=torch.float64)
     held = FP32 * engine.world_size * (share + layer.rank) * columns
     # Beside a product are Q, its whole numbers, and the product before.
@@ -399,9 +406,9 @@ def _residual_factors(rehearsed: Rehearsed, layer: lora.ReLoRALayer, engine: Eng
     return held + max(FP32 * share * columns if engine.world_size > 1 else 0, iteration)
 
 
-def _checksums(layer: lora.ReLoRALayer) -> None:
+def _checksums(layer: lora.ReLoRALayer, piece: int) -> None:
     for _, tensor in stored_tensors("", layer.weight):
-        checksum(tensor)
+        checksum(tensor, piece)
 
 
 def peaks(

@@ -21,7 +21,7 @@ from relora_ds.planning import rehearsal
 from relora_ds.planning.plan import Phase
 from tests.distributed import common
 from tests.distributed.pool import run
-from tests.products import counter
+from tests.products import Operations, counter
 from tests.wire import Wire
 
 SIZES = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -96,6 +96,29 @@ def test_work_is_what_the_cost_model_says(form: str) -> None:
     assert sum(calls[0].values()) <= 6, (
         "one exchange and one gather for each group of parameters, of which there are three at most"
     )
+
+
+def operations_of_a_restart(num_layers: int) -> int:
+    """On this rank, after an update."""
+    sizes = LlamaConfig(**{**SIZES, "num_hidden_layers": num_layers}, bos_token_id=None, eos_token_id=None)
+    model = models.build(sizes, attention="eager", dtype=torch.float32, device=torch.device("cpu")).train()
+    config = common.deepspeed_config()
+    del config["optimizer"]
+    relora = {"rank": RANK, "restart_every": 1000, "restart_warmup": 0, "frozen": {"dtype": "bf16"}}
+    engine, *_ = relora_ds.initialize(model=model, config=config, optimizer=adamw(Optimizer()), relora=relora)
+    common.train_update(engine, 0)
+    with Operations() as operations:
+        engine.optimizer.restart()
+    common.end(engine)
+    return operations.num
+
+
+def test_a_restart_asks_little_of_whoever_launches_it() -> None:
+    """On a GPU each operation costs a launch, however small the layer: no loop over digits, or over rows, runs through every one."""
+    few, many = (run(2, operations_of_a_restart, num_layers) for num_layers in (2, 6))
+    linears = 7 * (6 - 2)
+    for less, more in zip(few, many, strict=True):
+        assert (more - less) / linears <= 110
 
 
 def losses_of_a_run(keep: bool, folder: str) -> tuple[list[float], list[float]]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from relora_ds.method import pruning
 from relora_ds.method.pruning import KeyFragment, magnitude_keys, num_kept, random_keys, select_largest, select_largest_of_one
 
 
@@ -90,7 +91,9 @@ def select_sharded(tensors: list[Tensor], cuts: list[int], ratio: float, across_
             pieces=pieces,
             across_tensors=across_tensors,
         )
-        for fragment, mask in zip(fragments, kept, strict=True):
+        assert list(kept) == [fragment.tensor for fragment in fragments]
+        for fragment in fragments:
+            mask = kept[fragment.tensor]
             masks[fragment.tensor][fragment.start : fragment.start + mask.numel()] = mask
 
     on_ranks(len(edges) - 1, body)
@@ -106,6 +109,13 @@ PLACEMENTS = {
 }
 
 
+@pytest.fixture(params=[1, 600, 1 << 16], ids=["each apart", "some together", "all together"])
+def batch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many keys are worked on together."""
+    monkeypatch.setattr(pruning, "BATCH", request.param)
+
+
+@pytest.mark.usefixtures("batch")
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 0.8, 0.9, 0.99, 1.0])
 @pytest.mark.parametrize("cuts", PLACEMENTS.values(), ids=PLACEMENTS.keys())
 def test_per_tensor_equals_a_sort(cuts: list[int], ratio: float) -> None:
@@ -116,6 +126,7 @@ def test_per_tensor_equals_a_sort(cuts: list[int], ratio: float) -> None:
         assert torch.equal(mask, sorted_mask(tensor, ratio))
 
 
+@pytest.mark.usefixtures("batch")
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 0.99, 1.0])
 @pytest.mark.parametrize("cuts", PLACEMENTS.values(), ids=PLACEMENTS.keys())
 def test_across_tensors_equals_a_sort_of_all(cuts: list[int], ratio: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from relora_ds.method import frozen_weights, reinit
 from relora_ds.method.frozen_weights import FrozenWeight
-from relora_ds.method.reinit import ITERATIONS, initial_A, initial_B, principal_inputs
+from relora_ds.method.reinit import ITERATIONS, InitName, initial_A, initial_As, initial_B, principal_inputs
 from tests.products import ExactProducts
 
 
@@ -26,6 +27,31 @@ def test_orthonormal_rows(rank: int, columns: int) -> None:
     torch.testing.assert_close(rows @ rows.t(), torch.eye(rank), rtol=0, atol=1e-6)
     assert torch.equal(initial_A(rank, columns, name="layer", seed=1, restart=2, kind="orthonormal"), rows)
     assert not torch.equal(initial_A(rank, columns, name="layer", seed=1, restart=3, kind="orthonormal"), rows)
+
+
+@pytest.mark.parametrize("kind", ["kaiming", "orthonormal", "residual"])
+def test_the_values_of_many_layers_are_those_of_each(kind: InitName) -> None:
+    layers = [(f"layer {number}", 2 + number % 3, 8 + number) for number in range(20)]
+    values = list(initial_As(layers, seed=1, restart=2, kind=kind))
+    assert len(values) == len(layers)
+    for value, (name, rank, columns) in zip(values, layers, strict=True):
+        assert torch.equal(value, initial_A(rank, columns, name=name, seed=1, restart=2, kind=kind))
+
+
+def test_values_are_drawn_a_few_layers_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, draw = [], reinit._drawn
+
+    def note(*shape_and_more: Any) -> Tensor:
+        drawn.append(threading.current_thread())
+        return draw(*shape_and_more)
+
+    monkeypatch.setattr(reinit, "_drawn", note)
+    values = initial_As([(str(number), 2, 8) for number in range(100)], seed=1, restart=2)
+    for used in range(1, 4):
+        next(values)
+        assert used <= len(drawn) <= used + torch.get_num_threads()
+    values.close()
+    assert threading.current_thread() not in drawn
 
 
 def test_initial_B_is_uniform_within_one_over_the_root_of_the_rank() -> None:
