@@ -85,7 +85,7 @@ def by_pieces() -> None:
             lora_b, right = torch.randn(rows, rank) * 1e-3, exact.columns(torch.randn(rank, columns))
 
             def merge(size: int, weight: FrozenWeight = weight, lora_b: Tensor = lora_b, right: exact.Whole = right) -> None:
-                weight.merge(lambda rows: exact.product(lora_b[rows], right).to(torch.float32), piece=size)
+                weight.merge(lambda piece: exact.product(lora_b[piece], right).to(torch.float32), piece=size)
 
             sizes = {str(size): size for size in (rows * columns // 16, 1 << 16, 1 << 18, 1 << 20, 1 << 22)}
             times = best_ms({name: partial(merge, size) for name, size in sizes.items()})

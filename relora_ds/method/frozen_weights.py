@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from relora_ds.method import exact as exactly
 
 PIECE = 1 << 20
-"""Elements merged or hashed at a time on a CPU: some six fp32 tensors of that size, or four int64 ones, stay within reach of caches."""
+"""Elements merged or hashed at a time on a CPU: some six fp32 tensors of that size, or three int64 ones, are near its caches."""
 PIECE_ON_GPU = 1 << 23
 """The same elsewhere, where each of the thirty operations of a piece costs a launch, however little there is to do."""
 Change = Callable[[slice], Tensor]

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from relora_ds.config import Frozen
-from relora_ds.method import lora
-from relora_ds.method.frozen_weights import ShardedMaster, checksum, own_rows, piece_on, pieces, stored_tensors
+from relora_ds.method import frozen_weights, lora
+from relora_ds.method.frozen_weights import ShardedMaster, checksum, own_rows, piece_on, stored_tensors
 from relora_ds.method.pruning import batch_on
 from relora_ds.method.reinit import normal_product
 from relora_ds.planning.rehearsal import Rehearsed, Trace, num_bytes
@@ -28,8 +28,8 @@ FP32, FP64 = 4, 8
 NORM_WIDTH = 8
 """Gradient norms are taken in fp64, one parameter's at a time."""
 PRUNE_KEYS, PRUNE_WORK = 6, 15
-"""Bytes an entry of the selection of moments: of keys, candidates and masks of all that this rank owns, and of what comes and goes for
-the tensors that are worked on together."""
+"""Bytes an entry of the selection of moments: of keys, candidates and masks of all that this rank owns, and of what comes and goes
+for the tensors that are worked on together."""
 
 
 @dataclass(frozen=True)
@@ -397,7 +397,7 @@ def _residual_factors(rehearsed: Rehearsed, layer: lora.ReLoRALayer, engine: Eng
     """Bytes of finding the factors of one layer, whose residual is gathered here, beside the first A of the others in its batch."""
     share, columns = -(-layer.out_features // engine.world_size), layer.in_features
     with rehearsed.mode:
-        cut = pieces(slice(0, layer.out_features), columns, piece_on(_device(engine)))
+        cut = frozen_weights.pieces(slice(0, layer.out_features), columns, piece_on(_device(engine)))
         parts = [torch.empty(rows.stop - rows.start, columns) for rows in cut]
         numbers, unit = torch.empty(columns, layer.rank, dtype=torch.float64), torch.ones(layer.rank, dtype=torch.float64)
     held = FP32 * engine.world_size * (share + layer.rank) * columns

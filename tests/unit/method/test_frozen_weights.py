@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from relora_ds.method import exact, frozen_weights
-from relora_ds.method import frozen_weights as frozen
 from relora_ds.method.frozen_weights import (
     FLOATS,
     FrozenWeight,
