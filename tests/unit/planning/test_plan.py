@@ -274,6 +274,25 @@ def test_what_is_kept_is_foretold() -> None:
     assert sum(phase.trace(2, 2).sizes) < sum(phase.trace(2, 1).sizes) - size, "forward and backward"
 
 
+@pytest.mark.parametrize("on_cuda", [False, True])
+def test_a_merge_is_foretold_for_the_device_of_the_engine(on_cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More rows are merged at a time on a GPU, which a rehearsal knows nothing of."""
+    monkeypatch.setattr(frozen_weights, "PIECE", 64)
+    monkeypatch.setattr(frozen_weights, "PIECE_ON_GPU", 1024)
+    settings = ReLoRA(rank=4, frozen=Frozen(dtype="bf16"))
+    built = rehearsal.build(hf_config(Model(config=MODEL), 1), dtype=torch.float32, settings=settings, on_cuda=on_cuda)
+    layer = dict(lora.relora_layers(built.model))["model.layers.0.mlp.up_proj"]
+    assert isinstance(layer, lora.ReLoRALayer) and layer.weight is not None
+    engine = Engine(1, 1, accumulation=1, width=4, wire=4, bucket=1000, overlap=False, on_cuda=on_cuda)
+    foretold = built.peak_of(footprint._merge(built, layer, engine, settings.frozen))
+    real = lora.ReLoRALinear(nn.Linear(layer.in_features, layer.out_features, bias=False), 4, 8.0, frozen=settings.frozen)
+    assert real.weight is not None
+    for piece, is_own in ((64, not on_cuda), (1024, on_cuda)):
+        with PeakMemory() as memory:
+            real.weight.merge(real.change(real.lora_A.detach(), real.lora_B.detach()), piece)
+        assert (foretold == pytest.approx(memory.peak, rel=0.05)) is is_own
+
+
 @pytest.mark.parametrize(("piece", "rank"), [(1 << 20, 4), (1 << 20, 32), (4096, 4), (4096, 32)])
 def test_what_residual_factors_need_is_foretold(piece: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a layer whose rows go in one piece or in several; what a test over ranks is too small to see beside a merge."""
