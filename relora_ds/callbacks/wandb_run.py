@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from relora_ds.callbacks.callback import Callback, RunState
 from relora_ds.config import Config
 from relora_ds.run.folder import RunFolder, finite, write_atomically
+from relora_ds.text.masking import masked_values
 
 if TYPE_CHECKING:  # it imports torch and DeepSpeed
     from relora_ds.optimizer.wrapper import RestartRecord
@@ -83,7 +84,7 @@ class WandbRun(Callback):
         begin = partial(
             wandb.init, project=project, name=settings.name or environment.get("WANDB_NAME") or folder.path.name,
             id=folder.wandb_id.read_text(encoding="utf-8").strip(), resume="allow", dir=str(folder.path),
-            config=config.model_dump(mode="json"), settings=wandb.Settings(silent=True),
+            config=masked_values(config.model_dump(mode="json")), settings=wandb.Settings(silent=True),
         )  # fmt: skip
         try:
             return begin(mode=mode)

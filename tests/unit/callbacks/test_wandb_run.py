@@ -98,6 +98,14 @@ def test_the_recipe_decides_then_the_variable_then_the_key(
         assert stand_in.calls == calls
 
 
+def test_what_is_secret_stays_here(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", stand_in := Wandb())
+    run, _ = make_run(deepspeed={"comet": {"enabled": True, "api_key": "abc"}})
+    WandbRun({}, run.tell).begin(run)
+    assert stand_in.options["config"]["deepspeed"] == {"comet": {"enabled": True, "api_key": "***"}}
+    assert stand_in.options["config"]["relora"] == run.config.model_dump(mode="json")["relora"]
+
+
 def test_project_and_name(start: Any, tmp_path: Path) -> None:
     stand_in = Wandb()
     start(stand_in)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from relora_ds.text.masking import masked, masked_words
+from relora_ds.text.masking import masked, masked_values, masked_words
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,24 @@ from relora_ds.text.masking import masked, masked_words
 )  # fmt: skip
 def test_a_value_whose_name_says_that_it_is_secret(text: str, shown: str) -> None:
     assert masked(text) == shown
+
+
+def test_settings_in_dictionaries() -> None:
+    settings = {
+        "comet": {"api_key": "x", "enabled": True},
+        "runs": [{"my_password": 5}],
+        "wandb_key": None,
+        "tokens": 3,
+        "key": "k",
+    }
+    shown = {
+        "comet": {"api_key": "***", "enabled": True},
+        "runs": [{"my_password": "***"}],
+        "wandb_key": None,
+        "tokens": 3,
+        "key": "k",
+    }
+    assert masked_values(settings) == shown
 
 
 def test_words_of_a_command_line() -> None:
