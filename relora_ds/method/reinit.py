@@ -40,19 +40,23 @@ def initial_A(rank: int, in_features: int, *, name: str, seed: int, restart: int
 
 
 def initial_As(
-    layers: Iterable[tuple[str, int, int]], *, seed: int, restart: int, kind: InitName = "kaiming"
+    layers: Iterable[tuple[str, int, int]], *, seed: int, restart: int, kind: InitName = "kaiming", threads: int = 0
 ) -> Iterator[Tensor]:
     """:func:`initial_A` of one layer after another, given as (name, rank, in_features).
 
-    Other threads draw the numbers, some layers ahead of the caller: a generator fills one matrix by one thread, ten nanoseconds an
-    entry, which for a large model is as long as all else that a restart does on a GPU.
+    A generator fills one matrix by one thread, ten nanoseconds an entry, which for a large model is as long as all else that a restart
+    does on a GPU. So other threads may draw the numbers, as many layers ahead of the caller: ``threads``; 0 where the caller
+    needs the cores itself.
     """
-    num_threads = torch.get_num_threads()
-    with ThreadPoolExecutor(num_threads) as pool:
+    if not threads:
+        for name, rank, in_features in layers:
+            yield initial_A(rank, in_features, name=name, seed=seed, restart=restart, kind=kind)
+        return
+    with ThreadPoolExecutor(threads) as pool:
         ahead: deque[Future[Tensor]] = deque()
         for name, rank, in_features in layers:
             ahead.append(pool.submit(_drawn, rank, in_features, f"{seed}/{restart}/{name}", kind))
-            if len(ahead) > num_threads:
+            if len(ahead) > threads:
                 yield _finished(ahead.popleft().result(), kind)
         while ahead:
             yield _finished(ahead.popleft().result(), kind)

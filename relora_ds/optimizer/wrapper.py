@@ -278,7 +278,8 @@ class ReLoRAOptimizer(ZeroProxy):
     def _first_values(self) -> Iterator[Tensor]:
         """Of each layer's A, in the order of :meth:`_batches`."""
         layers = ((name, layer.rank, layer.in_features) for name, layer in relora_layers(self.model))
-        return initial_As(layers, seed=self.seed, restart=self.restarts, kind=self.settings.init)
+        threads = 0 if self.comm.device.type == "cpu" else torch.get_num_threads()
+        return initial_As(layers, seed=self.seed, restart=self.restarts, kind=self.settings.init, threads=threads)
 
     def _reinitialise(self, layers: Layers, first_values: Iterator[Tensor]) -> None:
         """Fresh factors for some layers, whose first values come next, in the masters and in the module's copies."""
