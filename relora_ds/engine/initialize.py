@@ -30,6 +30,7 @@ from relora_ds.run import unpickle
 from relora_ds.zero import versions as zero_versions
 from relora_ds.zero.gradient_reduction import route_gradients
 from relora_ds.zero.parts import name_parts
+from relora_ds.zero.per_parameter import do_once
 
 ADAMS = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")
 
@@ -277,11 +278,12 @@ def _groups(
 
 
 def _route(engine: Any) -> None:
-    """Gives a fresh engine's gradients their way, once it is as in the newest version."""
+    """Gives a fresh engine's gradients their way, once it is as in the newest version and does nothing more often than needed."""
     untried = zero_versions.untried()
     if untried and dist.get_rank() == 0:
         warnings.warn(untried, stacklevel=1)
     zero_versions.mend(engine)
+    do_once(engine.optimizer)
     route_gradients(engine)
 
 

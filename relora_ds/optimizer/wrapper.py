@@ -98,7 +98,7 @@ class ReLoRAOptimizer(ZeroProxy):
 
     OWN = ZeroProxy.OWN | {
         "model", "settings", "seed", "rewarm", "comm", "masters", "frozen_master",
-        "updates", "restarts", "last_restart", "last_reset", "replicas", "saves_frozen", "tell", "_used_lrs",
+        "updates", "restarts", "last_restart", "last_reset", "replicas", "saves_frozen", "tell", "_used_lrs", "_linears",
     }  # fmt: skip
 
     def __init__(self, zero: Any, model: nn.Module, settings: ReLoRA, *, seed: int = 0, rewarm: bool = True) -> None:
@@ -110,6 +110,7 @@ class ReLoRAOptimizer(ZeroProxy):
         self.comm = data_parallel_group(zero, next(model.parameters()).device)
         factors = {f"{name}.{key}": p for name, layer in relora_layers(model) for key, p in layer.factors().items()}
         self.masters = ZeroState(zero, factors, self.comm)
+        self._linears = [layer for _, layer in relora_layers(model) if isinstance(layer, ReLoRALinear)]
         if settings.reset.restart_bias_correction:
             self.masters.own_groups()  # raises now what the first reset would
         self.frozen_master = self._shard_master() if settings.frozen.master == "sharded" else None
@@ -159,16 +160,13 @@ class ReLoRAOptimizer(ZeroProxy):
 
     def keep_merged(self, accumulation: int) -> None:
         """Lets linear layers keep W + s·B·A from one update to the next, as the settings say, at so many micro batches an update."""
-        for layer in self._linears():
+        for layer in self._linears:
             layer.kept = Kept(self.settings.kept_passes(accumulation))
 
     def _forget_merged(self) -> None:
         """ZeRO writes the factors through its flat copy of them, which they do not notice."""
-        for layer in self._linears():
+        for layer in self._linears:
             layer.kept.forget()
-
-    def _linears(self) -> Iterator[ReLoRALinear]:
-        return (layer for _, layer in relora_layers(self.model) if isinstance(layer, ReLoRALinear))
 
     def _after_update(self) -> None:
         """The restart, the reset or the comparison that is due."""
