@@ -122,7 +122,7 @@ TINY_COMMANDS = {
     ],
     "restart": [["benchmarks.restart", *TINY_SIZES, "--tokens", "512", "--dtype", "bf16", "--rounds", "1"]],
 }  # fmt: skip
-TINY_CHECKS = ["products of a merge", "int8 stores", "restart, fp32"]
+TINY_CHECKS = ["products of a merge", "int8 stores", "what survives a reset", "a gradient that is not finite", "restart, fp32"]
 TINY_WAYS = 3
 
 

@@ -8,6 +8,7 @@ Without names it does all of them.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -115,6 +116,45 @@ def int8_stores() -> dict[str, Any]:
     assert torch.equal(host.values, there.values.cpu()) and torch.equal(host.scales, there.scales.cpu())
     assert torch.equal(host.read(), there.read().cpu())
     return {"bytes": there.stored_bytes}
+
+
+def selections() -> dict[str, Any]:
+    """What survives a reset, and a checksum, are the CPU's, of tensors that the GPU works on together."""
+    from relora_ds.method import pruning
+    from relora_ds.method.frozen_weights import checksum
+
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(numel, generator=generator) for numel in (7, 300, 70_000, 1 << 20, 9 << 20)]
+    values.append(torch.randint(5, (50_000,), generator=generator).to(torch.float32))  # of equal ones the first are kept
+    numels, whole = [value.numel() for value in values], [(number, 0) for number in range(len(values))]
+    for across in (False, True):
+        masks = []
+        for where in ("cpu", device()):
+            keys = (pruning.KeyFragment(n, 0, pruning.magnitude_keys(value.to(where))) for n, value in enumerate(values))
+            found = pruning.select_largest(
+                keys, numels, 0.99, lambda counts: None, pieces=whole, across_tensors=across, device=where
+            )
+            masks.append([mask.cpu() for mask in found.values()])
+        assert all(torch.equal(host, there) for host, there in zip(*masks, strict=True)), f"{across=}"
+    for value in (*values, values[3].to(torch.bfloat16)):
+        assert int(checksum(value)) == int(checksum(value.to(device()))), value.numel()
+    return {"entries": sum(numels)}
+
+
+def overflow() -> dict[str, Any]:
+    """One gradient that is not finite skips the update, and the next one trains."""
+    given = engine("bf16")
+    train(given, 0, 1)
+    for factor in (float("inf"), float("nan")):
+        before = [param.detach().clone() for param in given.module.parameters()]
+        ids = batch(1)
+        given.backward(given(input_ids=ids, labels=ids).loss * factor)
+        given.step()
+        assert given.optimizer.overflow, factor
+        assert all(torch.equal(old, new) for old, new in zip(before, given.module.parameters(), strict=True)), factor
+    (loss,) = train(given, 1, 1)
+    assert not given.optimizer.overflow and math.isfinite(loss)
+    return {"loss": round(loss, 4)}
 
 
 def restart(precision: str, frozen: str, master: str) -> dict[str, Any]:
@@ -265,8 +305,10 @@ def trained_on_text() -> dict[str, Any]:
 CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
     "products of a merge": exact_products,
     "int8 stores": int8_stores,
+    "what survives a reset": selections,
     "memory between engines": memory,
     "no waiting in a micro batch": waiting,
+    "a gradient that is not finite": overflow,
     "restart, fp32": lambda: restart("fp32", "auto", "none"),
     "restart, bf16": lambda: restart("bf16", "auto", "none"),
     "restart, bf16, sharded master": lambda: restart("bf16", "auto", "sharded"),
