@@ -44,7 +44,7 @@ def initial_As(
 ) -> Iterator[Tensor]:
     """:func:`initial_A` of one layer after another, given as (name, rank, in_features).
 
-    A generator fills one matrix by one thread, ten nanoseconds an entry, while a GPU waits: half X
+    A generator fills one matrix by one thread, ten nanoseconds an entry, while a GPU waits: half a second for llama_1b at rank 128.
     So other threads may draw the numbers, as many layers ahead of the caller: ``threads``; 0 where the caller needs the cores itself.
     """
     if not threads:
