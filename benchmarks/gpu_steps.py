@@ -11,9 +11,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +45,7 @@ class Case:
         hidden, layers, mlp: others than the preset's; the MLP's width and the heads follow ``hidden``.
         vocabulary: rows of embedding and head.
         timers: DeepSpeed's own, which wait for the device in every pass.
+        per_parameter: ``once``, or for ``each`` parameter, as DeepSpeed does it: :mod:`relora_ds.zero.per_parameter`.
         updates: timed ones, after two to warm up.
         profile: a table of the CUDA time of one more update, by kernel.
     """
@@ -65,6 +68,7 @@ class Case:
     mlp: int | None = None
     vocabulary: int = 32_100
     timers: bool = True
+    per_parameter: str = "once"
     updates: int = 4
     profile: bool = False
 
@@ -105,9 +109,9 @@ def engine_of(case: Case, model: nn.Module) -> Any:
 
     import relora_ds
     from relora_ds.config import Optimizer
-    from relora_ds.engine.initialize import adamw
+    from relora_ds.engine import initialize
 
-    optimizer = adamw(Optimizer(lr=1e-4))
+    optimizer = initialize.adamw(Optimizer(lr=1e-4))
     config: dict[str, Any] = {
         "train_batch_size": case.micro_batch * case.accumulation,
         "train_micro_batch_size_per_gpu": case.micro_batch,
@@ -126,7 +130,9 @@ def engine_of(case: Case, model: nn.Module) -> Any:
             "frozen": {"dtype": case.frozen},
             "linear": case.linear,
         }
-        return relora_ds.initialize(model=model, optimizer=optimizer, config=config, relora=relora)[0]
+        as_deepspeed = mock.patch.object(initialize, "do_once", lambda zero: None)
+        with as_deepspeed if case.per_parameter == "each" else nullcontext():
+            return relora_ds.initialize(model=model, optimizer=optimizer, config=config, relora=relora)[0]
     if case.arm == "full":
         return relora_ds.initialize(model=model, optimizer=optimizer, config=config)[0]
     if case.arm == "peft":

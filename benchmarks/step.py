@@ -2,6 +2,7 @@
 
     python -m benchmarks.step [--device cuda] [--model llama_60m] [--hidden 512 --layers 4] [--tokens 2048] [--rank 64] [--rounds 5]
                               [--linear split merged] [--compile off on] [--loss torch chunked] [--accumulation 1 4]
+                              [--per_parameter once each]
                               [--json FILE] [--markdown FILE]
 
 The first value of every switch makes the first way; each further value makes one more, which differs from the first by it alone. All
@@ -32,6 +33,7 @@ from relora_ds.supervision import parts
 
 SWITCHES: dict[str, list[Any]] = {
     "linear": ["split", "merged"], "compile": ["off", "on"], "loss": ["torch", "chunked"], "accumulation": [1, 4],
+    "per_parameter": ["once", "each"],
 }  # fmt: skip
 
 

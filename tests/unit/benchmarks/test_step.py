@@ -12,13 +12,13 @@ from relora_ds.callbacks.costs import Costs
 def test_one_switch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "obstacle", lambda device: None)
     found = step.cases(step.parse(["--tokens", "2048", "--length", "256", "--hidden", "64", "--layers", "1"]))
-    first = "linear split, compile off, loss torch, accumulation 1"
-    assert list(found) == [first, "linear merged", "compile on", "loss chunked", "accumulation 4"]
+    first = "linear split, compile off, loss torch, accumulation 1, per_parameter once"
+    assert list(found) == [first, "linear merged", "compile on", "loss chunked", "accumulation 4", "per_parameter each"]
     base = vars(found[first])
     changed = {name: {key: value for key, value in vars(case).items() if value != base[key]} for name, case in found.items()}
     assert changed == {
         first: {}, "linear merged": {"linear": "merged"}, "compile on": {"compile": True}, "loss chunked": {"loss": "chunked"},
-        "accumulation 4": {"accumulation": 4, "micro_batch": 2},
+        "accumulation 4": {"accumulation": 4, "micro_batch": 2}, "per_parameter each": {"per_parameter": "each"},
     }  # fmt: skip
     assert base["micro_batch"] == 8 and base["dtype"] == "fp32"
 
