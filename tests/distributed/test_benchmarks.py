@@ -83,7 +83,7 @@ def test_step(tmp_path: Path) -> None:
     run(1, train_step, [*TINY, *sizes])
     content = json.loads(found.read_text())
     losses = [way["returned"] for way in content["ways"].values()]
-    assert len(losses) == 4
+    assert len(losses) == 5
     assert all(abs(one - other) < 1e-5 for own in losses for one, other in zip(own, losses[0], strict=True))
     (parts,) = content["tables"]
     assert {"forward", "backward", "optimizer step"} < {row[0] for row in parts}
