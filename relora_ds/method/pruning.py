@@ -86,7 +86,7 @@ def select_largest(
 
     Args:
         fragments: this rank's slices in the order of their tensors, at most one of each; together, the ranks' slices cover every
-            tensor once. May be empty. No keys are held that are not the caller's own, but for one copy.
+            tensor once. May be empty. They are taken a few at a time, so that an iterator need not hold all of them.
         numels: number of entries of every tensor, the same list on all ranks.
         ratio: share to prune, in [0, 1].
         all_reduce_sum: sums an integer tensor over the ranks in place; every rank calls it equally often.
@@ -119,7 +119,7 @@ def select_largest(
     thresholds, wanted_of = threshold.tolist(), ties_wanted.tolist()
     for fragment in own:
         segment = segment_of[fragment.tensor]
-        if is_contested[segment] and wanted_of[segment]:
+        if is_contested[segment]:
             tied = fragment.keys == thresholds[segment]
             tied &= torch.cumsum(tied, 0) <= wanted_of[segment] - before[fragment.tensor, fragment.start]
             masks[fragment.tensor] |= tied
